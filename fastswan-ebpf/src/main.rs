@@ -1,0 +1,3 @@
+//! The XDP program.
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

@@ -1,0 +1,16 @@
+//! Forwards packets of hardware-offloaded IPsec policies at XDP.
+
+pub mod compiler;
+pub mod database;
+pub mod host;
+pub mod policy;
+pub mod source;
+pub mod table;
+
+pub use compiler::Compiler;
+pub use database::Database;
+pub use fastswan_ebpf::PassReason;
+pub use host::HostFacts;
+pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
+pub use source::{PolicyEvent, PolicySource, Snapshot, SourceError};
+pub use table::OffloadTable;

@@ -1,0 +1,119 @@
+//! Where policies come from.
+//!
+//! A [`PolicySource`] tells a [`Gateway`](crate::Gateway) or an embedder what the kernel has: first a
+//! [`PolicyEvent::Snapshot`] of everything, then single changes. `NetlinkSource` asks the running kernel,
+//! `StaticSource` holds what the embedder or a file says, `ChannelSource` is pushed by the embedder.
+
+use std::io;
+
+use async_trait::async_trait;
+use futures::{Stream, stream};
+
+use crate::policy::{DefaultPolicy, Policy, PolicyId, PolicyType, SaId, SecurityAssociation};
+
+/// What a source says.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum PolicyEvent {
+    /// Everything that the source knows now. It replaces all that it said before.
+    Snapshot(Snapshot),
+    /// A policy was added, or the one with the same identity was changed.
+    Policy(Policy),
+    /// A policy was deleted or has expired.
+    PolicyRemoved(PolicyId),
+    /// All policies of one table were deleted.
+    PoliciesFlushed(PolicyType),
+    /// A security association was added or changed.
+    Sa(SecurityAssociation),
+    /// A security association was deleted or has expired.
+    SaRemoved(SaId),
+    /// All associations of an IPsec protocol were deleted; 0 and 255 stand for every protocol.
+    SasFlushed(u8),
+    /// What happens to packets without a policy has changed.
+    DefaultPolicy(DefaultPolicy),
+    /// What the source said may no longer be true, and a [`PolicyEvent::Snapshot`] will follow. Until then
+    /// nothing may be fast.
+    Stale(StaleCause),
+}
+
+/// Everything a source knows at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Snapshot {
+    /// All policies of the namespace: offloaded or not, of every direction.
+    pub policies: Vec<Policy>,
+    /// All security associations with a SPI.
+    pub sas: Vec<SecurityAssociation>,
+    /// The default policy.
+    pub default_policy: DefaultPolicy,
+}
+
+/// Why a source lost track.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum StaleCause {
+    /// The kernel had more notifications than the socket's receive buffer holds (`ENOBUFS`).
+    Overrun,
+    /// A notification could not be decoded.
+    Undecodable,
+    /// A dump was cut short or interrupted by a change (`NLM_F_DUMP_INTR`).
+    DumpInterrupted,
+    /// The source asked for a resynchronisation itself.
+    Requested,
+}
+
+/// A source of policies.
+///
+/// The trait is dyn-safe: `Box<dyn PolicySource>` is a source too. [`into_stream`] makes a
+/// [`futures::Stream`] of any source.
+#[async_trait]
+pub trait PolicySource: Send {
+    /// Waits for the next event.
+    ///
+    /// `Ok(None)` means that the source has nothing more to say and that what it said stays true. As long as
+    /// the future is pending, the source has read all that was there to read: a caller may rely on this to
+    /// tell that it is up to date. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`]: the source cannot go on, and nothing that it said may be relied on any longer.
+    async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError>;
+}
+
+#[async_trait]
+impl<S: PolicySource + ?Sized> PolicySource for Box<S> {
+    async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
+        (**self).next_event().await
+    }
+}
+
+/// A source as a [`futures::Stream`] that ends when the source does, or after its first error.
+pub fn into_stream<S: PolicySource>(source: S) -> impl Stream<Item = Result<PolicyEvent, SourceError>> {
+    stream::unfold(Some(source), |source| async move {
+        let mut source = source?;
+        match source.next_event().await {
+            Ok(Some(event)) => Some((Ok(event), Some(source))),
+            Ok(None) => None,
+            Err(error) => Some((Err(error), None)),
+        }
+    })
+}
+
+/// A source cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SourceError {
+    /// A system call failed.
+    #[error("{attempt} failed: {error}{remedy}")]
+    System {
+        /// What was tried, on which object.
+        attempt: String,
+        /// Why it failed.
+        #[source]
+        error: io::Error,
+        /// What to do, starting with "; ", or empty.
+        remedy: &'static str,
+    },
+    /// The sender of a channel source is gone, and with it the truth of what it said.
+    #[error("the sender of the policy channel was dropped: keep it as long as its policies are valid")]
+    ChannelClosed,
+}

@@ -1,0 +1,253 @@
+//! What the data path reads.
+//!
+//! An [`OffloadTable`] holds the cells that the [`Compiler`](crate::Compiler) made, the host facts that
+//! belong to them, the exceptions, how each policy's packets leave, and the ports. [`BpfTable`] keeps it in
+//! BPF maps for the XDP program, [`MemoryTable`] in ordinary memory for tests and simulation; both run the
+//! same code over the same layout (`fastswan-ebpf`).
+//!
+//! A batch of changes is one [`TableUpdate`]. A packet sees all of a batch, nothing of it, or, if the batch
+//! is being written at that moment, it is passed to the kernel.
+
+use std::{fmt, time::Duration};
+
+use fastswan_ebpf::PassReason;
+use ipnet::IpNet;
+
+use crate::policy::{Family, MacAddr, PortMatch};
+
+/// A region of the plane of addresses: the packets from `source` to `destination`.
+///
+/// Among the cells that contain a packet, the one with the longest destination, then the longest source,
+/// decides. Both prefixes are of one family and without host bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Cell {
+    /// Destination prefix.
+    pub destination: IpNet,
+    /// Source prefix.
+    pub source: IpNet,
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} → {}", self.source, self.destination)
+    }
+}
+
+/// Number of a policy in the table: the index of its [`Forwarding`] and of its counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(pub u32);
+
+/// What happens to the packets of a cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// They go to the kernel.
+    Pass(PassReason),
+    /// They leave the way the slot says.
+    Fast {
+        /// Whose packets they are.
+        slot: Slot,
+        /// Host facts about destinations inside the cell differ: look the destination up first.
+        probe_destination: bool,
+        /// Host facts about sources inside the cell differ: look the source up first.
+        probe_source: bool,
+    },
+}
+
+/// Which address of a packet a host fact is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Side {
+    /// The destination.
+    Destination,
+    /// The source.
+    Source,
+}
+
+/// What the host does with the addresses of one prefix. The longest prefix that contains an address counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fact {
+    /// An address that is the host's own, broadcast, unroutable or the like: never fast.
+    Denied,
+    /// Routed to a device, by its interface index.
+    Via(u32),
+}
+
+/// Packets that must reach the kernel because a policy asks for a protocol or ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Exception {
+    /// The addresses.
+    pub cell: Cell,
+    /// Upper-layer protocol; 0 is every protocol.
+    pub protocol: u8,
+    /// Source port, or ICMP type.
+    pub source_port: PortMatch,
+    /// Destination port, or ICMP code.
+    pub destination_port: PortMatch,
+}
+
+/// How the fast packets of one policy leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Forwarding {
+    /// Interface index of the device.
+    pub ifindex: u32,
+    /// Longest packet in bytes, from the IP header on.
+    pub max_length: u16,
+    /// Source and destination address to write; `None` leaves the Ethernet addresses as they are.
+    pub rewrite: Option<(MacAddr, MacAddr)>,
+}
+
+/// A batch of changes. Keys that are not named stay as they are.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TableUpdate {
+    /// Cells to set, or to remove.
+    pub cells: Vec<(Cell, Option<Verdict>)>,
+    /// Host facts to set, or to remove. Prefixes are without host bits.
+    pub facts: Vec<((Side, IpNet), Option<Fact>)>,
+    /// Slots to fill, or to free. A slot that was freed and is filled again starts with counters at zero.
+    pub forwardings: Vec<(Slot, Option<Forwarding>)>,
+    /// All exceptions of both families, if they changed.
+    pub exceptions: Option<Vec<Exception>>,
+}
+
+impl TableUpdate {
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.cells.is_empty()
+            && self.facts.is_empty()
+            && self.forwardings.is_empty()
+            && self.exceptions.is_none()
+    }
+}
+
+/// How much a table holds. Beyond these limits the [`Compiler`](crate::Compiler) lets regions pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Cells and host facts together, of each family.
+    pub cells: usize,
+    /// Different pairs of prefix lengths of cells, of each family.
+    pub tuples: usize,
+    /// Different prefix lengths of host facts, of each family and side.
+    pub fact_lengths: usize,
+    /// Exceptions, of each family.
+    pub exceptions: usize,
+    /// Slots.
+    pub slots: usize,
+}
+
+/// An (interface, VLAN) pair from which packets may be fast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Port {
+    /// Interface index of the device that the program is attached to.
+    pub ifindex: u32,
+    /// VLAN id, 0 for untagged and priority-tagged frames.
+    pub vlan: u16,
+    /// Interface index of the device that the kernel would receive the packet on: `ifindex`, or a VLAN device.
+    pub receiver: u32,
+    /// The address that frames must be sent to.
+    pub address: MacAddr,
+    /// Forwarding is on for the receiver, per family.
+    pub forwards: Forwards,
+    /// The receiver's reverse path filter for IPv4 (RFC 3704).
+    pub reverse_path: ReversePath,
+}
+
+/// Which families a port forwards (`net.ipv4.conf.*.forwarding`, `net.ipv6.conf.*.forwarding`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Forwards {
+    /// IPv4.
+    pub v4: bool,
+    /// IPv6.
+    pub v6: bool,
+}
+
+/// What a port asks of the route back to a packet's source (`net.ipv4.conf.*.rp_filter`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ReversePath {
+    /// Nothing.
+    #[default]
+    Off,
+    /// It must lead through the receiving device.
+    Strict,
+    /// There must be one.
+    Loose,
+}
+
+/// Packets and bytes (from the IP header on) that took the fast path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// What the data path reads.
+///
+/// Methods that change something take effect for packets that arrive after they return.
+pub trait OffloadTable: Send {
+    /// Applies a batch of changes, all or nothing as far as packets are concerned.
+    ///
+    /// # Errors
+    ///
+    /// [`TableError::Full`] if it does not fit. The table then holds an undefined part of the batch, and the
+    /// kill switch is on: send everything again to a table that holds it.
+    fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError>;
+
+    /// Turns the fast path on, or off: the kill switch. A new table is off.
+    fn set_enabled(&mut self, enabled: bool);
+
+    /// Declares the mirror alive and caught up for the next `lease`. When no renewal comes in time, every
+    /// packet passes to the kernel.
+    fn renew_lease(&mut self, lease: Duration);
+
+    /// Adds a port, or changes the one with the same (interface, VLAN).
+    ///
+    /// # Errors
+    ///
+    /// [`TableError::TooManyPorts`].
+    fn set_port(&mut self, port: &Port) -> Result<(), TableError>;
+
+    /// Removes a port; its frames pass from now on.
+    fn remove_port(&mut self, ifindex: u32, vlan: u16);
+
+    /// How much it holds.
+    fn capacity(&self) -> Capacity;
+
+    /// The cell's verdict for a packet between two addresses, as the data path finds it.
+    fn verdict(&self, source: std::net::IpAddr, destination: std::net::IpAddr) -> Option<Verdict>;
+
+    /// The host fact for an address, as the data path finds it.
+    fn fact(&self, side: Side, address: std::net::IpAddr) -> Option<Fact>;
+
+    /// What a slot has forwarded.
+    fn traffic(&self, slot: Slot) -> Traffic;
+
+    /// Packets that were passed, by reason. Reasons without packets are left out.
+    fn passes(&self) -> Vec<(PassReason, u64)>;
+}
+
+/// A table could not do what it was asked to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TableError {
+    /// A batch does not fit.
+    #[error("the table is full: {what} of {family:?} does not fit into {limit}; make the table larger")]
+    Full {
+        /// What there is no room for.
+        what: &'static str,
+        /// The family it is about.
+        family: Family,
+        /// How many fit.
+        limit: usize,
+    },
+    /// There is no room for another port.
+    #[error("port #{ifindex} VLAN {vlan} does not fit: the table holds at most {limit} ports")]
+    TooManyPorts {
+        /// Its interface.
+        ifindex: u32,
+        /// Its VLAN.
+        vlan: u16,
+        /// How many ports fit.
+        limit: usize,
+    },
+}
