@@ -1,4 +1,41 @@
-//! Map layouts shared by fastswan and its XDP program.
-#![cfg_attr(target_arch = "bpf", no_std)]
+//! The map layouts that fastswan and its XDP program share, and the lookup that both run over them.
+//!
+//! User space writes these maps through memory mappings while the program reads them, so every field is a
+//! [`Word`]. One [`Control::sequence`] guards them all: it is odd while a batch of changes is being written,
+//! and the program passes a packet to the kernel if the number was odd or changed during its lookup.
+//!
+//! | map | value | index |
+//! |---|---|---|
+//! | `CONTROL` | [`Control`] | 0 |
+//! | `CELLS_V4`, `CELLS_V6` | [`Bucket`] | hash of a masked key |
+//! | `TUPLES_V4`, `TUPLES_V6` | [`TupleList`] | [`List`] |
+//! | `EXCEPTIONS_V4`, `EXCEPTIONS_V6` | [`ExceptionList`] | 0 |
+//! | `FORWARDINGS` | [`Forwarding`] | slot |
+//! | `PORTS` | [`Port`] | hash of interface and VLAN |
+//! | `TRAFFIC` | [`Traffic`] | CPU × slots + slot |
+//! | `PASSES` | [`Passes`] | CPU |
+//! | `DEVICES` | (device map) | interface index |
+//! | `CLOCK` | [`Word`] | 0: nanoseconds of the clock that leases are judged by |
+
+#![no_std]
+// Shared memory needs it; each block says why it is sound.
+#![allow(unsafe_code)]
+// Words are packed from, and unpacked into, smaller numbers; the masks and shifts beside show which.
+#![allow(clippy::cast_possible_truncation)]
+
+mod layout;
+mod lookup;
 mod reason;
+
+pub use layout::{
+    BUCKET_ENTRIES, Bucket, Control, Exception, ExceptionList, FamilyControl, Forwarding, List,
+    MAX_EXCEPTIONS, MAX_TUPLES, PORT_PROBES, PORT_SLOTS, Passes, Port, Shared, Traffic, Tuple, TupleList,
+    Value, Word, packed_mac, port_key, port_slot, upper_layer,
+};
+pub use lookup::{Buckets, Hashed, first_hit, hash};
 pub use reason::PassReason;
+
+/// Words of an IPv4 key: destination in the upper half, source in the lower.
+pub const KEY_WORDS_V4: usize = 1;
+/// Words of an IPv6 key: two for the destination, then two for the source.
+pub const KEY_WORDS_V6: usize = 4;

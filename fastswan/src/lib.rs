@@ -2,15 +2,18 @@
 
 pub mod compiler;
 pub mod database;
+pub mod forwarder;
 pub mod host;
 pub mod policy;
 pub mod source;
+mod sys;
 pub mod table;
 
 pub use compiler::Compiler;
 pub use database::Database;
 pub use fastswan_ebpf::PassReason;
+pub use forwarder::XdpForwarder;
 pub use host::HostFacts;
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
 pub use source::{PolicyEvent, PolicySource, Snapshot, SourceError};
-pub use table::OffloadTable;
+pub use table::{BpfTable, MemoryTable, OffloadTable};

@@ -8,12 +8,18 @@
 //! A batch of changes is one [`TableUpdate`]. A packet sees all of a batch, nothing of it, or, if the batch
 //! is being written at that moment, it is passed to the kernel.
 
-use std::{fmt, time::Duration};
+use std::{fmt, io, net::IpAddr, time::Duration};
 
-use fastswan_ebpf::PassReason;
+use fastswan_ebpf::{MAX_EXCEPTIONS, MAX_TUPLES, PassReason};
 use ipnet::IpNet;
 
+pub use self::{bpf::BpfTable, memory::MemoryTable};
 use crate::policy::{Family, MacAddr, PortMatch};
+
+mod bpf;
+mod memory;
+mod mmap;
+mod store;
 
 /// A region of the plane of addresses: the packets from `source` to `destination`.
 ///
@@ -134,6 +140,43 @@ pub struct Capacity {
     pub slots: usize,
 }
 
+/// How large a table is made.
+///
+/// The default takes about 14 MiB, and 256 KiB for each CPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableConfig {
+    /// Cells and host facts together, of each family. Takes 32 bytes each for IPv4 and 80 for IPv6, after
+    /// rounding up to a power of two.
+    pub cells: u32,
+    /// Policies that can be fast at the same time. Takes 32 bytes each, and 16 for each CPU.
+    pub slots: u32,
+}
+
+impl Default for TableConfig {
+    fn default() -> Self {
+        Self { cells: 131_072, slots: 16_384 }
+    }
+}
+
+impl TableConfig {
+    /// What a table of this size holds.
+    #[must_use]
+    pub fn capacity(&self) -> Capacity {
+        Capacity {
+            cells: self.cells as usize,
+            tuples: MAX_TUPLES,
+            fact_lengths: MAX_TUPLES,
+            exceptions: MAX_EXCEPTIONS,
+            slots: self.slots as usize,
+        }
+    }
+
+    /// Two entries for each bucket of four, so that there is nearly always room in one of two buckets.
+    fn buckets(&self) -> u32 {
+        self.cells.max(4).div_ceil(2).next_power_of_two()
+    }
+}
+
 /// An (interface, VLAN) pair from which packets may be fast.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Port {
@@ -189,8 +232,8 @@ pub trait OffloadTable: Send {
     ///
     /// # Errors
     ///
-    /// [`TableError::Full`] if it does not fit. The table then holds an undefined part of the batch, and the
-    /// kill switch is on: send everything again to a table that holds it.
+    /// [`TableError`] if it does not fit or names something that does not exist. The table then holds an
+    /// undefined part of the batch, and the kill switch is on.
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError>;
 
     /// Turns the fast path on, or off: the kill switch. A new table is off.
@@ -214,10 +257,10 @@ pub trait OffloadTable: Send {
     fn capacity(&self) -> Capacity;
 
     /// The cell's verdict for a packet between two addresses, as the data path finds it.
-    fn verdict(&self, source: std::net::IpAddr, destination: std::net::IpAddr) -> Option<Verdict>;
+    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict>;
 
     /// The host fact for an address, as the data path finds it.
-    fn fact(&self, side: Side, address: std::net::IpAddr) -> Option<Fact>;
+    fn fact(&self, side: Side, address: IpAddr) -> Option<Fact>;
 
     /// What a slot has forwarded.
     fn traffic(&self, slot: Slot) -> Traffic;
@@ -227,7 +270,7 @@ pub trait OffloadTable: Send {
 }
 
 /// A table could not do what it was asked to.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TableError {
     /// A batch does not fit.
@@ -249,5 +292,25 @@ pub enum TableError {
         vlan: u16,
         /// How many ports fit.
         limit: usize,
+    },
+    /// A batch names a slot that the table does not have.
+    #[error("slot {} does not exist: the table has {limit} slots; make the table larger", slot.0)]
+    NoSuchSlot {
+        /// The slot.
+        slot: Slot,
+        /// How many there are.
+        limit: usize,
+    },
+    /// A cell joins prefixes of different families.
+    #[error("a cell joins an IPv4 and an IPv6 prefix: give both prefixes of one family")]
+    MixedFamilies,
+    /// Packets cannot be redirected to a device.
+    #[error("cannot redirect packets to device #{ifindex}: {error}; check that it still exists")]
+    Device {
+        /// Its interface index.
+        ifindex: u32,
+        /// Why the kernel refused it.
+        #[source]
+        error: io::Error,
     },
 }

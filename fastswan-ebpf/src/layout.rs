@@ -1,0 +1,418 @@
+//! What lies where in the maps. Numbers are in host order unless a name says otherwise.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use bytemuck::Zeroable;
+
+use crate::PassReason;
+
+/// Entries of a bucket; four IPv4 entries fill one cache line.
+pub const BUCKET_ENTRIES: usize = 4;
+/// Longest list of tuples.
+pub const MAX_TUPLES: usize = 64;
+/// Longest list of exceptions. Each costs every packet of its family a comparison.
+pub const MAX_EXCEPTIONS: usize = 64;
+/// Slots of the port table.
+pub const PORT_SLOTS: usize = 1024;
+/// Slots in which a port may lie, counted from its own.
+pub const PORT_PROBES: usize = 8;
+
+/// Types that may lie in memory which user space and the program share.
+///
+/// # Safety
+///
+/// The type is `repr(C)`, consists of nothing but [`Word`]s, and thus has no padding, is valid for every bit
+/// pattern (zero included) and may be written through a shared reference.
+pub unsafe trait Shared: Zeroable + Sync + 'static {}
+
+/// One 64-bit number in shared memory.
+#[repr(transparent)]
+#[derive(Debug, Default)]
+pub struct Word(AtomicU64);
+
+impl Word {
+    /// Reads it.
+    #[inline(always)]
+    #[must_use]
+    pub fn load(&self) -> u64 {
+        if cfg!(target_arch = "bpf") {
+            // Volatile, so that the reads stay in program order; the architectures that reorder them all the
+            // same need the program's `fence`.
+            // SAFETY: the pointer comes from a reference.
+            unsafe { self.0.as_ptr().read_volatile() }
+        } else {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    /// Writes it.
+    #[inline(always)]
+    pub fn store(&self, value: u64) {
+        if cfg!(target_arch = "bpf") {
+            // SAFETY: the pointer comes from a reference, and the memory is writable for both sides.
+            unsafe { self.0.as_ptr().write_volatile(value) }
+        } else {
+            self.0.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Adds to it. Not atomic: for counters with one writer, which per-CPU ones have.
+    #[inline(always)]
+    pub fn add(&self, value: u64) {
+        self.store(self.load().wrapping_add(value));
+    }
+
+    /// The atomic itself, for a writer or reader that needs an ordering.
+    #[inline(always)]
+    #[must_use]
+    pub fn atomic(&self) -> &AtomicU64 {
+        &self.0
+    }
+}
+
+/// The control record.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Control {
+    /// Even: the maps are consistent. Odd: a batch is being written.
+    pub sequence: Word,
+    /// The kill switch: 0 passes everything.
+    pub enabled: Word,
+    /// The mirror is known to be alive and caught up until then, in nanoseconds of `bpf_ktime_get_coarse_ns`.
+    pub deadline: Word,
+    /// A deadline further ahead than this, in nanoseconds, does not count.
+    pub lease: Word,
+    /// IPv4.
+    pub v4: FamilyControl,
+    /// IPv6.
+    pub v6: FamilyControl,
+}
+
+/// The part of the control record that is about one family.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct FamilyControl {
+    /// Seed of the hash.
+    pub seed: Word,
+    /// Buckets in use, a power of two, minus 1.
+    pub bucket_mask: Word,
+    /// Length of each [`List`] of tuples.
+    pub tuples: [Word; 3],
+    /// Length of the list of exceptions.
+    pub exceptions: Word,
+}
+
+/// The lists of tuples that a family has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum List {
+    /// Pairs of prefix lengths of cells: longest destination first, then longest source.
+    Cells = 0,
+    /// Prefix lengths of facts about destinations, longest first.
+    Destinations = 1,
+    /// Prefix lengths of facts about sources, longest first.
+    Sources = 2,
+}
+
+/// The bits of a key that count for the entries that carry the tuple's number.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Tuple<const K: usize> {
+    /// Ones where the key counts.
+    pub mask: [Word; K],
+    /// Number of the tuple, from 0 to 255, different from every other of the family.
+    pub number: Word,
+}
+
+/// A list of tuples, in the order in which they are looked up.
+#[repr(C)]
+#[derive(Debug)]
+pub struct TupleList<const K: usize>(pub [Tuple<K>; MAX_TUPLES]);
+
+/// A bucket of the hash.
+///
+/// The values come first, so that one cache line tells whether a key need be compared.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Bucket<const K: usize> {
+    /// What the entries say; see [`Value`]. Bit 63 of the first marks the bucket as spilled.
+    pub values: [Word; BUCKET_ENTRIES],
+    /// Their keys, masked.
+    pub keys: [[Word; K]; BUCKET_ENTRIES],
+}
+
+/// What an entry of the hash says, in 64 bits.
+///
+/// | bits | meaning |
+/// |---|---|
+/// | 0–31 | payload: slot, reason or interface index |
+/// | 32–35 | kind |
+/// | 36, 37 | probe the destination, the source |
+/// | 38–45 | number of the tuple |
+/// | 46–61 | tag: bits of the key's hash |
+/// | 62 | 1 in every entry |
+/// | 63 | in a bucket's first entry, whether it is used or not: the bucket has spilled into another |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Value(pub u64);
+
+impl Value {
+    const KIND_SHIFT: u32 = 32;
+    const KIND_MASK: u64 = 0xf << Self::KIND_SHIFT;
+    const PROBE_DESTINATION: u64 = 1 << 36;
+    const PROBE_SOURCE: u64 = 1 << 37;
+    const NUMBER_SHIFT: u32 = 38;
+    const TAG_SHIFT: u32 = 46;
+    const USED: u64 = 1 << 62;
+    const IDENTITY_MASK: u64 = ((1 << 63) - 1) & !((1 << Self::NUMBER_SHIFT) - 1);
+    /// The bucket has spilled into another.
+    pub const SPILLED: u64 = 1 << 63;
+
+    /// Kind of a fast cell; the payload is its slot.
+    pub const FAST: u64 = 1;
+    /// Kind of a cell that passes; the payload is its reason.
+    pub const PASS: u64 = 2;
+    /// Kind of a fact: never forwarded to or from.
+    pub const DENIED: u64 = 3;
+    /// Kind of a fact: routed to the device with the payload's index.
+    pub const VIA: u64 = 4;
+
+    /// A fast cell.
+    #[must_use]
+    pub fn fast(slot: u32, probe_destination: bool, probe_source: bool) -> Self {
+        let mut value = Self::of_kind(Self::FAST, slot);
+        if probe_destination {
+            value.0 |= Self::PROBE_DESTINATION;
+        }
+        if probe_source {
+            value.0 |= Self::PROBE_SOURCE;
+        }
+        value
+    }
+
+    /// A cell that passes.
+    #[must_use]
+    pub fn pass(reason: PassReason) -> Self {
+        Self::of_kind(Self::PASS, reason as u32)
+    }
+
+    /// An address that packets are never forwarded to, or from.
+    #[must_use]
+    pub fn denied() -> Self {
+        Self::of_kind(Self::DENIED, 0)
+    }
+
+    /// An address that is routed to a device.
+    #[must_use]
+    pub fn via(ifindex: u32) -> Self {
+        Self::of_kind(Self::VIA, ifindex)
+    }
+
+    fn of_kind(kind: u64, payload: u32) -> Self {
+        Self(u64::from(payload) | kind << Self::KIND_SHIFT)
+    }
+
+    /// The same, as stored: with the tuple's number and the hash's tag.
+    #[must_use]
+    pub fn stored(self, identity: u64) -> u64 {
+        self.0 & !(Self::IDENTITY_MASK | Self::SPILLED) | identity
+    }
+
+    /// The bits by which an entry is recognised before its key is compared.
+    #[inline(always)]
+    #[must_use]
+    pub fn identity(number: u64, hash: u64) -> u64 {
+        (number << Self::NUMBER_SHIFT | hash << Self::TAG_SHIFT | Self::USED) & Self::IDENTITY_MASK
+    }
+
+    /// All ones if a stored word is an entry with this identity, else 0.
+    #[inline(always)]
+    #[must_use]
+    pub fn mask_if(stored: u64, identity: u64) -> u64 {
+        let difference = (stored & Self::IDENTITY_MASK) ^ identity;
+        // Bit 63 of the difference is 0, so only a difference of 0 becomes negative.
+        (difference.wrapping_sub(1).cast_signed() >> 63).cast_unsigned()
+    }
+
+    /// The identity of a stored word, or `None` if it is no entry.
+    #[must_use]
+    pub fn identity_of(stored: u64) -> Option<u64> {
+        (stored & Self::USED != 0).then_some(stored & Self::IDENTITY_MASK)
+    }
+
+    /// The number of the tuple that a stored entry belongs to.
+    #[must_use]
+    pub fn number(stored: u64) -> u8 {
+        (stored >> Self::NUMBER_SHIFT) as u8
+    }
+
+    /// The kind.
+    #[inline(always)]
+    #[must_use]
+    pub fn kind(self) -> u64 {
+        (self.0 & Self::KIND_MASK) >> Self::KIND_SHIFT
+    }
+
+    /// The payload.
+    #[inline(always)]
+    #[must_use]
+    pub fn payload(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The destination is to be looked up.
+    #[inline(always)]
+    #[must_use]
+    pub fn probes_destination(self) -> bool {
+        self.0 & Self::PROBE_DESTINATION != 0
+    }
+
+    /// The source is to be looked up.
+    #[inline(always)]
+    #[must_use]
+    pub fn probes_source(self) -> bool {
+        self.0 & Self::PROBE_SOURCE != 0
+    }
+}
+
+/// A protocol or ports that make packets of a region pass.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Exception<const K: usize> {
+    /// The region's addresses, masked.
+    pub key: [Word; K],
+    /// Ones where they count.
+    pub mask: [Word; K],
+    /// Protocol and ports as in [`upper_layer`].
+    pub upper: Word,
+    /// Ones where they count.
+    pub upper_mask: Word,
+}
+
+/// All exceptions of a family.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ExceptionList<const K: usize>(pub [Exception<K>; MAX_EXCEPTIONS]);
+
+/// Protocol, source port and destination port in one number.
+#[inline(always)]
+#[must_use]
+pub const fn upper_layer(protocol: u8, source_port: u16, destination_port: u16) -> u64 {
+    (protocol as u64) << 32 | (source_port as u64) << 16 | destination_port as u64
+}
+
+/// How the packets of a slot leave.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Forwarding {
+    /// Interface index in bits 0–31, longest packet in bits 32–47. 0 is a free slot.
+    pub device_and_length: Word,
+    /// Destination address to write, as in [`packed_mac`]; 0 with a source of 0 leaves both as they are.
+    pub destination: Word,
+    /// Source address to write.
+    pub source: Word,
+    /// So that no entry lies in two cache lines.
+    pub reserved: Word,
+}
+
+/// A port.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Port {
+    /// As in [`port_key`]; 0 is a free slot.
+    pub key: Word,
+    /// The address that frames must be sent to, as in [`packed_mac`].
+    pub address: Word,
+    /// The flags below in bits 0–31; in bits 32–63 the device that the kernel would receive packets on.
+    pub flags_and_receiver: Word,
+}
+
+impl Port {
+    /// Forwards IPv4.
+    pub const FORWARDS_V4: u64 = 1;
+    /// Forwards IPv6.
+    pub const FORWARDS_V6: u64 = 2;
+    /// Sources must be routed back through the receiver.
+    pub const REVERSE_PATH_STRICT: u64 = 4;
+    /// Sources must have a route.
+    pub const REVERSE_PATH_LOOSE: u64 = 8;
+}
+
+/// An Ethernet address as a number: the first byte is the most significant of the lower 48 bits.
+#[inline(always)]
+#[must_use]
+pub const fn packed_mac(mac: [u8; 6]) -> u64 {
+    u64::from_be_bytes([0, 0, mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]])
+}
+
+/// Interface and VLAN as a number that is never 0.
+#[inline(always)]
+#[must_use]
+pub const fn port_key(ifindex: u32, vlan: u16) -> u64 {
+    1 << 63 | (ifindex as u64) << 16 | vlan as u64
+}
+
+/// The first slot that a port may lie in.
+#[inline(always)]
+#[must_use]
+pub const fn port_slot(key: u64) -> u64 {
+    // Consecutive interfaces lie in consecutive slots, the VLANs of one interface in distant ones.
+    (key >> 16 ^ key.wrapping_mul(37)) % PORT_SLOTS as u64
+}
+
+/// What one CPU has forwarded for one slot.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// Packets.
+    pub packets: Word,
+    /// Bytes, from the IP header on.
+    pub bytes: Word,
+}
+
+/// What one CPU has passed, by reason.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Passes {
+    /// Packets, by [`PassReason`].
+    pub packets: [Word; PassReason::COUNT],
+    /// Written by the program's fence; its value means nothing.
+    pub scratch: Word,
+}
+
+macro_rules! shared {
+    ($($type:ty $(, $k:ident)?;)+) => {
+        $(
+            // SAFETY: `repr(C)` and made of words only, as the definitions above show; valid when zero.
+            unsafe impl $(<const $k: usize>)? Zeroable for $type {}
+            // SAFETY: likewise.
+            unsafe impl $(<const $k: usize>)? Shared for $type {}
+        )+
+    };
+}
+
+shared! {
+    Word;
+    Control;
+    TupleList<K>, K;
+    Bucket<K>, K;
+    ExceptionList<K>, K;
+    Forwarding;
+    Port;
+    Traffic;
+    Passes;
+}
+
+// Both sides and the maps must agree on sizes; they are part of the committed bytecode.
+const _: () = {
+    assert!(size_of::<Word>() == 8 && align_of::<Word>() == 8);
+    assert!(size_of::<FamilyControl>() == 48);
+    assert!(size_of::<Control>() == 128);
+    assert!(size_of::<TupleList<1>>() == MAX_TUPLES * 16 && size_of::<TupleList<4>>() == MAX_TUPLES * 40);
+    assert!(size_of::<Bucket<1>>() == 64 && size_of::<Bucket<4>>() == 160);
+    assert!(size_of::<ExceptionList<1>>() == MAX_EXCEPTIONS * 32);
+    assert!(size_of::<ExceptionList<4>>() == MAX_EXCEPTIONS * 80);
+    assert!(size_of::<Forwarding>() == 32);
+    assert!(size_of::<Port>() == 24);
+    assert!(size_of::<Traffic>() == 16);
+    assert!(size_of::<Passes>() == (PassReason::COUNT + 1) * 8);
+};

@@ -1,0 +1,147 @@
+//! Headers as they lie in a frame, and the addresses that are never forwarded.
+//!
+//! Fields are in network order and may lie at any address.
+
+use aya_ebpf::programs::XdpContext;
+use fastswan_ebpf::PassReason;
+
+pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
+pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub(super) const ETHERTYPE_VLAN: u16 = 0x8100;
+pub(super) const ETHERTYPE_QINQ: u16 = 0x88a8;
+
+const ICMP: u8 = 1;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const DCCP: u8 = 33;
+const ICMPV6: u8 = 58;
+const SCTP: u8 = 132;
+const UDP_LITE: u8 = 136;
+
+#[repr(C, packed)]
+pub(super) struct Ethernet {
+    pub(super) destination: [u8; 6],
+    pub(super) source: [u8; 6],
+    pub(super) ether_type: u16,
+}
+
+#[repr(C, packed)]
+pub(super) struct Vlan {
+    pub(super) control: u16,
+    pub(super) ether_type: u16,
+}
+
+#[repr(C, packed)]
+pub(super) struct Ipv4 {
+    pub(super) version_and_length: u8,
+    pub(super) traffic_class: u8,
+    pub(super) total_length: u16,
+    pub(super) identification: u16,
+    pub(super) fragment: u16,
+    pub(super) ttl: u8,
+    pub(super) protocol: u8,
+    pub(super) checksum: u16,
+    pub(super) source: u32,
+    pub(super) destination: u32,
+}
+
+#[repr(C, packed)]
+pub(super) struct Ipv6 {
+    pub(super) version_class_flow: u32,
+    pub(super) payload_length: u16,
+    pub(super) next_header: u8,
+    pub(super) hop_limit: u8,
+    pub(super) source: [u64; 2],
+    pub(super) destination: [u64; 2],
+}
+
+/// The bytes of a frame that lie in one piece.
+#[derive(Clone, Copy)]
+pub(super) struct Frame {
+    pub(super) start: usize,
+    pub(super) end: usize,
+}
+
+impl Frame {
+    #[inline(always)]
+    pub(super) fn of(context: &XdpContext) -> Self {
+        Self { start: context.data(), end: context.data_end() }
+    }
+
+    /// The header of type `T` that begins `offset` bytes into the frame.
+    #[inline(always)]
+    pub(super) fn header<T>(self, offset: usize) -> Result<*mut T, PassReason> {
+        let header = self.start + offset;
+        if header + size_of::<T>() > self.end {
+            return Err(PassReason::Truncated);
+        }
+        Ok(header as *mut T)
+    }
+}
+
+/// Whether the one's complement sum over the header is right (RFC 1071).
+#[inline(always)]
+pub(super) fn checksum_is_good(header: *const Ipv4) -> bool {
+    let words = header.cast::<u16>();
+    let mut sum = 0_u32;
+    let mut word = 0;
+    while word < size_of::<Ipv4>() / 2 {
+        // SAFETY: `header` was bounds-checked by `Frame::header`.
+        sum += u32::from(unsafe { words.add(word).read_unaligned() });
+        word += 1;
+    }
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum == 0xffff
+}
+
+/// The checksum after the TTL went down by one (RFC 1624).
+#[inline(always)]
+pub(super) fn checksum_after_ttl_decrement(checksum: u16) -> u16 {
+    let sum = u32::from(checksum) + u32::from(0x0100_u16.to_be());
+    (sum + (sum >> 16)) as u16
+}
+
+/// This network, loopback, link-local, multicast, reserved and limited broadcast, RFC 6890. Host order.
+///
+/// Some of them the kernel forwards; passing them is as right, and they are rare.
+#[inline(always)]
+pub(super) fn is_special_v4(address: u32) -> bool {
+    address >> 24 == 0 || address >> 24 == 127 || address >> 16 == 0xa9fe || address >= 0xe000_0000
+}
+
+/// Unspecified, loopback, IPv4-compatible and -mapped, link-local, site-local and multicast (RFC 4291), from
+/// the two halves in host order. Likewise.
+#[inline(always)]
+pub(super) fn is_special_v6(address: [u64; 2]) -> bool {
+    (address[0] == 0 && matches!(address[1] >> 32, 0 | 0xffff))
+        || address[0] >> 55 == 0xfe80 >> 7
+        || address[0] >> 56 == 0xff
+}
+
+/// Whether an IPv6 next header is an extension header or anything else that is not the packet's last header.
+#[inline(always)]
+pub(super) fn is_extension_header(next_header: u8) -> bool {
+    // Hop-by-hop, routing, fragment, AH, no next header, destination options, mobility, HIP, Shim6,
+    // experiments (RFC 8200, IANA's registry).
+    matches!(next_header, 0 | 43 | 44 | 51 | 59 | 60 | 135 | 139 | 140 | 253 | 254)
+}
+
+/// Where the kernel finds what it compares with a selector's ports (`xfrm_flowi_sport`, `xfrm_flowi_dport`).
+pub(super) enum Ports {
+    /// Source and destination port are the first four bytes.
+    Ports,
+    /// ICMP type and code are the first two.
+    TypeAndCode,
+    /// Elsewhere or nowhere.
+    Unknown,
+}
+
+#[inline(always)]
+pub(super) fn ports_of(protocol: u8) -> Ports {
+    match protocol {
+        TCP | UDP | DCCP | SCTP | UDP_LITE => Ports::Ports,
+        ICMP | ICMPV6 => Ports::TypeAndCode,
+        _ => Ports::Unknown,
+    }
+}

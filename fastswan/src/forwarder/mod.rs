@@ -1,0 +1,371 @@
+//! Loads the XDP program, attaches it to interfaces and detaches it.
+//!
+//! The bytecode is part of the crate: building it takes no eBPF tools. Loading gives the program's table,
+//! which the caller fills, usually through a [`Gateway`](crate::Gateway).
+
+use std::io;
+
+use aya::{
+    Ebpf, EbpfLoader, TestRun as _, TestRunOptions, include_bytes_aligned,
+    maps::Array,
+    programs::{ProgramError, Xdp, XdpMode, xdp::XdpLinkId},
+    util::{KernelVersion, nr_cpus},
+};
+use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
+
+pub use self::error::ForwarderError;
+use self::{error::errno, link::attached_program};
+use crate::{
+    sys::{device_features, monotonic_coarse_nanoseconds},
+    table::{BpfTable, TableConfig},
+};
+
+mod error;
+mod link;
+
+#[cfg(target_endian = "little")]
+static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfel.o");
+#[cfg(target_endian = "big")]
+static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfeb.o");
+
+/// The program, and the one that tells its time, by their names in the object.
+const PROGRAM: &str = "fastswan";
+const CLOCK_PROGRAM: &str = "fastswan_clock";
+
+/// Packet offload came with Linux 6.2; what the program uses (multi-buffer XDP and
+/// `bpf_ktime_get_coarse_ns`) with 5.18 and earlier.
+const OLDEST_KERNEL: (u8, u8) = (6, 2);
+
+/// Drivers of software ports, whose frames may still lack what the sender leaves to hardware.
+const SOFTWARE_DRIVERS: [&str; 2] = ["veth", "tun"];
+
+/// How the program is attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AttachMode {
+    /// Native if the driver can, otherwise generic; [`Attachment::fallback`] tells why.
+    #[default]
+    Automatic,
+    /// In the driver, before the kernel allocates a packet: the fast way.
+    Native,
+    /// In the kernel's stack: works with every driver and gains less.
+    Generic,
+}
+
+/// Where and how to attach the program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachConfig {
+    interface: String,
+    mode: AttachMode,
+    complete_frames: bool,
+}
+
+impl AttachConfig {
+    /// Attaches to the interface with this name in the thread's network namespace, automatically native or
+    /// generic.
+    #[must_use]
+    pub fn new(interface: impl Into<String>) -> Self {
+        Self { interface: interface.into(), mode: AttachMode::default(), complete_frames: false }
+    }
+
+    /// Sets the mode.
+    #[must_use]
+    pub fn mode(mut self, mode: AttachMode) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    /// States that whoever sends to this software port (veth, tun, tap) sends complete frames: TX checksum
+    /// and TX VLAN offload are off there. XDP cannot tell, and a packet forwarded without its checksum is lost.
+    #[must_use]
+    pub fn complete_frames(mut self, complete: bool) -> Self {
+        self.complete_frames = complete;
+        self
+    }
+}
+
+/// An interface that the program runs on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// Its name when it was attached.
+    pub interface: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// How it is attached; never [`AttachMode::Automatic`].
+    pub mode: AttachMode,
+    /// Why it is generic although it was to be automatic.
+    pub fallback: Option<String>,
+}
+
+/// What the program does with a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The frame's fate.
+    pub action: RunAction,
+    /// The frame afterwards.
+    pub frame: Vec<u8>,
+}
+
+/// The fate of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunAction {
+    /// To the kernel (`XDP_PASS`).
+    Pass,
+    /// Out of the interface it came in on (`XDP_TX`).
+    Transmit,
+    /// To another interface (`XDP_REDIRECT`).
+    Redirect,
+    /// Something that the program never answers: `XDP_DROP`, `XDP_ABORTED`.
+    Other(u32),
+}
+
+/// What the kernel's verifier says about the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProgramCost {
+    /// Instructions of the program, as the kernel rewrote them.
+    pub instructions: u32,
+    /// Instructions that the verifier walked through, of 1,000,000 that it allows (Linux 5.16).
+    pub verified_instructions: u32,
+}
+
+/// The XDP program in the kernel, and where it is attached. Dropping it detaches it everywhere.
+///
+/// Needs Linux 6.2, `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
+#[derive(Debug)]
+pub struct XdpForwarder {
+    ebpf: Ebpf,
+    attached: Vec<(Attachment, XdpLinkId)>,
+}
+
+impl XdpForwarder {
+    /// Loads the program with a new table of the given size. The table passes everything until it is filled,
+    /// enabled and its lease renewed.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::NotPermitted`], [`ForwarderError::KernelTooOld`], or [`ForwarderError::Bpf`] with
+    /// what the kernel says, for instance too little memory for the table.
+    pub fn load(config: &TableConfig) -> Result<(Self, BpfTable), ForwarderError> {
+        check_kernel()?;
+        let cpus =
+            nr_cpus().map_err(|(path, error)| ForwarderError::new(format!("reading {path}"), error))?;
+        let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
+        let weakly_ordered = u32::from(!cfg!(any(target_arch = "x86_64", target_arch = "s390x")));
+        let mut loader = EbpfLoader::new();
+        loader.override_global("SLOTS", &config.slots, true);
+        loader.override_global("WEAKLY_ORDERED", &weakly_ordered, true);
+        for (map, length) in BpfTable::map_lengths(config, cpus) {
+            loader.map_max_entries(map, length);
+        }
+        let mut ebpf =
+            loader.load(BYTECODE).map_err(|error| ForwarderError::new("creating the BPF maps", error))?;
+        for name in [PROGRAM, CLOCK_PROGRAM] {
+            program_mut(&mut ebpf, name)
+                .and_then(Xdp::load)
+                .map_err(|error| ForwarderError::new(format!("loading the XDP program {name}"), error))?;
+        }
+        let clock_offset = learn_clock_offset(&mut ebpf)?;
+        let table = BpfTable::take(&mut ebpf, config, cpus, clock_offset)
+            .map_err(|error| ForwarderError::new("mapping the BPF maps", error))?;
+        Ok((Self { ebpf, attached: Vec::new() }, table))
+    }
+
+    /// Attaches the program to an interface. Its packets pass until the table knows the port
+    /// ([`OffloadTable::set_port`](crate::OffloadTable::set_port)).
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::NoSuchInterface`], [`ForwarderError::StripsVlanTags`],
+    /// [`ForwarderError::IncompleteFrames`], [`ForwarderError::AlreadyAttached`],
+    /// [`ForwarderError::NoNativeXdp`], [`ForwarderError::NotPermitted`] or [`ForwarderError::Attach`].
+    pub fn attach(&mut self, config: &AttachConfig) -> Result<Attachment, ForwarderError> {
+        let interface = &config.interface;
+        let ifindex = ifindex(interface)?;
+        check_port(config)?;
+        if let Ok(program @ Some(_)) = attached_program(ifindex) {
+            return Err(ForwarderError::AlreadyAttached { interface: interface.clone(), program });
+        }
+        let (link, mode, fallback) = match config.mode {
+            AttachMode::Native | AttachMode::Generic => {
+                (self.attach_link(interface, ifindex, config.mode)?, config.mode, None)
+            }
+            AttachMode::Automatic => match self.attach_link(interface, ifindex, AttachMode::Native) {
+                Ok(link) => (link, AttachMode::Native, None),
+                Err(error @ (ForwarderError::NoNativeXdp { .. } | ForwarderError::Attach { .. })) => {
+                    let link = self.attach_link(interface, ifindex, AttachMode::Generic)?;
+                    (link, AttachMode::Generic, Some(error.to_string()))
+                }
+                Err(error) => return Err(error),
+            },
+        };
+        let attachment = Attachment { interface: interface.clone(), ifindex, mode, fallback };
+        tracing::info!(interface, ifindex, ?mode, fallback = attachment.fallback, "attached the XDP program");
+        self.attached.push((attachment.clone(), link));
+        Ok(attachment)
+    }
+
+    /// Detaches the program from an interface.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::NotAttached`], or [`ForwarderError::Bpf`].
+    pub fn detach(&mut self, interface: &str) -> Result<(), ForwarderError> {
+        let position = self.attached.iter().position(|(attachment, _)| attachment.interface == interface);
+        let Some(position) = position else {
+            return Err(ForwarderError::NotAttached { interface: interface.to_owned() });
+        };
+        let (_, link) = self.attached.remove(position);
+        let detached = program_mut(&mut self.ebpf, PROGRAM).and_then(|program| program.detach(link));
+        detached.map_err(|error| ForwarderError::new(format!("detaching from {interface}"), error))
+    }
+
+    /// Where it is attached.
+    pub fn attachments(&self) -> impl Iterator<Item = &Attachment> {
+        self.attached.iter().map(|(attachment, _)| attachment)
+    }
+
+    /// Runs the program on a frame that claims to come in on an interface of this network namespace, without
+    /// sending anything (`BPF_PROG_TEST_RUN`). The frame is counted like any other.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::Bpf`], for instance if the frame has less than 14 bytes.
+    pub fn run(&self, frame: &[u8], ifindex: u32) -> Result<Run, ForwarderError> {
+        let error = |error: ProgramError| ForwarderError::new("running the XDP program", error);
+        let program = program(&self.ebpf, PROGRAM).map_err(error)?;
+        // The program only ever shortens a frame.
+        let mut output = vec![0; frame.len()];
+        let result = test_run(program, frame, Some(&mut output), ifindex).map_err(error)?;
+        output.truncate(result.data_size_out as usize);
+        let action = match result.return_value {
+            2 => RunAction::Pass,
+            3 => RunAction::Transmit,
+            4 => RunAction::Redirect,
+            other => RunAction::Other(other),
+        };
+        Ok(Run { action, frame: output })
+    }
+
+    /// What the program costs the verifier.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::Bpf`].
+    pub fn cost(&self) -> Result<ProgramCost, ForwarderError> {
+        let error = |error: ProgramError| ForwarderError::new("reading about the XDP program", error);
+        let info = program(&self.ebpf, PROGRAM).and_then(Xdp::info).map_err(error)?;
+        Ok(ProgramCost {
+            // An instruction has 8 bytes.
+            instructions: info.size_translated().unwrap_or(0) / 8,
+            verified_instructions: info.verified_instruction_count().unwrap_or(0),
+        })
+    }
+
+    fn attach_link(
+        &mut self,
+        interface: &str,
+        ifindex: u32,
+        mode: AttachMode,
+    ) -> Result<XdpLinkId, ForwarderError> {
+        let xdp_mode = if mode == AttachMode::Generic { XdpMode::Skb } else { XdpMode::Driver };
+        let program = program_mut(&mut self.ebpf, PROGRAM);
+        program.and_then(|program| program.attach_to_if_index(ifindex, xdp_mode)).map_err(|error| {
+            let interface = interface.to_owned();
+            let Some(code) = errno(&error) else {
+                return ForwarderError::new(format!("attaching to {interface}"), error);
+            };
+            let error = io::Error::from_raw_os_error(code);
+            match code {
+                libc::EOPNOTSUPP if mode == AttachMode::Native => {
+                    ForwarderError::NoNativeXdp { interface, error }
+                }
+                libc::EBUSY | libc::EEXIST => {
+                    let program = attached_program(ifindex).ok().flatten();
+                    ForwarderError::AlreadyAttached { interface, program }
+                }
+                libc::ENODEV => ForwarderError::NoSuchInterface { interface },
+                libc::EPERM => {
+                    ForwarderError::NotPermitted { attempt: format!("attaching to {interface}"), error }
+                }
+                _ => ForwarderError::Attach { interface, mode, error },
+            }
+        })
+    }
+}
+
+fn check_kernel() -> Result<(), ForwarderError> {
+    let found =
+        KernelVersion::current().map_err(|error| ForwarderError::new("reading the kernel version", error))?;
+    let (major, minor) = OLDEST_KERNEL;
+    if found < KernelVersion::new(major, minor, 0) {
+        return Err(ForwarderError::KernelTooOld { found: found.to_string() });
+    }
+    Ok(())
+}
+
+fn ifindex(interface: &str) -> Result<u32, ForwarderError> {
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)
+        .map_err(|error| ForwarderError::new("opening a socket", error))?;
+    name_to_index(socket, interface)
+        .map_err(|_| ForwarderError::NoSuchInterface { interface: interface.to_owned() })
+}
+
+/// Refuses ports whose frames do not show what the program must see.
+fn check_port(config: &AttachConfig) -> Result<(), ForwarderError> {
+    let interface = config.interface.clone();
+    let features = device_features(&interface)
+        .map_err(|error| ForwarderError::new(format!("asking for the features of {interface}"), error))?;
+    if SOFTWARE_DRIVERS.contains(&features.driver.as_str()) {
+        // Their VLAN tags are taken off, or not put on, by the sender.
+        return if config.complete_frames {
+            Ok(())
+        } else {
+            Err(ForwarderError::IncompleteFrames { interface, driver: features.driver })
+        };
+    }
+    if features.strips_vlan_tags { Err(ForwarderError::StripsVlanTags { interface }) } else { Ok(()) }
+}
+
+fn program<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Xdp, ProgramError> {
+    ebpf.program(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+fn program_mut<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, ProgramError> {
+    ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+fn test_run(
+    program: &Xdp,
+    frame: &[u8],
+    output: Option<&mut [u8]>,
+    ifindex: u32,
+) -> Result<aya::TestRunResult, ProgramError> {
+    // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+    let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+    let context: Vec<u8> = [0, length, 0, ifindex, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(frame);
+    options.data_out = output;
+    options.ctx_in = Some(&context);
+    program.test_run(options)
+}
+
+/// The program's time minus this process's, in nanoseconds. They differ in a time namespace.
+fn learn_clock_offset(ebpf: &mut Ebpf) -> Result<i64, ForwarderError> {
+    let error = |error: Box<dyn std::error::Error + Send + Sync>| {
+        ForwarderError::new("learning the clock of the XDP program", error)
+    };
+    // Both clocks tick together, but a tick may fall between the two readings: then the difference comes out
+    // too small. The largest of a few is right, and a smaller one would only shorten the lease.
+    let mut offset = i64::MIN;
+    for _ in 0..8 {
+        let program = program(ebpf, CLOCK_PROGRAM).map_err(|failure| error(failure.into()))?;
+        test_run(program, &[0; 14], None, 0).map_err(|failure| error(failure.into()))?;
+        let clock = ebpf.map("CLOCK").ok_or_else(|| error("the object has no map CLOCK".into()))?;
+        let clock: Array<_, u64> =
+            clock.try_into().map_err(|failure: aya::maps::MapError| error(failure.into()))?;
+        let theirs = clock.get(&0, 0).map_err(|failure| error(failure.into()))?;
+        let ours = monotonic_coarse_nanoseconds();
+        offset = offset.max(theirs.cast_signed().wrapping_sub(ours.cast_signed()));
+    }
+    Ok(offset)
+}

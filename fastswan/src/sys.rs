@@ -1,0 +1,76 @@
+//! System calls that no library here offers safely.
+#![allow(unsafe_code)]
+
+use std::{io, os::fd::AsRawFd as _};
+
+use rustix::{
+    net::{AddressFamily, SocketType, socket},
+    time::{ClockId, clock_gettime},
+};
+
+/// `ETHTOOL_GDRVINFO` and `ETHTOOL_GFLAGS` of `linux/ethtool.h`.
+const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GFLAGS: u32 = 0x25;
+/// `ETH_FLAG_RXVLAN`: the device takes VLAN tags off received frames.
+const ETH_FLAG_RXVLAN: u32 = 1 << 8;
+
+/// What `ethtool` knows about a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DeviceFeatures {
+    /// Name of its driver.
+    pub(crate) driver: String,
+    /// It takes VLAN tags off received frames.
+    pub(crate) strips_vlan_tags: bool,
+}
+
+/// Asks the driver of an interface of this thread's network namespace.
+pub(crate) fn device_features(interface: &str) -> io::Result<DeviceFeatures> {
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    /// `struct ethtool_drvinfo`
+    #[repr(C)]
+    struct DriverInfo {
+        command: u32,
+        driver: [u8; 32],
+        rest: [u8; 160],
+    }
+    let mut info = DriverInfo { command: ETHTOOL_GDRVINFO, driver: [0; 32], rest: [0; 160] };
+    ethtool(interface, &mut info)?;
+    let mut flags = Value { command: ETHTOOL_GFLAGS, data: 0 };
+    ethtool(interface, &mut flags)?;
+    let driver = info.driver.split(|&byte| byte == 0).next().unwrap_or_default();
+    Ok(DeviceFeatures {
+        driver: String::from_utf8_lossy(driver).into_owned(),
+        strips_vlan_tags: flags.data & ETH_FLAG_RXVLAN != 0,
+    })
+}
+
+/// Passes a request to the driver of an interface. `T` must be the structure that its first field asks for.
+fn ethtool<T>(interface: &str, request: &mut T) -> io::Result<()> {
+    // SAFETY: `ifreq` is plain data, for which zero is valid.
+    let mut ifreq: libc::ifreq = unsafe { std::mem::zeroed() };
+    if interface.len() >= ifreq.ifr_name.len() {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    for (to, from) in ifreq.ifr_name.iter_mut().zip(interface.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    ifreq.ifr_ifru.ifru_data = std::ptr::from_mut(request).cast();
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    // SAFETY: `ifreq` is terminated by a zero, since the name is shorter than the field, and points to a
+    // structure of the size that the kernel writes for its command; both live through the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `CLOCK_MONOTONIC_COARSE` in nanoseconds: the clock of `bpf_ktime_get_coarse_ns`, but for the offset of a
+/// time namespace.
+pub(crate) fn monotonic_coarse_nanoseconds() -> u64 {
+    let now = clock_gettime(ClockId::MonotonicCoarse);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
+}
