@@ -115,7 +115,7 @@ impl PortMatch {
 ///
 /// Two selectors are the same to the kernel only if their bytes are: `10.0.0.5/24` and `10.0.0.6/24`
 /// are different selectors that match the same packets, so prefixes keep their host bits here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Selector {
     /// Source prefix; always of the same family as the destination.
     pub source: IpNet,
@@ -249,7 +249,7 @@ pub struct OffloadDev {
 }
 
 /// What makes two policies the same policy to the kernel.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PolicyId {
     /// Direction.
     pub direction: Direction,
