@@ -1,1 +1,3 @@
-//! Placeholder.
+//! What the benchmarks need beside the library: the BPF maps that they compare it with.
+
+pub mod sys;
