@@ -141,3 +141,93 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         self.database.apply(event);
     }
 }
+
+impl<S, T: OffloadTable> Gateway<S, T> {
+    /// What the source has told.
+    #[must_use]
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// The table, for instance to set the kill switch or a port.
+    pub fn table_mut(&mut self) -> &mut T {
+        &mut self.table
+    }
+
+    /// The state of every outbound policy and what it has forwarded, and why packets were passed.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let policies = self.compiler.policies().map(|(id, state)| PolicyReport {
+            id: id.clone(),
+            state,
+            traffic: match state {
+                PolicyState::Fast(slot) => self.table.traffic(slot),
+                PolicyState::Pass(_) => Traffic::default(),
+            },
+        });
+        Report { policies: policies.collect(), passes: self.table.passes() }
+    }
+
+    fn off_if_failed<R>(&mut self, result: Result<R, GatewayError>) -> Result<R, GatewayError> {
+        if result.is_err() {
+            self.table.set_enabled(false);
+        }
+        result
+    }
+}
+
+impl<S, T: OffloadTable> Drop for Gateway<S, T> {
+    /// Passes everything from now on: nobody follows the source any longer.
+    fn drop(&mut self) {
+        self.table.set_enabled(false);
+    }
+}
+
+/// What a gateway does at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Outbound policies, ordered by identity.
+    pub policies: Vec<PolicyReport>,
+    /// Packets that were passed to the kernel, by reason; reasons without packets are left out.
+    pub passes: Vec<(PassReason, u64)>,
+}
+
+/// What a gateway does with one policy.
+#[derive(Clone, Debug)]
+pub struct PolicyReport {
+    /// The policy.
+    pub id: PolicyId,
+    /// Whether it is fast, or why not.
+    pub state: PolicyState,
+    /// What it has forwarded since it became fast.
+    pub traffic: Traffic,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for PolicyReport { id, state, traffic } in &self.policies {
+            match state {
+                PolicyState::Fast(_) => {
+                    writeln!(f, "fast  {id}: {} packets, {} bytes", traffic.packets, traffic.bytes)?;
+                }
+                PolicyState::Pass(reason) => writeln!(f, "pass  {id}: {}", reason.name())?,
+            }
+        }
+        for (reason, packets) in &self.passes {
+            writeln!(f, "passed to the kernel, {}: {packets} packets", reason.name())?;
+        }
+        Ok(())
+    }
+}
+
+/// The loop cannot go on; everything passes to the kernel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GatewayError {
+    /// The source failed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The table failed.
+    #[error(transparent)]
+    Table(#[from] TableError),
+}
