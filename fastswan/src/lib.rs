@@ -4,6 +4,7 @@ pub mod compiler;
 pub mod database;
 pub mod host;
 pub mod policy;
+mod prefix_map;
 pub mod source;
 pub mod table;
 
