@@ -17,6 +17,8 @@
 mod cells;
 mod facts;
 mod fit;
+#[cfg(test)]
+mod model;
 mod path;
 #[cfg(test)]
 mod properties;
