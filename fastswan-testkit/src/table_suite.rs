@@ -72,7 +72,11 @@ fn the_longest_destination_then_the_longest_source_decides(mut table: impl Offlo
     .expect("room");
     assert_eq!(verdict(&table, "10.1.1.1", "10.2.3.4"), Some(fast(2)));
     assert_eq!(verdict(&table, "10.1.2.1", "10.2.3.4"), Some(shadowed));
-    assert_eq!(verdict(&table, "10.9.9.9", "10.2.3.4"), Some(fast(1)), "no source fits the longer destination");
+    assert_eq!(
+        verdict(&table, "10.9.9.9", "10.2.3.4"),
+        Some(fast(1)),
+        "no source fits the longer destination"
+    );
     assert_eq!(verdict(&table, "10.1.1.1", "10.3.0.1"), None);
     assert_eq!(verdict(&table, "2001:db8:1::1", "2001:db8:2::1"), Some(fast(3)));
     assert_eq!(verdict(&table, "2001:db8:3::1", "2001:db8:2::1"), None);
@@ -151,7 +155,11 @@ fn lookups_agree_with_a_scan_of_all_cells(mut table: impl OffloadTable, family: 
                 .filter(|(cell, _)| cell.destination.contains(&destination) && cell.source.contains(&source))
                 .max_by_key(|(cell, _)| (cell.destination.prefix_len(), cell.source.prefix_len()));
             let expected = best.map(|(_, verdict)| *verdict);
-            assert_eq!(table.verdict(source, destination), expected, "{source} → {destination}, round {round}");
+            assert_eq!(
+                table.verdict(source, destination),
+                expected,
+                "{source} → {destination}, round {round}"
+            );
         }
     }
 }
@@ -170,7 +178,11 @@ fn as_many_cells_as_were_asked_for_fit(mut table: impl OffloadTable, family: Fam
     set(&mut table, all).expect("as many as were asked for");
     for n in 0..cells {
         let Cell { destination, .. } = host_cell(family, n);
-        assert_eq!(table.verdict(destination.addr(), destination.addr()), Some(fast(n % 64)), "{destination}");
+        assert_eq!(
+            table.verdict(destination.addr(), destination.addr()),
+            Some(fast(n % 64)),
+            "{destination}"
+        );
     }
 }
 

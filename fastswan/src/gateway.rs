@@ -10,12 +10,11 @@ use futures::FutureExt as _;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
-    compiler::{Compiler, PolicyState},
+    compiler::{Compiler, PolicyReport, PolicyState},
     database::Database,
     host::HostFacts,
-    policy::PolicyId,
     source::{PolicyEvent, PolicySource, SourceError},
-    table::{OffloadTable, Slot, TableError, Traffic},
+    table::{OffloadTable, TableError, Traffic},
 };
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
@@ -27,12 +26,12 @@ const BATCH: usize = 4096;
 /// Keeps a table equal to what a source says.
 ///
 /// ```no_run
-/// use fastswan::{Gateway, HostFacts, NetlinkSource, XdpForwarder};
 /// use fastswan::forwarder::AttachConfig;
-/// use fastswan::table::{OffloadTable as _, TableConfig};
+/// use fastswan::table::TableConfig;
+/// use fastswan::{Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder};
 ///
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-/// let host = HostFacts::read().await?;
+/// let host = HostFacts::read()?;
 /// let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;
 /// for interface in ["lan0", "nic0"] {
 ///     let attachment = forwarder.attach(&AttachConfig::new(interface))?;
@@ -103,24 +102,20 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     /// Applies an event, and those that are there already, and writes what follows from them.
     fn follow(&mut self, first: Result<Option<PolicyEvent>, SourceError>) -> Result<(), GatewayError> {
         let mut event = first?;
-        let mut caught_up = false;
-        for applied in 1..=BATCH {
-            match event {
-                Some(event) => self.apply(event),
-                None => self.source_ended = true,
+        let mut applied = 0;
+        let caught_up = loop {
+            let Some(current) = event else {
+                self.source_ended = true;
+                break true;
+            };
+            self.apply(current);
+            applied += 1;
+            if applied == BATCH {
+                break false;
             }
-            if self.source_ended || applied == BATCH {
-                caught_up = self.source_ended;
-                break;
-            }
-            match self.source.next_event().now_or_never() {
-                Some(next) => event = next?,
-                None => {
-                    caught_up = true;
-                    break;
-                }
-            }
-        }
+            let Some(next) = self.source.next_event().now_or_never() else { break true };
+            event = next?;
+        };
         if self.database.is_current() {
             let update = self.compiler.compile(&self.database, &self.host);
             self.table.apply(&update)?;
@@ -154,16 +149,12 @@ impl<S, T: OffloadTable> Gateway<S, T> {
         &mut self.table
     }
 
-    /// The state of every outbound policy and what it has forwarded, and why packets were passed.
+    /// What became of every packet-offloaded outbound policy, and why packets were passed.
     #[must_use]
     pub fn report(&self) -> Report {
-        let policies = self.compiler.policies().map(|(id, state)| PolicyReport {
-            id: id.clone(),
-            state,
-            traffic: match state {
-                PolicyState::Fast(slot) => self.table.traffic(slot),
-                PolicyState::Pass(_) => Traffic::default(),
-            },
+        let policies = self.compiler.policies().iter().map(|policy| {
+            let traffic = policy.slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot));
+            (policy.clone(), traffic)
         });
         Report { policies: policies.collect(), passes: self.table.passes() }
     }
@@ -186,35 +177,23 @@ impl<S, T: OffloadTable> Drop for Gateway<S, T> {
 /// What a gateway does at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// Outbound policies, ordered by identity.
-    pub policies: Vec<PolicyReport>,
+    /// The packet-offloaded outbound policies, and what each has forwarded since it was added.
+    pub policies: Vec<(PolicyReport, Traffic)>,
     /// Packets that were passed to the kernel, by reason; reasons without packets are left out.
     pub passes: Vec<(PassReason, u64)>,
 }
 
-/// What a gateway does with one policy.
-#[derive(Clone, Debug)]
-pub struct PolicyReport {
-    /// The policy.
-    pub id: PolicyId,
-    /// Whether it is fast, or why not.
-    pub state: PolicyState,
-    /// What it has forwarded since it became fast.
-    pub traffic: Traffic,
-}
-
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for PolicyReport { id, state, traffic } in &self.policies {
+        for (PolicyReport { id, state, .. }, Traffic { packets, bytes }) in &self.policies {
             match state {
-                PolicyState::Fast(_) => {
-                    writeln!(f, "fast  {id}: {} packets, {} bytes", traffic.packets, traffic.bytes)?;
-                }
-                PolicyState::Pass(reason) => writeln!(f, "pass  {id}: {}", reason.name())?,
+                PolicyState::Fast => write!(f, "fast")?,
+                PolicyState::Pass(reason) => write!(f, "kernel ({})", reason.name())?,
             }
+            writeln!(f, ": {id}: {packets} fast packets, {bytes} bytes")?;
         }
         for (reason, packets) in &self.passes {
-            writeln!(f, "passed to the kernel, {}: {packets} packets", reason.name())?;
+            writeln!(f, "passed, {}: {packets} packets", reason.name())?;
         }
         Ok(())
     }

@@ -3,8 +3,10 @@
 pub mod compiler;
 pub mod database;
 pub mod forwarder;
+pub mod gateway;
 pub mod host;
 pub mod policy;
+mod prefix_map;
 pub mod source;
 mod sys;
 pub mod table;
@@ -13,6 +15,7 @@ pub use compiler::Compiler;
 pub use database::Database;
 pub use fastswan_ebpf::PassReason;
 pub use forwarder::XdpForwarder;
+pub use gateway::Gateway;
 pub use host::HostFacts;
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
 pub use source::{PolicyEvent, PolicySource, Snapshot, SourceError};

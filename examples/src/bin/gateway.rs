@@ -20,7 +20,7 @@ async fn main() -> anyhow::Result<()> {
     anyhow::ensure!(!interfaces.is_empty(), "usage: gateway INTERFACE...");
 
     // What the host does with addresses: its own, its routes, its neighbours.
-    let host = HostFacts::read().await?;
+    let host = HostFacts::read()?;
 
     // The program and its table. Nothing is forwarded before the table says so.
     let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;

@@ -68,7 +68,7 @@ impl From<Mode> for AttachMode {
 async fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let arguments = Arguments::parse();
-    let host = HostFacts::read().await?;
+    let host = HostFacts::read()?;
     let config = TableConfig { cells: arguments.cells, slots: arguments.policies };
     let (mut forwarder, mut table) = XdpForwarder::load(&config)?;
     for interface in &arguments.interfaces {

@@ -1,5 +1,292 @@
-//! What the host does with addresses: links, routes, neighbours, sysctls.
+//! What the host does with addresses: links, routes, rules, neighbours and the sysctls that matter.
+//!
+//! [`HostFacts`] are plain data: [read](HostFacts::read) from the kernel once, or stated by the embedder. The
+//! [`Compiler`](crate::Compiler) takes from them which addresses inside a policy are not forwarded to the
+//! policy's device, and how the policy's packets leave; [`HostFacts::ports`] says from where packets may be
+//! fast.
 
-/// Host facts.
-#[derive(Clone, Debug, Default)]
-pub struct HostFacts {}
+mod read;
+pub(crate) mod routing;
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+pub use self::read::HostError;
+use crate::{
+    policy::{Family, MacAddr},
+    table::{Forwards, Port, ReversePath},
+};
+
+/// What is known about the host.
+///
+/// The default is that nothing is known, and then nothing is fast. An embedder that does not want fastswan to
+/// know the host says so with [`HostFacts::vouched`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostFacts {
+    /// Network interfaces.
+    pub links: Vec<Link>,
+    /// Routes of all tables.
+    pub routes: Vec<Route>,
+    /// Rules that say which table is looked up. A family without rules is one that nothing is known about.
+    pub rules: Vec<Rule>,
+    /// Neighbours with a known Ethernet address.
+    pub neighbours: Vec<Neighbour>,
+    /// The embedder answers for what routes would tell; see [`HostFacts::vouched`].
+    pub vouched: bool,
+}
+
+impl HostFacts {
+    /// Facts of an embedder that answers for them itself.
+    ///
+    /// It states that the host forwards every packet that a policy matches to the policy's device: that no
+    /// destination inside a policy is the host's own, broadcast or unroutable, that no source is the host's
+    /// own, and that the outer destination is reached through the device. Routes are then not looked at. A link
+    /// that is not listed is taken to be up, but how long its packets may be is not known, so its policies need
+    /// [`Egress::max_length`](crate::policy::Egress::max_length).
+    #[must_use]
+    pub fn vouched() -> Self {
+        Self { vouched: true, ..Self::default() }
+    }
+
+    /// The link with this interface index.
+    #[must_use]
+    pub fn link(&self, ifindex: u32) -> Option<&Link> {
+        self.links.iter().find(|link| link.ifindex == ifindex)
+    }
+
+    /// The interface index of the link with this name.
+    #[must_use]
+    pub fn ifindex(&self, name: &str) -> Option<u32> {
+        self.links.iter().find(|link| link.name == name).map(|link| link.ifindex)
+    }
+
+    /// The port for frames that arrive on an interface with a VLAN tag, or, for 0, without one.
+    ///
+    /// `None` if the kernel does not give such frames to its IP layer, or may not: no such interface or VLAN
+    /// device, a device that is down or has no Ethernet address, a member of a bridge, bond or VRF, or one that
+    /// macvlan or ipvlan devices share. Devices of other network namespaces are not seen.
+    #[must_use]
+    pub fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+        let device = self.link(ifindex)?;
+        let on_device = |link: &&Link| link.parent == Some(ifindex);
+        let shared = |link: &Link| matches!(link.kind.as_str(), "macvlan" | "macvtap" | "ipvlan" | "ipvtap");
+        if device.controller.is_some() || self.links.iter().filter(on_device).any(shared) {
+            return None;
+        }
+        let tagged = self.links.iter().filter(on_device).find(|link| link.vlan == Some(vlan));
+        let receiver = match (vlan, tagged) {
+            (0, None) => device,
+            // A device for VLAN 0 takes the priority-tagged frames, but not the untagged ones.
+            (0, Some(_)) | (_, None) => return None,
+            (_, Some(link)) => link,
+        };
+        if receiver.controller.is_some() || !device.up || !receiver.up {
+            return None;
+        }
+        Some(Port {
+            ifindex,
+            vlan,
+            receiver: receiver.ifindex,
+            address: receiver.address?,
+            forwards: receiver.forwards,
+            reverse_path: receiver.reverse_path,
+        })
+    }
+
+    /// All ports of an interface: without a VLAN tag, and with that of each VLAN device on it.
+    #[must_use]
+    pub fn ports(&self, ifindex: u32) -> Vec<Port> {
+        let mut vlans: Vec<u16> = self
+            .links
+            .iter()
+            .filter(|link| link.parent == Some(ifindex))
+            .filter_map(|link| link.vlan)
+            .chain([0])
+            .collect();
+        vlans.sort_unstable();
+        vlans.dedup();
+        vlans.into_iter().filter_map(|vlan| self.port(ifindex, vlan)).collect()
+    }
+}
+
+/// A network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Interface index.
+    pub ifindex: u32,
+    /// Name.
+    pub name: String,
+    /// What the kernel calls its kind (`IFLA_INFO_KIND`), as in `ip link add type`; empty for hardware.
+    pub kind: String,
+    /// Ethernet address, if it has one.
+    pub address: Option<MacAddr>,
+    /// Longest packet in bytes, from the IP header on.
+    pub mtu: u32,
+    /// The same for IPv6, which may be less (`net.ipv6.conf.*.mtu`).
+    pub mtu_v6: u32,
+    /// It is switched on.
+    pub up: bool,
+    /// Its lower layer is up.
+    pub carrier: bool,
+    /// The interface below it, as a VLAN device has.
+    pub parent: Option<u32>,
+    /// The VLAN id of an IEEE 802.1Q device on its parent.
+    pub vlan: Option<u16>,
+    /// The bridge, bond or VRF that it is a member of.
+    pub controller: Option<u32>,
+    /// Which families are forwarded from it.
+    pub forwards: Forwards,
+    /// Its reverse path filter for IPv4, the stricter of its own and everyone's.
+    pub reverse_path: ReversePath,
+    /// IPv4 packets that leave through it bypass IPsec (`net.ipv4.conf.*.disable_xfrm`). IPv6 has no such
+    /// switch.
+    pub bypasses_xfrm: bool,
+}
+
+impl Link {
+    /// Longest packet of a family in bytes, from the IP header on.
+    #[must_use]
+    pub fn mtu(&self, family: Family) -> u32 {
+        match family {
+            Family::V4 => self.mtu,
+            Family::V6 => self.mtu.min(self.mtu_v6),
+        }
+    }
+}
+
+/// A route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The table it is in.
+    pub table: u32,
+    /// The addresses it is for, without host bits.
+    pub destination: IpNet,
+    /// Lower is better among routes for the same prefix.
+    pub metric: u32,
+    /// What happens to packets.
+    pub kind: RouteKind,
+}
+
+/// What a route does (`RTN_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteKind {
+    /// Forwards to one next hop.
+    Unicast {
+        /// Interface index of the device.
+        ifindex: u32,
+        /// The next hop's address; `None` if the destination is a neighbour itself.
+        gateway: Option<IpAddr>,
+        /// Longest packet in bytes, if the route says (`RTAX_MTU`).
+        mtu: Option<u32>,
+    },
+    /// Forwards in a way that depends on more than the destination: several next hops, a source prefix, a type
+    /// of service, an encapsulation, or a next hop that is down.
+    Unclear,
+    /// An address of this host.
+    Local,
+    /// A broadcast address.
+    Broadcast,
+    /// An anycast address of this host.
+    Anycast,
+    /// Multicast.
+    Multicast,
+    /// Drops.
+    Blackhole,
+    /// Drops and tells the sender.
+    Unreachable,
+    /// Drops and tells the sender that it is not allowed.
+    Prohibit,
+    /// Goes on with the next rule.
+    Throw,
+}
+
+/// A rule of policy routing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// The family it is for.
+    pub family: Family,
+    /// Lower comes first.
+    pub priority: u32,
+    /// The table to look up for every packet. `None` if the rule is for some packets only or does something
+    /// else: the routes of its family are then not clear, and nothing is fast in it.
+    pub table: Option<u32>,
+}
+
+impl Rule {
+    /// The rules of a host without policy routing: the tables local (255), main (254) and default (253).
+    #[must_use]
+    pub fn ordinary(family: Family) -> [Self; 3] {
+        [(0, 255), (32_766, 254), (32_767, 253)].map(|(priority, table)| Self {
+            family,
+            priority,
+            table: Some(table),
+        })
+    }
+}
+
+/// A neighbour whose Ethernet address is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Interface index of the device it is reached through.
+    pub ifindex: u32,
+    /// Its address.
+    pub destination: IpAddr,
+    /// Its Ethernet address.
+    pub address: MacAddr,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(ifindex: u32, name: &str) -> Link {
+        Link {
+            ifindex,
+            name: name.to_owned(),
+            address: Some(MacAddr([2, 0, 0, 0, 0, u8::try_from(ifindex).unwrap()])),
+            mtu: 1500,
+            mtu_v6: 1500,
+            up: true,
+            carrier: true,
+            ..Link::default()
+        }
+    }
+
+    fn vlan(ifindex: u32, id: u16) -> Link {
+        Link { kind: "vlan".to_owned(), parent: Some(1), vlan: Some(id), ..link(ifindex, "vlan") }
+    }
+
+    fn receivers(links: &[Link]) -> Vec<(u16, u32)> {
+        let host = HostFacts { links: links.to_vec(), ..HostFacts::default() };
+        host.ports(1).iter().map(|port| (port.vlan, port.receiver)).collect()
+    }
+
+    #[test]
+    fn an_interface_has_a_port_for_untagged_frames_and_one_for_each_vlan_device() {
+        let links = [link(1, "lan"), vlan(3, 20), vlan(4, 10), Link { parent: Some(9), ..vlan(5, 30) }];
+        assert_eq!(receivers(&links), [(0, 1), (10, 4), (20, 3)]);
+        let host = HostFacts { links: links.to_vec(), ..HostFacts::default() };
+        assert_eq!(host.ifindex("lan"), Some(1));
+        assert_eq!(host.ifindex("wan"), None);
+        assert_eq!(host.port(1, 30), None, "that VLAN is on another interface");
+        assert_eq!(host.port(1, 10).map(|port| port.address), links[2].address);
+    }
+
+    #[test]
+    fn frames_that_go_to_a_bridge_or_may_be_another_devices_have_no_port() {
+        assert_eq!(receivers(&[Link { controller: Some(8), ..link(1, "lan") }, vlan(3, 20)]), []);
+        assert_eq!(receivers(&[link(1, "lan"), Link { controller: Some(8), ..vlan(3, 20) }]), [(0, 1)]);
+        let ipvlan = Link { kind: "ipvlan".to_owned(), parent: Some(1), ..link(3, "container") };
+        assert_eq!(receivers(&[link(1, "lan"), ipvlan]), []);
+        assert_eq!(receivers(&[link(1, "lan"), vlan(3, 0)]), [], "who takes which frame is not clear");
+    }
+
+    #[test]
+    fn a_device_that_is_down_or_without_an_address_has_no_port() {
+        assert_eq!(receivers(&[Link { up: false, ..link(1, "lan") }, vlan(3, 20)]), []);
+        assert_eq!(receivers(&[link(1, "lan"), Link { up: false, ..vlan(3, 20) }]), [(0, 1)]);
+        assert_eq!(receivers(&[Link { address: None, ..link(1, "tun") }]), []);
+        assert_eq!(receivers(&[]), []);
+    }
+}

@@ -78,7 +78,7 @@ pub enum Fact {
 }
 
 /// Packets that must reach the kernel because a policy asks for a protocol or ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Exception {
     /// The addresses.
     pub cell: Cell,

@@ -1,0 +1,99 @@
+//! How the packets of a policy leave: the device, the Ethernet header and the longest packet.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use crate::{
+    host::{HostFacts, Link, RouteKind, routing::Routing},
+    policy::{Family, MacAddr, NextHop, OffloadDev, Policy, SecurityAssociation, Template},
+    table::Forwarding,
+};
+
+/// What the host knows about paths.
+pub(super) struct Paths<'a> {
+    links: HashMap<u32, &'a Link>,
+    neighbours: HashMap<(u32, IpAddr), MacAddr>,
+    v4: Routing,
+    v6: Routing,
+    vouched: bool,
+}
+
+impl<'a> Paths<'a> {
+    pub(super) fn new(host: &'a HostFacts) -> Self {
+        let neighbours = host
+            .neighbours
+            .iter()
+            .map(|neighbour| ((neighbour.ifindex, neighbour.destination), neighbour.address));
+        Self {
+            links: host.links.iter().map(|link| (link.ifindex, link)).collect(),
+            neighbours: neighbours.collect(),
+            v4: host.routing(Family::V4),
+            v6: host.routing(Family::V6),
+            vouched: host.vouched,
+        }
+    }
+
+    pub(super) fn routing(&self, family: Family) -> &Routing {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
+    }
+
+    pub(super) fn link(&self, ifindex: u32) -> Option<&'a Link> {
+        self.links.get(&ifindex).copied()
+    }
+
+    /// How a policy's packets leave its device, or `None` if that is not known or not possible.
+    ///
+    /// `associations` are those that the device may use, at least one.
+    pub(super) fn forwarding<'s>(
+        &self,
+        policy: &Policy,
+        device: OffloadDev,
+        template: &Template,
+        associations: impl Iterator<Item = &'s SecurityAssociation>,
+    ) -> Option<Forwarding> {
+        let family = policy.id.selector.family();
+        let link = self.link(device.ifindex);
+        let usable =
+            link.is_some_and(|link| link.up && link.carrier && !(family == Family::V4 && link.bypasses_xfrm));
+        if !(usable || link.is_none() && self.vouched) {
+            return None;
+        }
+        let (gateway, route_mtu) = self.outer_route(template.destination, device.ifindex)?;
+        let max_length = policy.egress.max_length.or_else(|| {
+            let link = link?;
+            let outer = if template.destination.is_ipv4() { Family::V4 } else { Family::V6 };
+            let outer_mtu = bytes(route_mtu.unwrap_or(u32::MAX).min(link.mtu(outer)));
+            // A rekey is no reason for a packet that is too long for one of the two associations.
+            let inner = associations.map(|sa| Some(sa.overhead?.longest_inner_packet(outer_mtu))).min()??;
+            Some(inner.min(bytes(link.mtu(family))))
+        })?;
+        let rewrite = match policy.egress.next_hop {
+            NextHop::Device => None,
+            NextHop::Fixed { source, destination } => Some((source, destination)),
+            NextHop::Neighbour => {
+                let neighbour = gateway.unwrap_or(template.destination);
+                Some((link?.address?, *self.neighbours.get(&(device.ifindex, neighbour))?))
+            }
+        };
+        (max_length > 0).then_some(Forwarding { ifindex: device.ifindex, max_length, rewrite })
+    }
+
+    /// Gateway and MTU of the route to an outer destination, if it leads through the device.
+    fn outer_route(&self, destination: IpAddr, device: u32) -> Option<(Option<IpAddr>, Option<u32>)> {
+        let family = if destination.is_ipv4() { Family::V4 } else { Family::V6 };
+        match (self.routing(family), self.routing(family).route(destination)) {
+            (Routing::Vouched, _) => Some((None, None)),
+            (_, Some(RouteKind::Unicast { ifindex, gateway, mtu })) if ifindex == device => {
+                Some((gateway, mtu))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A length in bytes as IP writes it.
+fn bytes(length: u32) -> u16 {
+    u16::try_from(length).unwrap_or(u16::MAX)
+}

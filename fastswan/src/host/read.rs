@@ -1,0 +1,436 @@
+//! Reads host facts from the kernel: rtnetlink dumps and sysctls.
+//!
+//! The dumps are asked for on a plain socket, not through a netlink library's connection: a message that
+//! cannot be decoded, an interrupted dump or an error at its end must not be mistaken for "there is no such
+//! route".
+
+use std::{
+    collections::HashMap,
+    ffi::c_int,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    link::{
+        InfoData, InfoVlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, VlanProtocol,
+    },
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia},
+    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use super::{HostFacts, Link, Neighbour, Route, RouteKind, Rule};
+use crate::{
+    policy::{Family, MacAddr},
+    table::{Forwards, ReversePath},
+};
+
+/// How often a dump is asked for that changes keep interrupting.
+const ATTEMPTS: u32 = 16;
+
+/// The kernel sends a dump in pieces of at most 32 KiB.
+const RECEIVE_BUFFER: usize = 1 << 16;
+
+/// Host facts could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HostError {
+    /// A system call failed.
+    #[error("{attempt} failed: {error}; it needs a kernel with rtnetlink, but no privilege")]
+    System {
+        /// What was tried.
+        attempt: String,
+        /// Why it failed.
+        #[source]
+        error: io::Error,
+    },
+    /// The kernel said something that could not be understood.
+    #[error("the kernel's list of {object} could not be decoded: {reason}; please report this")]
+    Undecodable {
+        /// What was being read.
+        object: &'static str,
+        /// What was wrong.
+        reason: String,
+    },
+    /// What was being read kept changing.
+    #[error(
+        "the kernel's list of {object} changed during each of {ATTEMPTS} attempts to read it; try again later"
+    )]
+    Changing {
+        /// What was being read.
+        object: &'static str,
+    },
+}
+
+impl HostFacts {
+    /// Reads them from the kernel, in the network namespace of the calling thread.
+    ///
+    /// The kernel answers at once, so this does not wait for anything; it takes about a microsecond for each
+    /// route and neighbour. It needs no privilege. A change while it reads may be seen in part: read again
+    /// after a change.
+    ///
+    /// # Errors
+    ///
+    /// [`HostError`].
+    pub fn read() -> Result<Self, HostError> {
+        let mut dumps = Dumps::open()?;
+        let sysctls = Sysctls::default();
+        let links = dumps.links()?.iter().map(|message| link(message, &sysctls)).collect();
+        let mut facts = Self { links, ..Self::default() };
+        for family in [Family::V4, Family::V6] {
+            facts.rules.extend(dumps.rules(family)?.iter().filter_map(|message| rule(message, family)));
+            for message in dumps.routes(family)? {
+                facts.routes.extend(route(&message, family)?);
+            }
+        }
+        facts.neighbours = dumps.neighbours()?.iter().filter_map(neighbour).collect();
+        Ok(facts)
+    }
+}
+
+/// A socket that answers one dump after the other.
+struct Dumps {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Dumps {
+    fn open() -> Result<Self, HostError> {
+        let open = || {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind_auto()?;
+            socket.connect(&SocketAddr::new(0, 0))?;
+            Ok(socket)
+        };
+        let socket = open().map_err(|error| HostError::System {
+            attempt: "opening a NETLINK_ROUTE socket".to_owned(),
+            error,
+        })?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    fn links(&mut self) -> Result<Vec<LinkMessage>, HostError> {
+        let mut request = LinkMessage::default();
+        request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        self.dump("links", &RouteNetlinkMessage::GetLink(request), |message| match message {
+            RouteNetlinkMessage::NewLink(link) => Some(link),
+            _ => None,
+        })
+    }
+
+    fn rules(&mut self, family: Family) -> Result<Vec<RuleMessage>, HostError> {
+        let mut request = RuleMessage::default();
+        request.header.family = address_family(family);
+        self.dump("rules", &RouteNetlinkMessage::GetRule(request), |message| match message {
+            RouteNetlinkMessage::NewRule(rule) => Some(rule),
+            _ => None,
+        })
+    }
+
+    fn routes(&mut self, family: Family) -> Result<Vec<RouteMessage>, HostError> {
+        let mut request = RouteMessage::default();
+        request.header.address_family = address_family(family);
+        self.dump("routes", &RouteNetlinkMessage::GetRoute(request), |message| match message {
+            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            _ => None,
+        })
+    }
+
+    fn neighbours(&mut self) -> Result<Vec<NeighbourMessage>, HostError> {
+        let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        self.dump("neighbours", &request, |message| match message {
+            RouteNetlinkMessage::NewNeighbour(neighbour) => Some(neighbour),
+            _ => None,
+        })
+    }
+
+    fn dump<T>(
+        &mut self,
+        object: &'static str,
+        request: &RouteNetlinkMessage,
+        select: impl Fn(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Vec<T>, HostError> {
+        for _ in 0..ATTEMPTS {
+            if let Some(messages) = self.attempt(object, request.clone())? {
+                return Ok(messages.into_iter().filter_map(select).collect());
+            }
+        }
+        Err(HostError::Changing { object })
+    }
+
+    /// One dump, or `None` if a change interrupted it.
+    fn attempt(
+        &mut self,
+        object: &'static str,
+        request: RouteNetlinkMessage,
+    ) -> Result<Option<Vec<RouteNetlinkMessage>>, HostError> {
+        let failed = |error| HostError::System { attempt: format!("listing {object}"), error };
+        let undecodable = |reason| HostError::Undecodable { object, reason };
+
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        header.sequence_number = self.sequence;
+        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(request));
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0).map_err(failed)?;
+
+        let mut interrupted = false;
+        let mut messages = Vec::new();
+        let mut datagram = Vec::with_capacity(RECEIVE_BUFFER);
+        loop {
+            datagram.clear();
+            // The kernel queues the next piece before it hands out this one: nothing to wait for.
+            let flags: c_int = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+            let length = self.socket.recv(&mut datagram, flags).map_err(failed)?;
+            if length > datagram.len() {
+                return Err(undecodable(format!("a datagram of {length} bytes was cut off")));
+            }
+            let mut rest = datagram.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                    .map_err(|error| undecodable(error.to_string()))?;
+                let length = (message.header.length as usize).next_multiple_of(4).min(rest.len());
+                rest = &rest[length..];
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => messages.push(inner),
+                    NetlinkPayload::Done(done) if done.code < 0 => {
+                        return Err(failed(io::Error::from_raw_os_error(-done.code)));
+                    }
+                    NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(messages)),
+                    NetlinkPayload::Error(error) => {
+                        return match -error.raw_code() {
+                            // The kernel was built without it.
+                            libc::EOPNOTSUPP | libc::EAFNOSUPPORT => Ok(Some(Vec::new())),
+                            errno => Err(failed(io::Error::from_raw_os_error(errno))),
+                        };
+                    }
+                    other => return Err(undecodable(format!("unexpected {other:?}"))),
+                }
+            }
+        }
+    }
+}
+
+/// `net.ipv4.conf` and `net.ipv6.conf`. What cannot be read counts as the value that makes nothing fast.
+#[derive(Default)]
+struct Sysctls(std::cell::RefCell<HashMap<String, Option<u32>>>);
+
+impl Sysctls {
+    fn read(&self, family: &str, device: &str, name: &str) -> Option<u32> {
+        // procfs shows the calling thread's namespace.
+        let path = format!("/proc/sys/net/{family}/conf/{device}/{name}");
+        let mut known = self.0.borrow_mut();
+        *known.entry(path).or_insert_with_key(|path| fs::read_to_string(path).ok()?.trim().parse().ok())
+    }
+
+    fn is_on(&self, family: &str, device: &str, name: &str) -> bool {
+        self.read(family, device, name).is_some_and(|value| value != 0)
+    }
+
+    /// Forwarding is a property of each device for IPv4, but of the host for IPv6 (`ip6_forward`); since
+    /// Linux 6.17 a device can be made to forward although the host does not.
+    fn forwards(&self, device: &str) -> Forwards {
+        Forwards {
+            v4: self.is_on("ipv4", device, "forwarding"),
+            v6: self.read("ipv6", device, "disable_ipv6") == Some(0)
+                && (self.is_on("ipv6", "all", "forwarding")
+                    || self.is_on("ipv6", device, "force_forwarding")),
+        }
+    }
+
+    /// `IN_DEV_RPFILTER`: the greater of both counts.
+    fn reverse_path(&self, device: &str) -> ReversePath {
+        let filters = ["all", device].map(|device| self.read("ipv4", device, "rp_filter").unwrap_or(1));
+        match filters.into_iter().max() {
+            Some(0) => ReversePath::Off,
+            Some(2) => ReversePath::Loose,
+            _ => ReversePath::Strict,
+        }
+    }
+
+    /// `IN_DEV_NOXFRM`: either counts.
+    fn bypasses_xfrm(&self, device: &str) -> bool {
+        ["all", device].iter().any(|device| self.read("ipv4", device, "disable_xfrm") != Some(0))
+    }
+}
+
+fn link(message: &LinkMessage, sysctls: &Sysctls) -> Link {
+    let mut link = Link {
+        ifindex: message.header.index,
+        up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        ..Link::default()
+    };
+    let mut parent_is_elsewhere = false;
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(bytes) => link.address = ethernet_address(bytes),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Link(parent) => link.parent = Some(*parent).filter(|parent| *parent != 0),
+            LinkAttribute::LinkNetNsId(_) => parent_is_elsewhere = true,
+            LinkAttribute::Controller(controller) => {
+                link.controller = Some(*controller).filter(|controller| *controller != 0);
+            }
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(kind) => link.kind = kind.to_string(),
+                        LinkInfo::Data(InfoData::Vlan(vlan)) => link.vlan = vlan_id(vlan),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    if parent_is_elsewhere {
+        link.parent = None;
+    }
+    link.mtu_v6 = sysctls.read("ipv6", &link.name, "mtu").unwrap_or(0);
+    link.forwards = sysctls.forwards(&link.name);
+    link.reverse_path = sysctls.reverse_path(&link.name);
+    link.bypasses_xfrm = sysctls.bypasses_xfrm(&link.name);
+    link
+}
+
+fn vlan_id(infos: &[InfoVlan]) -> Option<u16> {
+    let is_802_1q = |info: &InfoVlan| matches!(info, InfoVlan::Protocol(VlanProtocol::Ieee8021Q));
+    let id = infos.iter().find_map(|info| match info {
+        InfoVlan::Id(id) => Some(*id),
+        _ => None,
+    });
+    id.filter(|_| infos.iter().any(is_802_1q))
+}
+
+/// A rule, or `None` if it is for another family.
+fn rule(message: &RuleMessage, family: Family) -> Option<Rule> {
+    let header = &message.header;
+    if header.family != address_family(family) {
+        return None;
+    }
+    let mut priority = 0;
+    let mut table = u32::from(header.table);
+    let mut unconditional = header.action == RuleAction::ToTable
+        && (header.dst_len, header.src_len, header.tos) == (0, 0, 0)
+        && !header.flags.contains(RuleFlags::Invert);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(value) => priority = *value,
+            RuleAttribute::Table(value) => table = *value,
+            // All ones is how the kernel says that it suppresses nothing.
+            RuleAttribute::Protocol(_)
+            | RuleAttribute::SuppressPrefixLen(u32::MAX)
+            | RuleAttribute::SuppressIfGroup(u32::MAX) => {}
+            _ => unconditional = false,
+        }
+    }
+    Some(Rule { family, priority, table: unconditional.then_some(table) })
+}
+
+/// A route, or `None` if it is for another family or a cached decision.
+fn route(message: &RouteMessage, family: Family) -> Result<Option<Route>, HostError> {
+    let header = &message.header;
+    if header.address_family != address_family(family) || header.flags.contains(RouteFlags::Cloned) {
+        return Ok(None);
+    }
+    let mut table = u32::from(header.table);
+    let mut destination = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let (mut metric, mut device, mut gateway, mut mtu) = (0, None, None, None);
+    let mut unclear = header.tos != 0
+        || header.source_prefix_length != 0
+        || header.flags.intersects(RouteFlags::Dead | RouteFlags::Linkdown | RouteFlags::Unresolved);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(value) => table = *value,
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = (*address).into(),
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => destination = (*address).into(),
+            RouteAttribute::Priority(value) => metric = *value,
+            RouteAttribute::Oif(value) => device = Some(*value),
+            RouteAttribute::Gateway(RouteAddress::Inet(address))
+            | RouteAttribute::Via(RouteVia::Inet(address)) => {
+                gateway = Some((*address).into());
+            }
+            RouteAttribute::Gateway(RouteAddress::Inet6(address))
+            | RouteAttribute::Via(RouteVia::Inet6(address)) => gateway = Some((*address).into()),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
+            RouteAttribute::MultiPath(_)
+            | RouteAttribute::EncapType(_)
+            | RouteAttribute::Encap(_)
+            | RouteAttribute::Gateway(_)
+            | RouteAttribute::Via(_) => unclear = true,
+            _ => {}
+        }
+    }
+    let destination =
+        IpNet::new(destination, header.destination_prefix_length).map_err(|_| HostError::Undecodable {
+            object: "routes",
+            reason: format!("prefix {destination}/{}", header.destination_prefix_length),
+        })?;
+    let kind = match (header.kind, device) {
+        (RouteType::Unicast, Some(ifindex)) if !unclear => RouteKind::Unicast { ifindex, gateway, mtu },
+        (RouteType::Unicast, _) => RouteKind::Unclear,
+        (RouteType::Local, _) => RouteKind::Local,
+        (RouteType::Broadcast, _) => RouteKind::Broadcast,
+        (RouteType::Anycast, _) => RouteKind::Anycast,
+        (RouteType::Multicast, _) => RouteKind::Multicast,
+        (RouteType::BlackHole, _) => RouteKind::Blackhole,
+        (RouteType::Prohibit, _) => RouteKind::Prohibit,
+        (RouteType::Throw, _) if !unclear => RouteKind::Throw,
+        // The others are not for packets that are forwarded, or not for all of them.
+        _ => RouteKind::Unreachable,
+    };
+    Ok(Some(Route { table, destination: destination.trunc(), metric, kind }))
+}
+
+fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
+    use NeighbourState::{Delay, Permanent, Probe, Reachable, Stale};
+
+    if !matches!(message.header.state, Reachable | Stale | Delay | Probe | Permanent) {
+        return None;
+    }
+    let (mut destination, mut address) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => destination = Some((*ip).into()),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => destination = Some((*ip).into()),
+            NeighbourAttribute::LinkLayerAddress(bytes) => address = ethernet_address(bytes),
+            _ => {}
+        }
+    }
+    Some(Neighbour { ifindex: message.header.ifindex, destination: destination?, address: address? })
+}
+
+/// An Ethernet address; loopback and tunnel devices have none, or all zeros.
+fn ethernet_address(bytes: &[u8]) -> Option<MacAddr> {
+    bytes.try_into().ok().map(MacAddr).filter(|address| *address != MacAddr::default())
+}
+
+fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
