@@ -1,2 +1,14 @@
-//! Placeholder.
+//! What fastswan is tested with, and what programs that embed it may test themselves with.
+//!
+//! - [`lab`]: hosts and links, as network namespaces;
+//! - [`frames`]: Ethernet frames, right or wrong in the way a story needs;
+//! - [`prog_run`]: single frames through the XDP program;
+//! - [`model`]: what the program should do with a frame, written a second time;
+//! - [`table_suite`]: what every table must do.
+
+pub mod frames;
+pub mod lab;
+pub mod model;
+pub mod prog_run;
+mod sys;
 pub mod table_suite;

@@ -8,7 +8,7 @@ use std::io;
 use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions, include_bytes_aligned,
     maps::Array,
-    programs::{ProgramError, Xdp, XdpMode, xdp::XdpLinkId},
+    programs::{ProgramError, ProgramInfo, Xdp, XdpMode, xdp::XdpLinkId},
     util::{KernelVersion, nr_cpus},
 };
 use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
@@ -245,19 +245,33 @@ impl XdpForwarder {
         Ok(Run { action, frame: output })
     }
 
+    /// The program's number in the kernel, as `bpftool prog` shows it.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::Bpf`].
+    pub fn program_id(&self) -> Result<u32, ForwarderError> {
+        Ok(self.program_info()?.id())
+    }
+
     /// What the program costs the verifier.
     ///
     /// # Errors
     ///
     /// [`ForwarderError::Bpf`].
     pub fn cost(&self) -> Result<ProgramCost, ForwarderError> {
-        let error = |error: ProgramError| ForwarderError::new("reading about the XDP program", error);
-        let info = program(&self.ebpf, PROGRAM).and_then(Xdp::info).map_err(error)?;
+        let info = self.program_info()?;
         Ok(ProgramCost {
             // An instruction has 8 bytes.
             instructions: info.size_translated().unwrap_or(0) / 8,
             verified_instructions: info.verified_instruction_count().unwrap_or(0),
         })
+    }
+
+    fn program_info(&self) -> Result<ProgramInfo, ForwarderError> {
+        program(&self.ebpf, PROGRAM)
+            .and_then(Xdp::info)
+            .map_err(|error| ForwarderError::new("reading about the XDP program", error))
     }
 
     fn attach_link(

@@ -1,0 +1,335 @@
+//! Hosts to try things on: network namespaces, joined by veth pairs, that are gone when the test is.
+//!
+//! A [`Namespace`] removes itself when it is dropped, when a test panics, and, after
+//! [`clean_up_on_signals`], when the process is told to stop. Names carry the process's number, so that
+//! [`remove_leftovers`] can tell what a killed process left behind.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io,
+    process::Command,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use fastswan::policy::MacAddr;
+use nix::sched::{CloneFlags, setns};
+
+use crate::sys::{Ethtool, ethtool_set};
+
+/// Where `ip netns` keeps namespaces.
+const NETNS: &str = "/run/netns";
+const PREFIX: &str = "fsw";
+
+/// Namespaces of this process that exist.
+static EXISTING: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// Something in a lab could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LabError {
+    /// A program could not be started.
+    #[error("cannot run `{command}`: {error}; install the Debian package iproute2")]
+    Start {
+        /// The command line.
+        command: String,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// A program failed.
+    #[error("`{command}` failed: {message}")]
+    Command {
+        /// The command line.
+        command: String,
+        /// What it said.
+        message: String,
+    },
+    /// A system call failed.
+    #[error("{attempt} failed: {error}")]
+    System {
+        /// What was tried, on which object.
+        attempt: String,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+}
+
+impl LabError {
+    fn system(attempt: impl Into<String>, error: impl Into<io::Error>) -> Self {
+        Self::System { attempt: attempt.into(), error: error.into() }
+    }
+}
+
+/// A network namespace with nothing but loopback, which is up.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    /// Makes one; the hint becomes part of its name.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError`], for instance without root.
+    pub fn new(hint: &str) -> Result<Self, LabError> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{PREFIX}-{}-{number}-{hint}", std::process::id());
+        existing().insert(name.clone());
+        let namespace = Self { name };
+        ip(&["netns", "add", &namespace.name])?;
+        namespace.ip("link set lo up")?;
+        // Nothing that the story does not tell: no address detection, no solicitations, no filters.
+        for (key, value) in [
+            ("net.ipv6.conf.default.accept_dad", "0"),
+            ("net.ipv6.conf.default.router_solicitations", "0"),
+            ("net.ipv6.conf.default.accept_ra", "0"),
+            ("net.ipv4.conf.all.rp_filter", "0"),
+            ("net.ipv4.conf.default.rp_filter", "0"),
+        ] {
+            namespace.sysctl(key, value)?;
+        }
+        Ok(namespace)
+    }
+
+    /// Its name, as `ip netns list` shows it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs a closure on a thread that is in the namespace, and waits for it.
+    ///
+    /// # Panics
+    ///
+    /// If the closure does, or if the namespace cannot be entered.
+    pub fn enter<T: Send>(&self, story: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                self.join_this_thread().expect("entering a namespace");
+                story()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Moves the calling thread into the namespace, for good.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::System`].
+    pub fn join_this_thread(&self) -> Result<(), LabError> {
+        let path = format!("{NETNS}/{}", self.name);
+        let file = File::open(&path).map_err(|error| LabError::system(format!("opening {path}"), error))?;
+        setns(file, CloneFlags::CLONE_NEWNET)
+            .map_err(|error| LabError::system(format!("entering {path}"), error))
+    }
+
+    /// Runs `ip` in the namespace and returns what it prints. Arguments are split at spaces.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::Start`] or [`LabError::Command`].
+    pub fn ip(&self, arguments: &str) -> Result<String, LabError> {
+        let mut all = vec!["-n", &self.name];
+        all.extend(arguments.split_whitespace());
+        ip(&all)
+    }
+
+    /// Sets a sysctl, written with dots.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::System`].
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<(), LabError> {
+        // /proc/sys/net is that of the thread that opens it.
+        let path = format!("/proc/sys/{}", key.replace('.', "/"));
+        self.enter(|| fs::write(&path, value))
+            .map_err(|error| LabError::system(format!("setting {key} to {value}"), error))
+    }
+
+    /// The interface index of a device.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::System`].
+    pub fn ifindex(&self, device: &str) -> Result<u32, LabError> {
+        self.enter(|| nix::net::if_::if_nametoindex(device))
+            .map_err(|error| LabError::system(format!("looking for {device}"), error))
+    }
+
+    /// Forwards IPv4 and IPv6.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::System`].
+    pub fn forward(&self) -> Result<(), LabError> {
+        self.sysctl("net.ipv4.ip_forward", "1")?;
+        self.sysctl("net.ipv6.conf.all.forwarding", "1")
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        remove(&self.name);
+    }
+}
+
+/// One end of a veth pair.
+#[derive(Clone, Copy, Debug)]
+pub struct End<'a> {
+    /// Where it is.
+    pub namespace: &'a Namespace,
+    /// Its name.
+    pub device: &'a str,
+    /// Its Ethernet address.
+    pub mac: MacAddr,
+    /// Its addresses, with prefix lengths.
+    pub addresses: &'a [&'a str],
+}
+
+/// Joins two namespaces by a veth pair that is up.
+///
+/// Frames are complete: nothing is left to a device that does not exist, neither checksums nor segmentation nor
+/// VLAN tags. Both ends poll (GRO is on), without which the kernel drops what XDP sends to them.
+///
+/// # Errors
+///
+/// [`LabError`].
+pub fn join(left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
+    ip(&[
+        "link",
+        "add",
+        left.device,
+        "address",
+        &left.mac.to_string(),
+        "mtu",
+        &mtu.to_string(),
+        "netns",
+        left.namespace.name(),
+        "type",
+        "veth",
+        "peer",
+        "name",
+        right.device,
+        "address",
+        &right.mac.to_string(),
+        "mtu",
+        &mtu.to_string(),
+        "netns",
+        right.namespace.name(),
+    ])?;
+    for end in [left, right] {
+        for (command, value) in [
+            (Ethtool::TxChecksums, 0),
+            (Ethtool::TcpSegmentation, 0),
+            (Ethtool::Segmentation, 0),
+            (Ethtool::Flags, 0),
+            (Ethtool::Gro, 1),
+        ] {
+            end.namespace
+                .enter(|| ethtool_set(end.device, command, value))
+                .map_err(|error| LabError::system(format!("{command:?} of {}", end.device), error))?;
+        }
+        for address in end.addresses {
+            let detection = if address.contains(':') { "nodad" } else { "" };
+            end.namespace.ip(&format!("address add {address} dev {} {detection}", end.device))?;
+        }
+        end.namespace.ip(&format!("link set {} up", end.device))?;
+    }
+    Ok(())
+}
+
+/// Tells the two ends of a veth pair about each other, so that no neighbour need be asked for.
+///
+/// # Errors
+///
+/// [`LabError`].
+pub fn introduce(one: End<'_>, other: End<'_>) -> Result<(), LabError> {
+    for (here, there) in [(one, other), (other, one)] {
+        for address in there.addresses {
+            let address = address.split('/').next().unwrap_or_default();
+            let (mac, device) = (there.mac, here.device);
+            here.namespace.ip(&format!("neighbour replace {address} lladdr {mac} dev {device}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether this process may make namespaces and load programs, for tests that need it.
+///
+/// # Panics
+///
+/// If it may not although it must: when `CI` is set, or `FASTSWAN_REQUIRE_TIERS` names tier 1.
+#[must_use]
+pub fn require_root(what: &str) -> bool {
+    if nix::unistd::geteuid().is_root() {
+        return true;
+    }
+    let tiers = std::env::var("FASTSWAN_REQUIRE_TIERS").unwrap_or_default();
+    let required = std::env::var_os("CI").is_some() || tiers.split(',').any(|tier| tier == "1");
+    assert!(!required, "{what}: this test needs root");
+    eprintln!("NOT RUN, needs root: {what}");
+    false
+}
+
+/// Removes all namespaces of this process when it is told to stop (SIGINT, SIGTERM, SIGHUP), and exits.
+///
+/// # Errors
+///
+/// If a handler is installed already.
+pub fn clean_up_on_signals() -> Result<(), ctrlc::Error> {
+    ctrlc::set_handler(|| {
+        // Held for good: nobody makes another one.
+        let existing = existing();
+        existing.iter().for_each(|name| delete(name));
+        std::process::exit(130);
+    })
+}
+
+/// Removes namespaces whose process is gone.
+pub fn remove_leftovers() {
+    let Ok(entries) = fs::read_dir(NETNS) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let mut parts = name.split('-');
+        if let (Some(PREFIX), Some(Ok(process))) = (parts.next(), parts.next().map(str::parse::<u32>))
+            && !fs::exists(format!("/proc/{process}")).unwrap_or(true)
+        {
+            delete(&name);
+        }
+    }
+}
+
+fn existing() -> std::sync::MutexGuard<'static, BTreeSet<String>> {
+    EXISTING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn remove(name: &str) {
+    let mut existing = existing();
+    if existing.remove(name) {
+        delete(name);
+    }
+}
+
+/// Errors are of no use here: what is not there need not be removed.
+fn delete(name: &str) {
+    let _ = Command::new("ip").args(["netns", "del", name]).output();
+}
+
+fn ip(arguments: &[&str]) -> Result<String, LabError> {
+    let command = format!("ip {}", arguments.join(" "));
+    let output = Command::new("ip").args(arguments).output();
+    let output = output.map_err(|error| LabError::Start { command: command.clone(), error })?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(LabError::Command { command, message })
+}

@@ -1,0 +1,107 @@
+//! Single frames through the XDP program (`BPF_PROG_TEST_RUN`): what it does with them, and what it counts.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use aya::{
+    maps::{Array, Map, MapData},
+    programs::loaded_programs,
+};
+use fastswan::{
+    BpfTable, OffloadTable as _, PassReason, XdpForwarder,
+    forwarder::{ForwarderError, RunAction},
+    table::{Slot, TableConfig, Traffic},
+};
+use fastswan_ebpf::Control;
+
+/// The program and its table, with nothing attached.
+#[derive(Debug)]
+pub struct ProgRun {
+    forwarder: XdpForwarder,
+    /// The table that the program reads.
+    pub table: BpfTable,
+}
+
+/// What became of a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its fate.
+    pub action: RunAction,
+    /// The frame afterwards.
+    pub frame: Vec<u8>,
+    /// Why it was passed, by the counter that went up.
+    pub reason: Option<PassReason>,
+}
+
+impl ProgRun {
+    /// Loads the program with a new table, switches it on and gives it a lease of an hour.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`XdpForwarder::load`].
+    pub fn new(config: &TableConfig) -> Result<Self, ForwarderError> {
+        let (forwarder, mut table) = XdpForwarder::load(config)?;
+        table.set_enabled(true);
+        table.renew_lease(Duration::from_secs(3600));
+        Ok(Self { forwarder, table })
+    }
+
+    /// Runs the program on a frame that claims to come in on an interface of this network namespace.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`XdpForwarder::run`].
+    ///
+    /// # Panics
+    ///
+    /// If the program does not count what it did: exactly one reason for a frame that it passes, none for
+    /// one that it forwards.
+    pub fn run(&self, frame: &[u8], ifindex: u32) -> Result<Outcome, ForwarderError> {
+        let before = self.table.passes();
+        let run = self.forwarder.run(frame, ifindex)?;
+        let after = self.table.passes();
+        let count = |counts: &[(PassReason, u64)], reason| {
+            counts.iter().find(|(counted, _)| *counted == reason).map_or(0, |(_, packets)| *packets)
+        };
+        let counted: Vec<PassReason> = after
+            .iter()
+            .flat_map(|(reason, packets)| (count(&before, *reason)..*packets).map(|_| *reason))
+            .collect();
+        let expected = usize::from(run.action == RunAction::Pass);
+        assert_eq!(counted.len(), expected, "{:?} was counted as {counted:?}", run.action);
+        Ok(Outcome { action: run.action, frame: run.frame, reason: counted.first().copied() })
+    }
+
+    /// Makes the table look as if a batch of changes were being written, or as if it were done.
+    ///
+    /// # Errors
+    ///
+    /// If the control record cannot be found or written.
+    pub fn set_updating(&self, updating: bool) -> anyhow::Result<()> {
+        let program = self.forwarder.program_id()?;
+        let info = loaded_programs()
+            .filter_map(Result::ok)
+            .find(|info| info.id() == program)
+            .context("the program is not in the kernel")?;
+        let maps = info.map_ids()?.context("the kernel does not tell a program's maps")?;
+        for id in maps {
+            let map = MapData::from_id(id)?;
+            if map.info()?.name_as_str() != Some("CONTROL") {
+                continue;
+            }
+            let mut control: Array<_, [u64; size_of::<Control>() / 8]> = Map::Array(map).try_into()?;
+            let mut words = control.get(&0, 0)?;
+            // The sequence number is the first word, and odd during an update.
+            words[0] = if updating { words[0] | 1 } else { words[0].wrapping_add(1) & !1 };
+            control.set(0, words, 0)?;
+            return Ok(());
+        }
+        anyhow::bail!("the program has no control record")
+    }
+
+    /// What a slot has forwarded.
+    #[must_use]
+    pub fn traffic(&self, slot: Slot) -> Traffic {
+        self.table.traffic(slot)
+    }
+}

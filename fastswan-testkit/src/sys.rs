@@ -1,0 +1,46 @@
+//! System calls that no library here offers safely.
+#![allow(unsafe_code)]
+
+use std::{io, os::fd::AsRawFd as _};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// Commands of `linux/ethtool.h` that set one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Ethtool {
+    /// `ETHTOOL_STXCSUM`: checksums are left to the device.
+    TxChecksums = 0x17,
+    /// `ETHTOOL_STSO`
+    TcpSegmentation = 0x1f,
+    /// `ETHTOOL_SGSO`
+    Segmentation = 0x24,
+    /// `ETHTOOL_SFLAGS`: VLAN and other offloads, all at once.
+    Flags = 0x26,
+    /// `ETHTOOL_SGRO`
+    Gro = 0x2c,
+}
+
+/// Sets a feature of an interface of this thread's network namespace.
+pub(crate) fn ethtool_set(interface: &str, command: Ethtool, value: u32) -> io::Result<()> {
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    let mut request = Value { command: command as u32, data: value };
+    // SAFETY: `ifreq` is plain data, for which zero is valid.
+    let mut ifreq: libc::ifreq = unsafe { std::mem::zeroed() };
+    if interface.len() >= ifreq.ifr_name.len() {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    for (to, from) in ifreq.ifr_name.iter_mut().zip(interface.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    ifreq.ifr_ifru.ifru_data = (&raw mut request).cast();
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: the name is terminated by a zero, and the request is the structure of every command above;
+    // both live through the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
