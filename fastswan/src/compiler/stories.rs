@@ -1,1 +1,677 @@
+//! Each clause of the rule, and of what surrounds it, told as a packet's fate.
 
+use std::net::IpAddr;
+
+use fastswan_ebpf::PassReason;
+
+use super::{
+    Compiler, PolicyState,
+    model::{AMPLE, LAN, Model, NIC, Packet, association, offloaded, template, to, tunnel},
+};
+use crate::{
+    database::Database,
+    host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule},
+    policy::{
+        Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
+        PolicyId, PolicyType, PortMatch, SecurityAssociation, Template,
+    },
+    source::{PolicyEvent, Snapshot, StaleCause},
+    table::{Capacity, Fact, Forwarding, ReversePath, Side, Slot},
+};
+
+const NIC_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+const ROUTER_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
+
+/// A gateway whose default route leads through the packet-offload device, and a table.
+struct Scene {
+    database: Database,
+    host: HostFacts,
+    compiler: Compiler,
+    table: Model,
+    capacity: Capacity,
+}
+
+impl Scene {
+    fn new() -> Self {
+        Self::with_capacity(AMPLE)
+    }
+
+    fn with_capacity(capacity: Capacity) -> Self {
+        let link = |ifindex| Link {
+            ifindex,
+            address: Some(NIC_MAC),
+            mtu: 1500,
+            mtu_v6: 1500,
+            up: true,
+            carrier: true,
+            ..Link::default()
+        };
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Snapshot(Snapshot { sas: vec![association()], ..Snapshot::default() }));
+        Self {
+            database,
+            host: HostFacts {
+                links: vec![link(NIC), link(LAN)],
+                routes: vec![route("0.0.0.0/0", via(NIC)), route("::/0", via(NIC))],
+                rules: [Rule::ordinary(Family::V4), Rule::ordinary(Family::V6)].concat(),
+                ..HostFacts::default()
+            },
+            compiler: Compiler::new(capacity),
+            table: Model::default(),
+            capacity,
+        }
+    }
+
+    fn has(mut self, policy: Policy) -> Self {
+        self.database.apply(PolicyEvent::Policy(policy));
+        self
+    }
+
+    fn routes(mut self, destination: &str, kind: RouteKind) -> Self {
+        self.host.routes.push(route(destination, kind));
+        self
+    }
+
+    fn after(&mut self, event: PolicyEvent) -> &mut Self {
+        self.database.apply(event);
+        self
+    }
+
+    fn link(&mut self, ifindex: u32) -> &mut Link {
+        self.host.links.iter_mut().find(|link| link.ifindex == ifindex).unwrap()
+    }
+
+    fn compile(&mut self) {
+        let update = self.compiler.compile(&self.database, &self.host);
+        self.table.apply(&update);
+        self.table.assert_fits(self.capacity);
+    }
+
+    fn sends(&mut self, packet: &Packet) -> Result<Slot, PassReason> {
+        self.compile();
+        self.table.decide(packet)
+    }
+
+    /// Whose slot a packet takes, or why it passes.
+    fn fate(&mut self, source: &str, destination: &str) -> Result<PolicyId, PassReason> {
+        let slot = self.sends(&packet(source, destination))?;
+        let owner = self.compiler.policies().iter().find(|report| report.slot == Some(slot));
+        Ok(owner.expect("a slot in use has an owner").id.clone())
+    }
+
+    fn reason(&mut self, source: &str, destination: &str) -> PassReason {
+        self.fate(source, destination).expect_err("the packet should pass")
+    }
+}
+
+fn packet(source: &str, destination: &str) -> Packet {
+    Packet::between(source.parse().unwrap(), destination.parse().unwrap())
+}
+
+fn route(destination: &str, kind: RouteKind) -> Route {
+    Route { table: 254, destination: destination.parse().unwrap(), metric: 0, kind }
+}
+
+fn via(ifindex: u32) -> RouteKind {
+    RouteKind::Unicast { ifindex, gateway: None, mtu: None }
+}
+
+fn site() -> Policy {
+    offloaded("10.1.0.0/16", "10.2.0.0/16")
+}
+
+fn with_priority(priority: u32, policy: Policy) -> Policy {
+    Policy { priority, ..policy }
+}
+
+fn with_direction(direction: Direction, policy: Policy) -> Policy {
+    Policy { id: PolicyId { direction, ..policy.id }, ..policy }
+}
+
+fn bypass(source: &str, destination: &str) -> Policy {
+    Policy { templates: Vec::new(), ..tunnel(source, destination) }
+}
+
+#[test]
+fn a_lone_offloaded_policy_with_an_association_is_fast_in_its_own_region_only() {
+    let mut scene = Scene::new().has(site());
+    assert_eq!(scene.fate("10.1.2.3", "10.2.3.4"), Ok(site().id));
+    assert_eq!(scene.reason("10.2.3.4", "10.1.2.3"), PassReason::NoPolicy);
+    assert_eq!(scene.reason("10.1.2.3", "10.3.0.1"), PassReason::NoPolicy);
+    assert_eq!(scene.compiler.fast_policies(), 1);
+    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V4), Some(0));
+    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V6), None);
+}
+
+#[test]
+fn ipv6_in_an_ipv4_tunnel_is_fast_too() {
+    let policy = offloaded("2001:db8:1::/48", "2001:db8:2::/48");
+    let mut scene = Scene::new().has(policy.clone());
+    assert_eq!(scene.fate("2001:db8:1::1", "2001:db8:2::1"), Ok(policy.id));
+}
+
+#[test]
+fn host_bits_of_a_selector_do_not_matter_and_twins_shadow_each_other() {
+    let policy = offloaded("10.1.0.5/16", "10.2.0.6/16");
+    let mut scene = Scene::new().has(policy.clone());
+    assert_eq!(scene.fate("10.1.2.3", "10.2.3.4"), Ok(policy.id));
+    let mut scene = scene.has(site());
+    assert_eq!(scene.reason("10.1.2.3", "10.2.3.4"), PassReason::Shadowed);
+}
+
+#[test]
+fn a_shadowing_bypass_policy_keeps_the_packet_in_the_kernel() {
+    let mut scene = Scene::new()
+        .has(with_priority(10, site()))
+        .has(with_priority(5, bypass("10.1.7.0/24", "10.2.0.0/16")));
+    assert_eq!(scene.reason("10.1.7.1", "10.2.0.1"), PassReason::Shadowed);
+    assert_eq!(scene.fate("10.1.8.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn a_worse_software_policy_does_not_disturb() {
+    let mut scene = Scene::new()
+        .has(with_priority(10, site()))
+        .has(with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8")));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    assert_eq!(scene.reason("10.1.0.1", "10.3.0.1"), PassReason::NotOffloaded);
+}
+
+#[test]
+fn equal_priorities_are_a_tie_that_a_dump_does_not_decide() {
+    let mut scene =
+        Scene::new().has(with_priority(10, site())).has(with_priority(10, tunnel("0.0.0.0/0", "0.0.0.0/0")));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+}
+
+#[test]
+fn two_offloaded_policies_on_one_packet_leave_the_choice_to_the_kernel() {
+    let narrow = with_priority(10, offloaded("10.1.7.0/24", "10.2.0.0/16"));
+    let mut scene = Scene::new().has(with_priority(20, site())).has(narrow);
+    assert_eq!(scene.reason("10.1.7.1", "10.2.0.1"), PassReason::Shadowed);
+    assert_eq!(scene.fate("10.1.8.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn a_loser_better_than_some_offloaded_policy_elsewhere_keeps_the_packet_in_the_kernel() {
+    let far_away = with_priority(30, offloaded("172.16.0.0/24", "172.16.1.0/24"));
+    let mut scene = Scene::new()
+        .has(with_priority(10, site()))
+        .has(with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8")))
+        .has(far_away.clone());
+    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V4), None, "nothing is compiled yet");
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V4), Some(30));
+    scene.after(PolicyEvent::PolicyRemoved(far_away.id));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn an_offloaded_policy_with_ports_counts_for_the_highest_priority_too() {
+    let mut with_ports = with_priority(30, offloaded("172.16.0.0/24", "172.16.1.0/24"));
+    with_ports.id.selector.protocol = 6;
+    let mut scene = Scene::new()
+        .has(with_priority(10, site()))
+        .has(with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8")))
+        .has(with_ports);
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+}
+
+#[test]
+fn policies_of_the_other_family_do_not_matter() {
+    let mut scene = Scene::new()
+        .has(with_priority(10, site()))
+        .has(with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8")))
+        .has(with_priority(30, offloaded("2001:db8:1::/48", "2001:db8:2::/48")));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn a_forward_policy_or_a_sub_policy_is_for_the_kernel_to_check_and_an_inbound_one_is_not_asked() {
+    let everything = || with_priority(99, tunnel("0.0.0.0/0", "0.0.0.0/0"));
+    let sub = Policy { id: PolicyId { policy_type: PolicyType::Sub, ..everything().id }, ..everything() };
+    let mut forward = Scene::new().has(site()).has(with_direction(Direction::Forward, everything()));
+    assert_eq!(forward.reason("10.1.0.1", "10.2.0.1"), PassReason::ForwardOrSubPolicy);
+    let mut with_sub = Scene::new().has(site()).has(sub);
+    assert_eq!(with_sub.reason("10.1.0.1", "10.2.0.1"), PassReason::ForwardOrSubPolicy);
+    let inbound = Policy { action: Action::Block, ..with_direction(Direction::In, everything()) };
+    let mut inbound = Scene::new().has(site()).has(inbound);
+    assert_eq!(inbound.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn without_a_live_association_on_the_device_nothing_is_fast() {
+    let mut scene = Scene::new().has(site());
+    scene.after(PolicyEvent::SaRemoved(association().id));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoSa);
+
+    let mut larval = association();
+    larval.id.spi = 0;
+    let elsewhere = SecurityAssociation { offload: to(LAN, OffloadKind::Packet), ..association() };
+    let crypto = SecurityAssociation { offload: to(NIC, OffloadKind::Crypto), ..association() };
+    let other_reqid = SecurityAssociation { reqid: 9, ..association() };
+    for useless in [larval, elsewhere, crypto, other_reqid] {
+        scene.after(PolicyEvent::Sa(useless));
+        assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoSa);
+    }
+    scene.after(PolicyEvent::Sa(association()));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::SasFlushed(0));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoSa);
+    assert_eq!(scene.compiler.policies()[0].state, PolicyState::Pass(PassReason::NoSa));
+}
+
+#[test]
+fn a_policy_that_the_fast_path_cannot_stand_in_for_passes() {
+    let id = |change: fn(&mut PolicyId)| {
+        let mut policy = site();
+        change(&mut policy.id);
+        policy
+    };
+    let templates = |templates: &[Template]| Policy { templates: templates.to_vec(), ..site() };
+    let not_offloaded = [
+        ("software", tunnel("10.1.0.0/16", "10.2.0.0/16")),
+        ("crypto offload", Policy { offload: to(NIC, OffloadKind::Crypto), ..site() }),
+        ("offloaded bypass", templates(&[])),
+        ("offloaded block", Policy { action: Action::Block, ..site() }),
+    ];
+    let ineligible = [
+        ("mark", id(|id| id.mark = Mark { value: 1, mask: 1 })),
+        ("mark that matches 0", id(|id| id.mark = Mark { value: 0, mask: 1 })),
+        ("interface id", id(|id| id.if_id = 1)),
+        ("security context", id(|id| id.security_context = vec![1])),
+        ("interface", id(|id| id.selector.ifindex = NIC)),
+        ("use limit", Policy { use_limited: true, ..site() }),
+        ("two templates", templates(&[template(), template()])),
+        ("transport mode", templates(&[Template { mode: Mode::Transport, ..template() }])),
+        ("AH", templates(&[Template { protocol: 51, ..template() }])),
+        ("optional", templates(&[Template { optional: true, ..template() }])),
+    ];
+    for (policies, reason) in
+        [(&not_offloaded[..], PassReason::NotOffloaded), (&ineligible[..], PassReason::Ineligible)]
+    {
+        for (why, policy) in policies {
+            let mut scene = Scene::new().has(policy.clone());
+            assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), reason, "{why}");
+        }
+    }
+}
+
+#[test]
+fn a_policy_with_a_mark_still_shadows() {
+    let mut marked = with_priority(5, tunnel("10.1.7.0/24", "10.2.0.0/16"));
+    marked.id.mark = Mark { value: 1, mask: 1 };
+    let mut scene = Scene::new().has(with_priority(10, site())).has(marked);
+    assert_eq!(scene.reason("10.1.7.1", "10.2.0.1"), PassReason::Shadowed);
+}
+
+#[test]
+fn a_default_of_block_keeps_everything_in_the_kernel() {
+    for default_policy in [
+        DefaultPolicy { forward: Action::Block, ..DefaultPolicy::default() },
+        DefaultPolicy { outbound: Action::Block, ..DefaultPolicy::default() },
+    ] {
+        let mut scene = Scene::new().has(site());
+        scene.after(PolicyEvent::DefaultPolicy(default_policy));
+        assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::DefaultBlock);
+    }
+    let mut scene = Scene::new().has(site());
+    let default_policy = DefaultPolicy { inbound: Action::Block, ..DefaultPolicy::default() };
+    scene.after(PolicyEvent::DefaultPolicy(default_policy));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn a_database_that_is_not_current_compiles_to_nothing_and_keeps_the_slots() {
+    let mut scene = Scene::new().has(site());
+    scene.compile();
+    let slot = scene.compiler.slot(&site().id);
+    scene.after(PolicyEvent::Stale(StaleCause::Overrun));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPolicy);
+    assert_eq!(scene.compiler.policies()[0].state, PolicyState::Pass(PassReason::Disabled));
+    assert_eq!((scene.compiler.slot(&site().id), scene.compiler.fast_policies()), (slot, 0));
+    let snapshot = scene.database.snapshot();
+    scene.after(PolicyEvent::Snapshot(snapshot));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    assert_eq!(scene.compiler.slot(&site().id), slot);
+
+    let mut compiler = Compiler::new(AMPLE);
+    let mut unknown = Database::default();
+    unknown.apply(PolicyEvent::Policy(site()));
+    assert!(compiler.compile(&unknown, &scene.host).is_empty());
+}
+
+fn ike(port: u16) -> Policy {
+    let mut policy = with_priority(1, bypass("0.0.0.0/0", "0.0.0.0/0"));
+    policy.id.selector.protocol = 17;
+    policy.id.selector.destination_port = PortMatch::exactly(port);
+    policy
+}
+
+#[test]
+fn a_bypass_for_ike_keeps_ike_in_the_kernel_and_nothing_else() {
+    let mut scene = Scene::new().has(with_priority(10, site())).has(ike(500)).has(ike(4500));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    for port in [500, 4500] {
+        let ike = Packet { destination_port: port, ..packet("10.1.0.1", "10.2.0.1") };
+        assert_eq!(scene.sends(&ike), Err(PassReason::Exception));
+    }
+    let offloaded_bypass = Policy { offload: to(NIC, OffloadKind::Packet), ..ike(500) };
+    let mut scene = Scene::new().has(with_priority(10, site())).has(offloaded_bypass);
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    assert_eq!(scene.compiler.policies()[0].state, PolicyState::Pass(PassReason::Exception));
+}
+
+#[test]
+fn an_exception_that_does_not_fit_keeps_its_whole_region_in_the_kernel() {
+    let mut narrow = ike(500);
+    narrow.id.selector.destination = "10.2.7.0/24".parse().unwrap();
+    let mut scene = Scene::with_capacity(Capacity { exceptions: 1, ..AMPLE })
+        .has(with_priority(10, site()))
+        .has(narrow)
+        .has(ike(500));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.7.1"), PassReason::Capacity);
+    assert_eq!(scene.fate("10.1.0.1", "10.2.8.1"), Ok(site().id), "the widest exception has the place");
+    let ike = Packet { destination_port: 500, ..packet("10.1.0.1", "10.2.8.1") };
+    assert_eq!(scene.sends(&ike), Err(PassReason::Exception));
+}
+
+#[test]
+fn a_policy_without_a_free_slot_passes_until_one_is_freed() {
+    let other = offloaded("10.1.0.0/16", "10.9.0.0/16");
+    let mut scene = Scene::with_capacity(Capacity { slots: 1, ..AMPLE }).has(site()).has(other.clone());
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    assert_eq!(scene.reason("10.1.0.1", "10.9.0.1"), PassReason::Capacity);
+    scene.after(PolicyEvent::PolicyRemoved(site().id));
+    assert_eq!(scene.fate("10.1.0.1", "10.9.0.1"), Ok(other.id));
+}
+
+#[test]
+fn a_freed_slot_is_freed_in_the_update_before_it_is_filled_again() {
+    let other = offloaded("10.1.0.0/16", "10.9.0.0/16");
+    let mut scene = Scene::with_capacity(Capacity { slots: 1, ..AMPLE }).has(site());
+    scene.compile();
+    scene.after(PolicyEvent::PolicyRemoved(site().id)).after(PolicyEvent::Policy(other));
+    let update = scene.compiler.compile(&scene.database, &scene.host);
+    let forwarding = Forwarding { ifindex: NIC, max_length: 1446, rewrite: None };
+    assert_eq!(update.forwardings, [(Slot(0), None), (Slot(0), Some(forwarding))]);
+}
+
+#[test]
+fn a_policy_keeps_its_slot_while_it_exists_and_slots_are_reused_oldest_first() {
+    let sites: Vec<_> = (1..=4).map(|n| offloaded("10.1.0.0/16", &format!("10.2.{n}.0/24"))).collect();
+    let mut scene = Scene::with_capacity(Capacity { slots: 3, ..AMPLE });
+    for site in &sites[..3] {
+        scene.after(PolicyEvent::Policy(site.clone()));
+    }
+    scene.compile();
+    let slots: Vec<_> = sites[..3].iter().map(|site| scene.compiler.slot(&site.id)).collect();
+    assert_eq!(slots, [Some(Slot(0)), Some(Slot(1)), Some(Slot(2))]);
+
+    scene.after(PolicyEvent::SaRemoved(association().id));
+    scene.compile();
+    assert_eq!(scene.compiler.slot(&sites[1].id), Some(Slot(1)), "not fast, but there");
+    scene.after(PolicyEvent::Sa(association())).after(PolicyEvent::PolicyRemoved(sites[1].id.clone()));
+    scene.compile();
+    scene.after(PolicyEvent::PolicyRemoved(sites[0].id.clone()));
+    scene.compile();
+    scene.after(PolicyEvent::Policy(sites[3].clone()));
+    scene.compile();
+    assert_eq!(scene.compiler.slot(&sites[3].id), Some(Slot(1)));
+}
+
+#[test]
+fn cells_that_do_not_fit_pass_and_so_do_the_wider_ones_that_would_catch_their_packets() {
+    let narrow = |n: u8| with_priority(5, bypass("10.1.0.0/16", &format!("10.2.{n}.0/24")));
+    let capacity = Capacity { tuples: 1, ..AMPLE };
+    let mut scene = Scene::with_capacity(capacity).has(with_priority(10, site())).has(narrow(7));
+    assert_eq!(scene.table.cells.len(), 0);
+    assert_ne!(scene.fate("10.1.0.1", "10.2.7.1"), Ok(site().id));
+    let mut scene = scene.has(narrow(8));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.7.1"), PassReason::Shadowed, "the larger tuple is kept");
+    assert_eq!(scene.reason("10.1.0.1", "10.2.9.1"), PassReason::NoPolicy, "the wide cell was left out");
+
+    let wide = |n: u8| offloaded(&format!("10.{n}.0.0/16"), "10.2.0.0/16");
+    let mut scene = Scene::with_capacity(capacity).has(wide(3)).has(wide(4)).has(narrow(7));
+    scene.after(PolicyEvent::Policy(with_priority(5, bypass("10.3.0.0/16", "10.2.7.0/24"))));
+    scene.after(PolicyEvent::PolicyRemoved(narrow(7).id));
+    assert_eq!(scene.reason("10.3.0.1", "10.2.7.1"), PassReason::Capacity);
+    assert_eq!(scene.reason("10.3.0.1", "10.2.8.1"), PassReason::Capacity);
+    assert_eq!(scene.fate("10.4.0.1", "10.2.7.1"), Ok(wide(4).id), "it has no part in what was left out");
+}
+
+#[test]
+fn sources_of_covering_destinations_that_do_not_fit_let_the_region_pass() {
+    let mut scene =
+        Scene::with_capacity(Capacity { cells: 12, ..AMPLE }).has(offloaded("10.0.0.0/8", "10.2.7.0/24"));
+    for n in 0..10 {
+        scene.after(PolicyEvent::Policy(offloaded(&format!("10.1.{n}.0/24"), "10.2.0.0/16")));
+    }
+    assert_eq!(scene.reason("10.1.3.1", "10.2.7.1"), PassReason::Capacity);
+    assert_eq!(scene.reason("10.9.0.1", "10.2.7.1"), PassReason::Capacity);
+    assert_eq!(scene.fate("10.1.3.1", "10.2.8.1"), Ok(offloaded("10.1.3.0/24", "10.2.0.0/16").id));
+}
+
+#[test]
+fn host_facts_that_do_not_fit_let_the_cells_that_need_them_pass() {
+    for capacity in [Capacity { fact_lengths: 1, ..AMPLE }, Capacity { cells: 3, ..AMPLE }] {
+        let clean = offloaded("10.1.0.0/16", "10.9.0.0/16");
+        let mut scene = Scene::with_capacity(capacity)
+            .has(site())
+            .has(clean.clone())
+            .routes("10.2.0.1/32", RouteKind::Local)
+            .routes("10.2.1.0/24", RouteKind::Blackhole);
+        assert_eq!(scene.reason("10.1.0.1", "10.2.3.1"), PassReason::Capacity);
+        assert_eq!(scene.fate("10.1.0.1", "10.9.0.1"), Ok(clean.id));
+        assert_eq!(scene.table.facts.len(), 0);
+    }
+}
+
+#[test]
+fn own_and_unroutable_addresses_inside_a_policy_stay_with_the_kernel() {
+    let mut scene = Scene::new()
+        .has(site())
+        .routes("10.2.0.1/32", RouteKind::Local)
+        .routes("10.2.0.255/32", RouteKind::Broadcast)
+        .routes("10.2.1.0/24", RouteKind::Blackhole)
+        .routes("10.2.1.8/32", via(NIC))
+        .routes("10.2.2.0/24", via(LAN))
+        .routes("10.2.3.0/24", RouteKind::Unclear)
+        .routes("10.200.0.0/16", RouteKind::Blackhole);
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.2"), Ok(site().id));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.1.8"), Ok(site().id));
+    for denied in ["10.2.0.1", "10.2.0.255", "10.2.1.1", "10.2.3.1"] {
+        assert_eq!(scene.reason("10.1.0.1", denied), PassReason::DeniedDestination, "{denied}");
+    }
+    assert_eq!(scene.reason("10.1.0.1", "10.2.2.1"), PassReason::RouteElsewhere);
+    let facts: Vec<_> = scene.table.facts.keys().map(|(_, prefix)| prefix.to_string()).collect();
+    assert!(!facts.contains(&"10.200.0.0/16".to_owned()), "no policy is about it: {facts:?}");
+}
+
+#[test]
+fn a_policy_that_is_denied_or_routed_elsewhere_as_a_whole_needs_no_lookup() {
+    for (kind, reason) in [
+        (RouteKind::Unreachable, PassReason::DeniedDestination),
+        (RouteKind::Prohibit, PassReason::DeniedDestination),
+        (RouteKind::Throw, PassReason::DeniedDestination),
+        (RouteKind::Multicast, PassReason::DeniedDestination),
+        (RouteKind::Anycast, PassReason::DeniedDestination),
+        (via(LAN), PassReason::RouteElsewhere),
+    ] {
+        let mut scene = Scene::new().has(site()).routes("10.0.0.0/8", kind);
+        assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), reason, "{kind:?}");
+        assert_eq!(scene.table.facts.len(), 0);
+    }
+    let mut scene = Scene::new().has(site());
+    scene.host.routes = vec![route("192.0.2.0/24", via(NIC))];
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::DeniedDestination, "there is no route");
+}
+
+#[test]
+fn a_route_with_a_length_limit_of_its_own_stays_with_the_kernel() {
+    let limited = |mtu| RouteKind::Unicast { ifindex: NIC, gateway: None, mtu: Some(mtu) };
+    let mut scene = Scene::new().has(site()).routes("10.2.0.0/16", limited(1200));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::DeniedDestination);
+    let mut scene = Scene::new().has(site()).routes("10.2.0.0/16", limited(1500));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id), "the device allows no more either");
+}
+
+#[test]
+fn packets_from_own_addresses_stay_with_the_kernel() {
+    let mut scene = Scene::new().has(site()).routes("10.1.0.1/32", RouteKind::Local);
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::DeniedSource);
+    assert_eq!(scene.fate("10.1.0.2", "10.2.0.1"), Ok(site().id));
+    let mut scene = Scene::new().has(site()).routes("10.1.0.0/16", RouteKind::Local);
+    assert_eq!(scene.reason("10.1.0.2", "10.2.0.1"), PassReason::DeniedSource);
+    assert_eq!(scene.table.facts.len(), 0, "the whole policy passes, so there is nothing to look up");
+}
+
+#[test]
+fn the_reverse_path_is_told_only_where_a_link_asks_for_it() {
+    let mut scene =
+        Scene::new().has(site()).routes("10.1.0.0/16", via(LAN)).routes("10.1.7.0/24", RouteKind::Unclear);
+    scene.compile();
+    assert_eq!(scene.table.facts.len(), 0);
+    scene.link(LAN).reverse_path = ReversePath::Strict;
+    scene.compile();
+    let fact =
+        |scene: &Scene, address: &str| scene.table.fact(Side::Source, address.parse::<IpAddr>().unwrap());
+    assert_eq!(fact(&scene, "10.1.0.1"), Some(Fact::Via(LAN)));
+    assert_eq!(fact(&scene, "10.1.7.1"), Some(Fact::Denied), "several ways back");
+}
+
+#[test]
+fn policy_routing_and_unknown_routes_leave_everything_to_the_kernel() {
+    let mut scene = Scene::new().has(site());
+    scene.host.rules.push(Rule { family: Family::V4, priority: 1, table: None });
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
+    scene.host = HostFacts::default();
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
+}
+
+#[test]
+fn an_embedder_may_answer_for_the_host() {
+    let mut scene = Scene::new().has(site());
+    scene.host = HostFacts::vouched();
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "how long may its packets be?");
+    let egress = Egress { max_length: Some(1400), ..Egress::default() };
+    scene.after(PolicyEvent::Policy(Policy { egress, ..site() }));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    let down = Link { ifindex: NIC, up: false, carrier: true, mtu: 1500, ..Link::default() };
+    scene.host.links.push(down);
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "what it does tell is heeded");
+}
+
+#[test]
+fn a_device_that_cannot_send_or_bypasses_ipsec_is_no_path() {
+    let changes: [(&str, fn(&mut Link)); 4] = [
+        ("down", |link| link.up = false),
+        ("no carrier", |link| link.carrier = false),
+        ("disable_xfrm", |link| link.bypasses_xfrm = true),
+        ("gone", |link| link.ifindex = 99),
+    ];
+    for (why, change) in changes {
+        let mut scene = Scene::new().has(site());
+        change(scene.link(NIC));
+        assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "{why}");
+    }
+}
+
+#[test]
+fn the_outer_destination_must_be_routed_through_the_policys_device() {
+    let mut scene = Scene::new().has(site()).routes("192.0.2.0/24", via(LAN));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
+    let mut scene = Scene::new().has(site());
+    scene.host.routes = vec![route("10.0.0.0/8", via(NIC))];
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "there is no outer route");
+}
+
+/// How the packets of the only policy leave.
+fn forwarding(scene: &mut Scene) -> Option<Forwarding> {
+    scene.compile();
+    let slot = scene.compiler.slot(&scene.compiler.policies()[0].id)?;
+    scene.table.forwardings.get(&slot).copied()
+}
+
+#[test]
+fn the_longest_packet_is_what_the_associations_leave_of_the_outer_path() {
+    let longest = |scene: &mut Scene| forwarding(scene).map(|forwarding| forwarding.max_length);
+    assert_eq!(longest(&mut Scene::new().has(site())), Some(1446));
+
+    let narrow = RouteKind::Unicast { ifindex: NIC, gateway: None, mtu: Some(1400) };
+    assert_eq!(longest(&mut Scene::new().has(site()).routes("192.0.2.0/24", narrow)), Some(1346));
+
+    let mut rekeying = Scene::new().has(site());
+    let mut longer = association();
+    longer.id.spi += 1;
+    longer.overhead =
+        longer.overhead.map(|overhead| crate::policy::Overhead { header: overhead.header + 8, ..overhead });
+    rekeying.after(PolicyEvent::Sa(longer.clone()));
+    assert_eq!(longest(&mut rekeying), Some(1438));
+    rekeying.after(PolicyEvent::Sa(SecurityAssociation { overhead: None, ..longer }));
+    assert_eq!(rekeying.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "one of them is not known");
+
+    let mut ipv6 = Scene::new().has(offloaded("2001:db8:1::/48", "2001:db8:2::/48"));
+    ipv6.link(NIC).mtu_v6 = 1300;
+    assert_eq!(longest(&mut ipv6), Some(1300), "the inner route has a limit too");
+
+    let egress = Egress { max_length: Some(700), ..Egress::default() };
+    assert_eq!(longest(&mut Scene::new().has(Policy { egress, ..site() })), Some(700));
+}
+
+#[test]
+fn the_next_hop_is_the_devices_the_given_one_or_the_kernels_neighbour() {
+    let rewrite = |scene: &mut Scene| forwarding(scene).map(|forwarding| forwarding.rewrite);
+    let hop = |next_hop| Policy { egress: Egress { next_hop, ..Egress::default() }, ..site() };
+    let fixed = NextHop::Fixed { source: ROUTER_MAC, destination: NIC_MAC };
+    assert_eq!(rewrite(&mut Scene::new().has(site())), Some(None));
+    assert_eq!(rewrite(&mut Scene::new().has(hop(fixed))), Some(Some((ROUTER_MAC, NIC_MAC))));
+
+    let neighbour = |ifindex, destination: &str| Neighbour {
+        ifindex,
+        destination: destination.parse().unwrap(),
+        address: ROUTER_MAC,
+    };
+    let mut on_link = Scene::new().has(hop(NextHop::Neighbour));
+    assert_eq!(on_link.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "nobody knows the neighbour");
+    on_link.host.neighbours.push(neighbour(LAN, "192.0.2.2"));
+    assert_eq!(on_link.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "that is on another device");
+    on_link.host.neighbours.push(neighbour(NIC, "192.0.2.2"));
+    assert_eq!(rewrite(&mut on_link), Some(Some((NIC_MAC, ROUTER_MAC))));
+
+    let gateway = Some("192.0.2.254".parse().unwrap());
+    let routed = RouteKind::Unicast { ifindex: NIC, gateway, mtu: None };
+    let mut behind_a_gateway = Scene::new().has(hop(NextHop::Neighbour)).routes("192.0.2.0/24", routed);
+    behind_a_gateway.host.neighbours.push(neighbour(NIC, "192.0.2.2"));
+    assert_eq!(behind_a_gateway.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
+    behind_a_gateway.host.neighbours.push(neighbour(NIC, "192.0.2.254"));
+    assert_eq!(rewrite(&mut behind_a_gateway), Some(Some((NIC_MAC, ROUTER_MAC))));
+}
+
+#[test]
+fn an_update_says_only_what_changed_removals_first_then_longest_prefixes() {
+    let narrow = offloaded("10.1.0.0/16", "10.9.7.0/24");
+    let mut scene = Scene::new().has(site()).has(narrow.clone()).has(offloaded("10.1.0.0/16", "10.9.0.0/16"));
+    scene.compile();
+    assert!(scene.compiler.compile(&scene.database, &scene.host).is_empty());
+
+    scene.after(PolicyEvent::PolicyRemoved(site().id));
+    scene.after(PolicyEvent::PolicyRemoved(narrow.id));
+    scene.after(PolicyEvent::Policy(offloaded("10.1.0.0/16", "10.8.0.0/16")));
+    scene.after(PolicyEvent::Policy(offloaded("10.1.2.0/24", "10.8.0.0/16")));
+    let update = scene.compiler.compile(&scene.database, &scene.host);
+    let changes: Vec<_> =
+        update.cells.iter().map(|(cell, verdict)| (cell.to_string(), verdict.is_some())).collect();
+    let expected = [
+        ("10.1.0.0/16 → 10.2.0.0/16", false),
+        ("10.1.0.0/16 → 10.9.7.0/24", false),
+        ("10.1.2.0/24 → 10.8.0.0/16", true),
+        ("10.1.0.0/16 → 10.8.0.0/16", true),
+        ("10.1.0.0/16 → 10.9.0.0/16", true),
+    ];
+    // The last one was shadowed in part, but its own cell was fast all along.
+    assert_eq!(
+        changes,
+        expected[..4].iter().map(|(cell, set)| ((*cell).to_owned(), *set)).collect::<Vec<_>>()
+    );
+}
