@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    policy::{DefaultPolicy, IPPROTO_ESP, Policy, PolicyId, SaId, SecurityAssociation, Template},
+    policy::{DefaultPolicy, Family, IPPROTO_ESP, Policy, PolicyId, SaId, SecurityAssociation, Template},
     source::{PolicyEvent, Snapshot, StaleCause},
 };
 
@@ -123,13 +123,14 @@ impl Database {
 
     /// The associations that a device may use for a step of a policy without a mark, ordered by identity.
     ///
-    /// `device` is the interface index that the policy is offloaded to, `if_id` its interface id. During a
+    /// `family` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
     /// rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
     /// only itself.
     pub fn live_sas(
         &self,
         template: &Template,
+        family: Family,
         if_id: u32,
         device: u32,
     ) -> impl Iterator<Item = &SecurityAssociation> {
@@ -153,6 +154,10 @@ impl Database {
                     && sa.mode == template.mode
                     && sa.if_id == if_id
                     && sa.id.mark.value == 0
+                    // One that is for some packets only is not known to be for those of the policy.
+                    && sa.selector.is_none_or(|selector| {
+                        selector.family() == family && selector.matches_everything()
+                    })
             })
     }
 
@@ -199,6 +204,7 @@ mod tests {
             reqid: 1,
             mode: Mode::Tunnel,
             if_id: 0,
+            selector: None,
             offload: Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false }),
             overhead: None,
         }
@@ -217,7 +223,7 @@ mod tests {
     }
 
     fn live_spis(database: &Database, template: &Template) -> Vec<u32> {
-        database.live_sas(template, 0, NIC).map(|sa| sa.id.spi).collect()
+        database.live_sas(template, Family::V4, 0, NIC).map(|sa| sa.id.spi).collect()
     }
 
     #[test]

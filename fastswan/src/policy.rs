@@ -161,6 +161,13 @@ impl Selector {
         Family::of(&self.destination)
     }
 
+    /// Whether it matches every packet of its family.
+    #[must_use]
+    pub fn matches_everything(&self) -> bool {
+        let lengths = (self.source.prefix_len(), self.destination.prefix_len());
+        lengths == (0, 0) && !self.looks_at_upper_layer() && self.ifindex == 0
+    }
+
     /// Whether it asks for more of a packet than its addresses: a protocol or a port.
     #[must_use]
     pub fn looks_at_upper_layer(&self) -> bool {
@@ -443,6 +450,8 @@ pub struct SecurityAssociation {
     pub mode: Mode,
     /// Interface id; 0 is none.
     pub if_id: u32,
+    /// The packets that may use it; `None` is every packet.
+    pub selector: Option<Selector>,
     /// The device it is offloaded to.
     pub offload: Option<OffloadDev>,
     /// Bytes it adds to a packet: outer header, ESP header, IV, trailer and ICV, UDP encapsulation.

@@ -319,7 +319,8 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths<'_>) -> Result<F
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
         return Err(PassReason::DefaultBlock);
     }
-    let mut associations = database.live_sas(template, policy.id.if_id, device.ifindex).peekable();
+    let mut associations =
+        database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex).peekable();
     if associations.peek().is_none() {
         return Err(PassReason::NoSa);
     }

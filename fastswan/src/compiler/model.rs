@@ -191,6 +191,7 @@ pub(super) fn association() -> SecurityAssociation {
         reqid: template().reqid,
         mode: Mode::Tunnel,
         if_id: 0,
+        selector: None,
         offload: to(NIC, OffloadKind::Packet),
         overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
     }

@@ -9,6 +9,8 @@ use std::io;
 use async_trait::async_trait;
 use futures::{Stream, stream};
 
+pub mod netlink;
+
 use crate::policy::{DefaultPolicy, Policy, PolicyId, PolicyType, SaId, SecurityAssociation};
 
 /// What a source says.

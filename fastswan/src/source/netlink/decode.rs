@@ -1,0 +1,377 @@
+//! What a datagram of the kernel's XFRM netlink says. Pure: bytes in, meaning out, no panic for any bytes.
+//!
+//! Structures are those of `netlink-packet-xfrm`, read one by one: its parsers of whole messages panic on
+//! messages that are shorter than their fixed part. The numbers of `linux/xfrm.h` that it lacks are here.
+
+use std::net::IpAddr;
+
+use bytes::Bytes;
+use ipnet::IpNet;
+use netlink_packet_core::{DecodeError as CoreError, NetlinkBuffer, NlaBuffer, NlasIterator, Parseable as _};
+use netlink_packet_xfrm::{
+    Address, LifetimeConfig, Selector as RawSelector, UserExpire, UserPolicyDefault, UserPolicyExpire,
+    UserPolicyId, UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate, XfrmAttrs, constants as xfrm,
+};
+
+use super::super::PolicyEvent;
+use crate::policy::{
+    Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy,
+    PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template,
+};
+
+const XFRM_OFFLOAD_INBOUND: u8 = 2;
+const XFRM_OFFLOAD_PACKET: u8 = 4;
+const XFRM_USERPOLICY_BLOCK: u8 = 1;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLMSG_NOOP: u16 = 1;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLMSG_OVERRUN: u16 = 4;
+const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
+const TEMPLATE_LENGTH: usize = 64;
+
+/// One message of a datagram.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Message {
+    /// The sequence number of the request that it answers; 0 for notifications.
+    pub sequence: u32,
+    /// A dump was interrupted by a change (`NLM_F_DUMP_INTR`).
+    pub interrupted: bool,
+    /// What it says.
+    pub content: Content,
+}
+
+/// What a message says.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Content {
+    /// Something about policies or associations.
+    Event(PolicyEvent),
+    /// The end of a dump, with its errno; 0 is success.
+    Done(i32),
+    /// An error, as a positive errno; 0 acknowledges a request.
+    Error(i32),
+    /// The kernel lost messages.
+    Overrun,
+    /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, an association without SPI,
+    /// or a kind of message that changes no policy and no association.
+    Ignored,
+}
+
+/// Bytes are not what the kernel sends.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("undecodable XFRM message of type {kind:#x}: {reason}; the source will ask for everything again")]
+pub struct DecodeError {
+    /// Message type; 0 if not even that could be read.
+    pub kind: u16,
+    /// What is wrong.
+    pub reason: String,
+}
+
+/// Reads all messages of a datagram.
+///
+/// # Errors
+///
+/// [`DecodeError`] for the first message that cannot be read. Nothing of the datagram may then be relied on.
+pub fn decode(datagram: &Bytes) -> Result<Vec<Message>, DecodeError> {
+    let mut rest = &datagram[..];
+    let mut messages = Vec::new();
+    while !rest.is_empty() {
+        let error = |error: CoreError| DecodeError { kind: 0, reason: error.to_string() };
+        let buffer = NetlinkBuffer::new_checked(rest).map_err(error)?;
+        messages.push(message(&buffer)?);
+        // Messages begin at multiples of 4 bytes; the last one need not end there.
+        let length = (buffer.length() as usize).next_multiple_of(4);
+        rest = rest.get(length..).unwrap_or_default();
+    }
+    Ok(messages)
+}
+
+fn message(buffer: &NetlinkBuffer<&[u8]>) -> Result<Message, DecodeError> {
+    let kind = buffer.message_type();
+    let content = content(kind, buffer.payload()).map_err(|reason| DecodeError { kind, reason })?;
+    let interrupted = buffer.flags() & NLM_F_DUMP_INTR != 0;
+    Ok(Message { sequence: buffer.sequence_number(), interrupted, content })
+}
+
+fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
+    let event = match kind {
+        NLMSG_NOOP => return Ok(Content::Ignored),
+        NLMSG_ERROR => return Ok(Content::Error(errno(payload)?)),
+        NLMSG_DONE => return Ok(Content::Done(errno(payload)?)),
+        NLMSG_OVERRUN => return Ok(Content::Overrun),
+        xfrm::XFRM_MSG_NEWPOLICY | xfrm::XFRM_MSG_UPDPOLICY => {
+            let info = UserPolicyInfo::parse(payload).map_err(text)?;
+            let attributes = Attributes::read(payload, xfrm_length::POLICY_INFO)?;
+            policy(&info, &attributes)?.map(PolicyEvent::Policy)
+        }
+        xfrm::XFRM_MSG_DELPOLICY => {
+            UserPolicyId::parse(payload).map_err(text)?;
+            let attributes = Attributes::read(payload, xfrm_length::POLICY_ID)?;
+            // The fixed part lacks the selector if the policy was deleted by its index.
+            let info = attributes.policy.ok_or("a deleted policy is not described")?;
+            policy_id(&info, &attributes)?.map(PolicyEvent::PolicyRemoved)
+        }
+        xfrm::XFRM_MSG_POLEXPIRE => {
+            let expire = UserPolicyExpire::parse(payload).map_err(text)?;
+            let attributes = Attributes::read(payload, xfrm_length::POLICY_EXPIRE)?;
+            // A soft limit deletes nothing.
+            let id = policy_id(&expire.pol, &attributes)?;
+            id.filter(|_| expire.hard != 0).map(PolicyEvent::PolicyRemoved)
+        }
+        xfrm::XFRM_MSG_FLUSHPOLICY => {
+            Some(PolicyEvent::PoliciesFlushed(Attributes::read(payload, 0)?.policy_type))
+        }
+        xfrm::XFRM_MSG_NEWSA | xfrm::XFRM_MSG_UPDSA => {
+            let info = UserSaInfo::parse(payload).map_err(text)?;
+            let attributes = Attributes::read(payload, xfrm_length::SA_INFO)?;
+            sa(&info, &attributes)?.map(PolicyEvent::Sa)
+        }
+        xfrm::XFRM_MSG_DELSA => {
+            let id = UserSaId::parse(payload).map_err(text)?;
+            let attributes = Attributes::read(payload, xfrm_length::SA_ID)?;
+            let destination = address(id.family, &id.daddr)?;
+            let id = SaId { destination, spi: id.spi, protocol: id.proto, mark: attributes.mark };
+            Some(id).filter(|id| id.spi != 0).map(PolicyEvent::SaRemoved)
+        }
+        xfrm::XFRM_MSG_EXPIRE => {
+            let expire = UserExpire::parse(payload).map_err(text)?;
+            let attributes = Attributes::read(payload, xfrm_length::SA_EXPIRE)?;
+            let id = sa_id(&expire.state, &attributes)?;
+            Some(id).filter(|id| id.spi != 0 && expire.hard != 0).map(PolicyEvent::SaRemoved)
+        }
+        xfrm::XFRM_MSG_FLUSHSA => {
+            Some(PolicyEvent::SasFlushed(*payload.first().ok_or("a flush without a protocol")?))
+        }
+        // What SETDEFAULT changes is told as an answer to GETDEFAULT.
+        xfrm::XFRM_MSG_GETDEFAULT => Some(PolicyEvent::DefaultPolicy(default_policy(payload)?)),
+        xfrm::XFRM_MSG_MIGRATE => return Err("addresses of policies and associations were migrated".into()),
+        _ => None,
+    };
+    Ok(event.map_or(Content::Ignored, Content::Event))
+}
+
+/// Lengths of the fixed parts of messages in bytes.
+mod xfrm_length {
+    pub(super) use netlink_packet_xfrm::{
+        XFRM_USER_EXPIRE_LEN as SA_EXPIRE, XFRM_USER_POLICY_EXPIRE_LEN as POLICY_EXPIRE,
+        XFRM_USER_POLICY_ID_LEN as POLICY_ID, XFRM_USER_POLICY_INFO_LEN as POLICY_INFO,
+        XFRM_USER_SA_ID_LEN as SA_ID, XFRM_USER_SA_INFO_LEN as SA_INFO,
+    };
+}
+
+/// The attributes that matter.
+#[derive(Default)]
+struct Attributes {
+    policy: Option<UserPolicyInfo>,
+    policy_type: PolicyType,
+    templates: Vec<UserTemplate>,
+    mark: Mark,
+    if_id: u32,
+    security_context: Vec<u8>,
+    offload: Option<OffloadDev>,
+    /// Name and ICV length in bits of an AEAD algorithm.
+    aead: Option<(String, u32)>,
+    udp_encapsulation: bool,
+}
+
+impl Attributes {
+    fn read(payload: &[u8], fixed: usize) -> Result<Self, String> {
+        let bytes = payload.get(fixed..).ok_or("shorter than its fixed part")?;
+        let mut attributes = Self::default();
+        for attribute in NlasIterator::new(bytes) {
+            attributes.add(&attribute.map_err(text)?)?;
+        }
+        Ok(attributes)
+    }
+
+    fn add(&mut self, attribute: &NlaBuffer<&[u8]>) -> Result<(), String> {
+        match attribute.kind() {
+            xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
+            // The library would drop what remains of a last template.
+            xfrm::XFRMA_TMPL if !attribute.value().len().is_multiple_of(TEMPLATE_LENGTH) => {
+                return Err("a template is cut short".into());
+            }
+            xfrm::XFRMA_POLICY
+            | xfrm::XFRMA_POLICY_TYPE
+            | xfrm::XFRMA_TMPL
+            | xfrm::XFRMA_MARK
+            | xfrm::XFRMA_IF_ID
+            | xfrm::XFRMA_OFFLOAD_DEV
+            | xfrm::XFRMA_ALG_AEAD
+            | xfrm::XFRMA_ENCAP => match XfrmAttrs::parse(attribute).map_err(text)? {
+                XfrmAttrs::PolicyInfo(info) => self.policy = Some(info),
+                XfrmAttrs::PolicyType(policy_type) => {
+                    self.policy_type = match policy_type.ptype {
+                        xfrm::XFRM_POLICY_TYPE_MAIN => PolicyType::Main,
+                        xfrm::XFRM_POLICY_TYPE_SUB => PolicyType::Sub,
+                        other => return Err(format!("policy type {other}")),
+                    };
+                }
+                XfrmAttrs::Template(templates) => self.templates = templates,
+                XfrmAttrs::Mark(mark) => self.mark = Mark { value: mark.value, mask: mark.mask },
+                XfrmAttrs::IfId(if_id) => self.if_id = if_id,
+                XfrmAttrs::OffloadDevice(device) => {
+                    let packet = device.flags & XFRM_OFFLOAD_PACKET != 0;
+                    self.offload = Some(OffloadDev {
+                        ifindex: u32::try_from(device.ifindex).map_err(text)?,
+                        kind: if packet { OffloadKind::Packet } else { OffloadKind::Crypto },
+                        inbound: device.flags & XFRM_OFFLOAD_INBOUND != 0,
+                    });
+                }
+                XfrmAttrs::EncryptionAlgAead(aead) => {
+                    let name = aead.alg_name.split(|&byte| byte == 0).next().unwrap_or_default();
+                    self.aead = Some((String::from_utf8_lossy(name).into_owned(), aead.alg_icv_len));
+                }
+                XfrmAttrs::EncapsulationTemplate(_) => self.udp_encapsulation = true,
+                _ => {}
+            },
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// A policy, or `None` if it is one of a socket.
+fn policy(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<Policy>, String> {
+    let Some(id) = policy_id(info, attributes)? else { return Ok(None) };
+    let action = match info.action {
+        xfrm::XFRM_POLICY_ALLOW => Action::Allow,
+        xfrm::XFRM_POLICY_BLOCK => Action::Block,
+        other => return Err(format!("policy action {other}")),
+    };
+    let templates: Result<Vec<Template>, String> = attributes.templates.iter().map(template).collect();
+    Ok(Some(Policy {
+        index: info.index,
+        priority: info.priority,
+        action,
+        templates: templates?,
+        offload: attributes.offload,
+        use_limited: is_use_limited(&info.lifetime_cfg),
+        ..Policy::new(id)
+    }))
+}
+
+/// The identity of a policy, or `None` if it is one of a socket.
+fn policy_id(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<PolicyId>, String> {
+    let direction = match info.direction {
+        xfrm::XFRM_POLICY_IN => Direction::In,
+        xfrm::XFRM_POLICY_OUT => Direction::Out,
+        xfrm::XFRM_POLICY_FWD => Direction::Forward,
+        _ => return Ok(None),
+    };
+    Ok(Some(PolicyId {
+        direction,
+        policy_type: attributes.policy_type,
+        mark: attributes.mark,
+        if_id: attributes.if_id,
+        security_context: attributes.security_context.clone(),
+        selector: selector(&info.selector)?,
+    }))
+}
+
+fn selector(raw: &RawSelector) -> Result<Selector, String> {
+    let prefix = |address_of: &Address, length| {
+        IpNet::new(address(raw.family, address_of)?, length).map_err(|_| format!("prefix length {length}"))
+    };
+    Ok(Selector {
+        source: prefix(&raw.saddr, raw.prefixlen_s)?,
+        destination: prefix(&raw.daddr, raw.prefixlen_d)?,
+        protocol: raw.proto,
+        source_port: PortMatch { port: raw.sport, mask: raw.sport_mask },
+        destination_port: PortMatch { port: raw.dport, mask: raw.dport_mask },
+        ifindex: u32::try_from(raw.ifindex).map_err(text)?,
+        user: raw.user,
+    })
+}
+
+fn template(raw: &UserTemplate) -> Result<Template, String> {
+    Ok(Template {
+        mode: mode(raw.mode),
+        protocol: raw.id.proto,
+        spi: raw.id.spi,
+        source: address(raw.family, &raw.saddr)?,
+        destination: address(raw.family, &raw.id.daddr)?,
+        reqid: raw.reqid,
+        optional: raw.optional != 0,
+    })
+}
+
+/// An association, or `None` if it has no SPI: the kernel is still asking for one.
+fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<Option<SecurityAssociation>, String> {
+    let id = sa_id(info, attributes)?;
+    // A family of 0 is no selector at all.
+    let selector = if info.selector.family == 0 { None } else { Some(selector(&info.selector)?) };
+    Ok(Some(SecurityAssociation {
+        id,
+        source: address(info.family, &info.saddr)?,
+        reqid: info.reqid,
+        mode: mode(info.mode),
+        if_id: attributes.if_id,
+        selector,
+        offload: attributes.offload,
+        overhead: overhead(info, attributes),
+    })
+    .filter(|sa| sa.id.spi != 0))
+}
+
+fn sa_id(info: &UserSaInfo, attributes: &Attributes) -> Result<SaId, String> {
+    let destination = address(info.family, &info.id.daddr)?;
+    Ok(SaId { destination, spi: info.id.spi, protocol: info.id.proto, mark: attributes.mark })
+}
+
+fn overhead(info: &UserSaInfo, attributes: &Attributes) -> Option<Overhead> {
+    let (name, icv_bits) = attributes.aead.as_ref()?;
+    if name != "rfc4106(gcm(aes))" || mode(info.mode) != Mode::Tunnel {
+        return None;
+    }
+    let outer = if info.family == AF_INET { Family::V4 } else { Family::V6 };
+    Some(Overhead::aes_gcm_tunnel(outer, attributes.udp_encapsulation, u16::try_from(icv_bits / 8).ok()?))
+}
+
+fn mode(raw: u8) -> Mode {
+    match raw {
+        xfrm::XFRM_MODE_TRANSPORT => Mode::Transport,
+        xfrm::XFRM_MODE_TUNNEL => Mode::Tunnel,
+        other => Mode::Other(other),
+    }
+}
+
+fn default_policy(payload: &[u8]) -> Result<DefaultPolicy, String> {
+    let raw = UserPolicyDefault::parse(payload).map_err(text)?;
+    let action = |raw| if raw == XFRM_USERPOLICY_BLOCK { Action::Block } else { Action::Allow };
+    Ok(DefaultPolicy {
+        inbound: action(raw.input),
+        forward: action(raw.forward),
+        outbound: action(raw.output),
+    })
+}
+
+/// Whether the kernel counts something that would end the policy: packets, bytes, or time since its first use.
+fn is_use_limited(lifetime: &LifetimeConfig) -> bool {
+    lifetime.hard_packet_limit != xfrm::XFRM_INF
+        || lifetime.hard_byte_limit != xfrm::XFRM_INF
+        || lifetime.hard_use_expires_seconds != 0
+}
+
+fn address(family: u16, raw: &Address) -> Result<IpAddr, String> {
+    match family {
+        AF_INET => Ok(raw.to_ipv4().into()),
+        AF_INET6 => Ok(raw.to_ipv6().into()),
+        other => Err(format!("address family {other}")),
+    }
+}
+
+/// The kernel writes errors as negative numbers; a `Done` of an old kernel may lack it.
+fn errno(payload: &[u8]) -> Result<i32, String> {
+    if payload.is_empty() {
+        return Ok(0);
+    }
+    let bytes = payload.first_chunk().ok_or("an error code is cut short")?;
+    Ok(i32::from_ne_bytes(*bytes).saturating_neg())
+}
+
+fn text<E: std::error::Error>(error: E) -> String {
+    error.to_string()
+}

@@ -1,0 +1,268 @@
+//! The running kernel as a source: XFRM netlink.
+//!
+//! A [`NetlinkSource`] subscribes to notifications first, then asks for everything on a second socket, and
+//! then applies the notifications that came meanwhile, until there are none left: so the [`Snapshot`] it
+//! yields is what the kernel had at one moment. From then on it yields each change. When it loses track (the
+//! receive buffer overran, a message could not be read, a dump was cut short) it says so at once with
+//! [`PolicyEvent::Stale`], and starts over.
+
+mod decode;
+mod dump;
+mod socket;
+
+use std::{collections::VecDeque, io, time::Duration};
+
+use async_trait::async_trait;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+pub use self::decode::{Content, DecodeError, Message, decode};
+use self::{
+    dump::{Dump, DumpError},
+    socket::{Datagram, XfrmSocket},
+};
+use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
+use crate::database::Database;
+
+/// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.
+const GROUPS: [u32; 3] = [2, 3, 4];
+
+/// A dump that takes longer has been forgotten.
+const DUMP_LIMIT: Duration = Duration::from_secs(30);
+/// How long to wait before another dump, at first and at most; doubled from failure to failure.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// How a [`NetlinkSource`] listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetlinkConfig {
+    receive_buffer: usize,
+    kernel_only: bool,
+}
+
+impl Default for NetlinkConfig {
+    /// 8 MiB, which holds some 5,000 notifications, from the kernel only.
+    fn default() -> Self {
+        Self { receive_buffer: 8 << 20, kernel_only: true }
+    }
+}
+
+impl NetlinkConfig {
+    /// Sets the size of the receive buffer in bytes, as in `SO_RCVBUF`. Beyond `net.core.rmem_max` it takes
+    /// `CAP_NET_ADMIN`; without, the kernel gives what it allows.
+    #[must_use]
+    pub fn receive_buffer(mut self, bytes: usize) -> Self {
+        self.receive_buffer = bytes;
+        self
+    }
+
+    /// Believes messages that another process sent. For tests only: whoever has `CAP_NET_ADMIN` in the
+    /// namespace can then make packets leave in clear.
+    #[cfg(feature = "untrusted-netlink-senders")]
+    #[must_use]
+    pub fn believe_anyone(mut self) -> Self {
+        self.kernel_only = false;
+        self
+    }
+}
+
+/// What a [`NetlinkSource`] has met since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NetlinkStatistics {
+    /// Datagrams that were read.
+    pub datagrams: u64,
+    /// Changes of policies and associations among them.
+    pub events: u64,
+    /// Messages that change neither.
+    pub ignored: u64,
+    /// Datagrams that were dropped because the kernel did not send them.
+    pub foreign: u64,
+    /// Times that the receive buffer overran.
+    pub overruns: u64,
+    /// Datagrams that could not be read.
+    pub undecodable: u64,
+    /// Dumps that gave a snapshot.
+    pub dumps: u64,
+    /// Dumps that failed and were started again.
+    pub failed_dumps: u64,
+}
+
+/// The policies and associations of the running kernel, in the network namespace of the thread that opens it.
+///
+/// Needs no privilege to listen to a user's own namespace; reading them takes `CAP_NET_ADMIN`.
+#[derive(Debug)]
+pub struct NetlinkSource {
+    config: NetlinkConfig,
+    notifications: XfrmSocket,
+    state: State,
+    /// Events of the last datagram that were not yielded yet.
+    ready: VecDeque<PolicyEvent>,
+    pause: Duration,
+    statistics: NetlinkStatistics,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The next dump starts then.
+    Waiting(Instant),
+    /// A dump is being read, until then at most.
+    Dumping(Box<Dump>, Instant),
+    /// What was yielded is what the kernel has.
+    Following,
+}
+
+impl NetlinkSource {
+    /// Subscribes to the kernel's notifications. Must be called inside a tokio runtime with I/O and time.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::System`]: the kernel lacks `CONFIG_XFRM_USER`, or allows no more sockets.
+    pub fn open() -> Result<Self, SourceError> {
+        Self::with_config(NetlinkConfig::default())
+    }
+
+    /// The same with a configuration.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::open`].
+    pub fn with_config(config: NetlinkConfig) -> Result<Self, SourceError> {
+        let notifications =
+            XfrmSocket::open(&GROUPS, Some(config.receive_buffer)).map_err(|error| SourceError::System {
+                attempt: "subscribing to XFRM notifications".to_owned(),
+                error,
+                remedy: "; the kernel needs CONFIG_XFRM_USER",
+            })?;
+        Ok(Self {
+            config,
+            notifications,
+            state: State::Waiting(Instant::now()),
+            ready: VecDeque::new(),
+            pause: SHORTEST_PAUSE,
+            statistics: NetlinkStatistics::default(),
+        })
+    }
+
+    /// What it has met so far.
+    #[must_use]
+    pub fn statistics(&self) -> NetlinkStatistics {
+        self.statistics
+    }
+
+    /// Takes the time for a dump and gives up only where waiting cannot help.
+    async fn resynchronise(&mut self) -> Result<Snapshot, SourceError> {
+        loop {
+            let failure = match &mut self.state {
+                State::Following => {
+                    self.state = State::Waiting(Instant::now());
+                    continue;
+                }
+                State::Waiting(until) => {
+                    sleep_until(*until).await;
+                    match Dump::start(self.config.receive_buffer) {
+                        Ok(dump) => {
+                            self.state = State::Dumping(Box::new(dump), Instant::now() + DUMP_LIMIT);
+                            continue;
+                        }
+                        Err(error) => DumpError::System(error),
+                    }
+                }
+                State::Dumping(dump, until) => match timeout_at(*until, dump.finish()).await {
+                    Ok(Ok(snapshot)) => match self.replay(snapshot) {
+                        Ok(snapshot) => {
+                            self.statistics.dumps += 1;
+                            self.pause = SHORTEST_PAUSE;
+                            self.state = State::Following;
+                            return Ok(snapshot);
+                        }
+                        Err(_) => DumpError::Interrupted,
+                    },
+                    Ok(Err(error)) => error,
+                    Err(_) => DumpError::System(io::ErrorKind::TimedOut.into()),
+                },
+            };
+            if let DumpError::System(error) = &failure
+                && matches!(error.raw_os_error(), Some(libc::EPERM))
+            {
+                return Err(SourceError::System {
+                    attempt: "reading the kernel's policies and associations".to_owned(),
+                    error: io::Error::from_raw_os_error(libc::EPERM),
+                    remedy: "; run with CAP_NET_ADMIN, or as root",
+                });
+            }
+            self.statistics.failed_dumps += 1;
+            tracing::warn!(%failure, pause = ?self.pause, "cannot read policies and associations, trying again");
+            self.state = State::Waiting(Instant::now() + self.pause);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
+    /// is applied again, together with all that came after it.
+    fn replay(&mut self, snapshot: Snapshot) -> Result<Snapshot, StaleCause> {
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Snapshot(snapshot));
+        loop {
+            match self.notifications.try_receive() {
+                Ok(None) => return Ok(database.snapshot()),
+                Ok(Some(datagram)) => self.read(Ok(datagram))?,
+                Err(error) => self.read(Err(error))?,
+            }
+            self.ready.drain(..).for_each(|event| database.apply(event));
+        }
+    }
+
+    /// Puts what a datagram says into `ready`.
+    fn read(&mut self, received: io::Result<Datagram>) -> Result<(), StaleCause> {
+        let datagram = received.map_err(|error| {
+            // ENOBUFS, or an error after which nobody knows what was lost.
+            self.statistics.overruns += 1;
+            tracing::warn!(%error, "lost XFRM notifications");
+            StaleCause::Overrun
+        })?;
+        self.statistics.datagrams += 1;
+        if datagram.sender != 0 && self.config.kernel_only {
+            self.statistics.foreign += 1;
+            return Ok(());
+        }
+        let messages = if datagram.truncated { None } else { decode(&datagram.bytes).ok() };
+        let Some(messages) = messages else {
+            self.statistics.undecodable += 1;
+            return Err(StaleCause::Undecodable);
+        };
+        for message in messages {
+            match message.content {
+                Content::Event(event) => {
+                    self.statistics.events += 1;
+                    self.ready.push_back(event);
+                }
+                Content::Overrun => {
+                    self.statistics.overruns += 1;
+                    return Err(StaleCause::Overrun);
+                }
+                Content::Done(_) | Content::Error(_) | Content::Ignored => self.statistics.ignored += 1,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl PolicySource for NetlinkSource {
+    async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Ok(Some(event));
+            }
+            if !matches!(self.state, State::Following) {
+                return self.resynchronise().await.map(|snapshot| Some(PolicyEvent::Snapshot(snapshot)));
+            }
+            let received = self.notifications.receive().await;
+            if let Err(cause) = self.read(received) {
+                self.ready.clear();
+                self.state = State::Waiting(Instant::now());
+                return Ok(Some(PolicyEvent::Stale(cause)));
+            }
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Netlink sockets of our own: bounded by their receive buffer, never peeked at, drained until they are empty.
+
+use std::io;
+
+use bytes::{Bytes, BytesMut};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
+use tokio::io::unix::AsyncFd;
+
+/// The kernel never makes a datagram of a dump longer, and a notification is a few hundred bytes.
+const LONGEST_DATAGRAM: usize = 64 * 1024;
+
+/// `MSG_TRUNC` asks for the length that a datagram really had.
+const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+
+/// A datagram and where it came from.
+#[derive(Debug)]
+pub(super) struct Datagram {
+    pub(super) bytes: Bytes,
+    /// Port number of the sender; the kernel's is 0.
+    pub(super) sender: u32,
+    /// It was longer than anything that the kernel sends, and its end is lost.
+    pub(super) truncated: bool,
+}
+
+/// A socket of `NETLINK_XFRM` in the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub(super) struct XfrmSocket {
+    socket: AsyncFd<Socket>,
+    buffer: BytesMut,
+}
+
+impl XfrmSocket {
+    /// Opens a socket that hears what is sent to these multicast groups.
+    pub(super) fn open(groups: &[u32], receive_buffer: Option<usize>) -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_XFRM)?;
+        socket.set_non_blocking(true)?;
+        if let Some(bytes) = receive_buffer {
+            set_receive_buffer(&socket, bytes)?;
+        }
+        socket.bind_auto()?;
+        for group in groups {
+            socket.add_membership(*group)?;
+        }
+        Ok(Self { socket: AsyncFd::register(socket)?, buffer: BytesMut::new() })
+    }
+
+    /// Sends a request to the kernel.
+    pub(super) fn send(&self, request: &[u8]) -> io::Result<()> {
+        self.socket.get_ref().send_to(request, &SocketAddr::new(0, 0), 0).map(drop)
+    }
+
+    /// The next datagram, if there is one already.
+    pub(super) fn try_receive(&mut self) -> io::Result<Option<Datagram>> {
+        match receive(self.socket.get_ref(), &mut self.buffer) {
+            Ok(datagram) => Ok(Some(datagram)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits for the next datagram. While this is pending the socket is empty: the runtime is only asked after
+    /// the kernel has said so. Cancel-safe.
+    pub(super) async fn receive(&mut self) -> io::Result<Datagram> {
+        if let Some(datagram) = self.try_receive()? {
+            return Ok(datagram);
+        }
+        loop {
+            let mut guard = self.socket.readable().await?;
+            let buffer = &mut self.buffer;
+            if let Ok(result) = guard.try_io(|socket| receive(socket.get_ref(), buffer)) {
+                return result;
+            }
+        }
+    }
+}
+
+fn receive(socket: &Socket, buffer: &mut BytesMut) -> io::Result<Datagram> {
+    buffer.clear();
+    buffer.reserve(LONGEST_DATAGRAM);
+    let (length, sender) = socket.recv_from(buffer, FLAGS)?;
+    let truncated = length > buffer.len();
+    Ok(Datagram { bytes: buffer.split().freeze(), sender: sender.port_number(), truncated })
+}
+
+/// With `CAP_NET_ADMIN` beyond what `net.core.rmem_max` allows, else up to that.
+fn set_receive_buffer(socket: &Socket, bytes: usize) -> io::Result<()> {
+    set_socket_recv_buffer_size_force(socket, bytes)
+        .or_else(|_| set_socket_recv_buffer_size(socket, bytes))?;
+    Ok(())
+}
