@@ -110,6 +110,12 @@ impl Database {
         self.policies.get(id)
     }
 
+    /// The security association with this identity.
+    #[must_use]
+    pub fn sa(&self, id: &SaId) -> Option<&SecurityAssociation> {
+        self.sas.get(id)
+    }
+
     /// All security associations, ordered by identity.
     pub fn sas(&self) -> impl Iterator<Item = &SecurityAssociation> {
         self.sas.values()

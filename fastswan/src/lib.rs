@@ -18,5 +18,8 @@ pub use forwarder::XdpForwarder;
 pub use gateway::Gateway;
 pub use host::HostFacts;
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
-pub use source::{PolicyEvent, PolicySource, Snapshot, SourceError, netlink::NetlinkSource};
+pub use source::{
+    PolicyEvent, PolicySource, Snapshot, SourceError, adapters::PolicySourceExt, channel::ChannelSource,
+    fixed::StaticSource, netlink::NetlinkSource,
+};
 pub use table::{BpfTable, MemoryTable, OffloadTable};

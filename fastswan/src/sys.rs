@@ -3,16 +3,24 @@
 
 use std::{io, os::fd::AsRawFd as _};
 
+use netlink_sys::Socket;
 use rustix::{
-    net::{AddressFamily, SocketType, socket},
+    net::{AddressFamily, SocketType, netdevice::name_to_index, socket},
     time::{ClockId, clock_gettime},
 };
+use tokio::io::unix::AsyncFd;
 
 /// `ETHTOOL_GDRVINFO` and `ETHTOOL_GFLAGS` of `linux/ethtool.h`.
 const ETHTOOL_GDRVINFO: u32 = 0x03;
 const ETHTOOL_GFLAGS: u32 = 0x25;
 /// `ETH_FLAG_RXVLAN`: the device takes VLAN tags off received frames.
 const ETH_FLAG_RXVLAN: u32 = 1 << 8;
+
+/// The index of the interface with this name in this thread's network namespace.
+pub(crate) fn ifindex(interface: &str) -> io::Result<u32> {
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    Ok(name_to_index(socket, interface)?)
+}
 
 /// What `ethtool` knows about a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +72,17 @@ fn ethtool<T>(interface: &str, request: &mut T) -> io::Result<()> {
     // structure of the size that the kernel writes for its command; both live through the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes a socket known to the tokio runtime that the caller runs in.
+pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
+    if tokio::runtime::Handle::try_current().is_err() {
+        return Err(io::Error::other("there is no tokio runtime: call this inside one"));
+    }
+    // SAFETY: `Socket` owns its descriptor, always returns the same, and closes it when it is dropped, which
+    // `AsyncFd` sees to.
+    let watched = unsafe { AsyncFd::register(socket) };
+    watched.map_err(io::Error::from)
 }
 
 /// `CLOCK_MONOTONIC_COARSE` in nanoseconds: the clock of `bpf_ktime_get_coarse_ns`, but for the offset of a

@@ -77,3 +77,78 @@ fn later<V>(kept: &[(Cell, V)], dropped: &[Cell]) -> HashSet<usize> {
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn prefix() -> impl Strategy<Value = IpNet> {
+        (0..8u8, 29..=32u8)
+            .prop_map(|(host, length)| format!("10.0.0.{host}/{length}").parse::<IpNet>().unwrap().trunc())
+    }
+
+    fn cells() -> impl Strategy<Value = Vec<(Cell, bool)>> {
+        let cell = (prefix(), prefix()).prop_map(|(destination, source)| Cell { destination, source });
+        proptest::collection::btree_set(cell, 0..20)
+            .prop_map(|cells| cells.into_iter().map(|cell| (cell, true)).collect())
+    }
+
+    fn first(cells: &[(Cell, bool)], source: u8, destination: u8) -> Option<(Cell, bool)> {
+        let address = |last: u8| std::net::IpAddr::from([10, 0, 0, last]);
+        cells
+            .iter()
+            .filter(|(cell, _)| cell.source.contains(&address(source)))
+            .filter(|(cell, _)| cell.destination.contains(&address(destination)))
+            .max_by_key(|(cell, _)| (cell.destination.prefix_len(), cell.source.prefix_len()))
+            .copied()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1024))]
+
+        /// A packet is fast through a cell only if that is the cell it was fast through before, and if nothing
+        /// was left out, nothing passes.
+        #[test]
+        fn packets_of_a_cell_that_was_left_out_are_not_fast_through_another(
+            all in cells(),
+            limit in 0..24usize,
+            tuples in 0..12usize,
+        ) {
+            let mut kept = all.clone();
+            fit(&mut kept, limit, tuples, |fast| *fast = false);
+            prop_assert!(kept.len() <= limit);
+            let lengths: HashSet<_> =
+                kept.iter().map(|(cell, _)| (cell.destination.prefix_len(), cell.source.prefix_len())).collect();
+            prop_assert!(lengths.len() <= tuples);
+            for (source, destination) in (0..8).flat_map(|source| (0..8).map(move |to| (source, to))) {
+                if let Some((cell, true)) = first(&kept, source, destination) {
+                    prop_assert_eq!(Some((cell, true)), first(&all, source, destination));
+                }
+            }
+            if kept.len() == all.len() {
+                prop_assert_eq!(kept, all);
+            }
+        }
+
+        /// A cell is made to pass only if it would catch packets of a cell that was left out.
+        #[test]
+        fn cells_that_have_no_part_in_what_was_left_out_stay_fast(
+            all in cells(),
+            limit in 0..24usize,
+            tuples in 0..12usize,
+        ) {
+            let mut kept = all.clone();
+            fit(&mut kept, limit, tuples, |fast| *fast = false);
+            for (cell, _) in kept.iter().filter(|(_, fast)| !fast) {
+                let is_left_out = |other: &Cell| kept.iter().all(|(kept, _)| kept != other);
+                let meets = |other: &Cell| {
+                    cell.destination.contains(&other.destination)
+                        && (cell.source.contains(&other.source) || other.source.contains(&cell.source))
+                };
+                prop_assert!(all.iter().any(|(other, _)| is_left_out(other) && meets(other)), "{}", cell);
+            }
+        }
+    }
+}

@@ -58,7 +58,7 @@ impl Model {
         for (slot, forwarding) in &update.forwardings {
             match forwarding {
                 Some(forwarding) => {
-                    assert_ne!(self.forwardings.insert(*slot, *forwarding), Some(*forwarding))
+                    assert_ne!(self.forwardings.insert(*slot, *forwarding), Some(*forwarding));
                 }
                 None => assert!(self.forwardings.remove(slot).is_some(), "{slot:?} was not in use"),
             }
@@ -159,11 +159,11 @@ pub(super) fn tunnel(source: &str, destination: &str) -> Policy {
 
 /// The same, packet-offloaded to the NIC.
 pub(super) fn offloaded(source: &str, destination: &str) -> Policy {
-    Policy { offload: to(NIC, OffloadKind::Packet), ..tunnel(source, destination) }
+    Policy { offload: Some(to(NIC, OffloadKind::Packet)), ..tunnel(source, destination) }
 }
 
-pub(super) fn to(ifindex: u32, kind: OffloadKind) -> Option<OffloadDev> {
-    Some(OffloadDev { ifindex, kind, inbound: false })
+pub(super) fn to(ifindex: u32, kind: OffloadKind) -> OffloadDev {
+    OffloadDev { ifindex, kind, inbound: false }
 }
 
 pub(super) fn template() -> Template {
@@ -192,7 +192,7 @@ pub(super) fn association() -> SecurityAssociation {
         mode: Mode::Tunnel,
         if_id: 0,
         selector: None,
-        offload: to(NIC, OffloadKind::Packet),
+        offload: Some(to(NIC, OffloadKind::Packet)),
         overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
     }
 }

@@ -65,10 +65,10 @@ fn policy() -> impl Strategy<Value = Policy> {
         1 => Just(Direction::In),
     ];
     let offload = prop_oneof![
-        8 => Just(to(NIC, OffloadKind::Packet)),
+        8 => Just(Some(to(NIC, OffloadKind::Packet))),
         4 => Just(None),
-        1 => Just(to(LAN, OffloadKind::Packet)),
-        1 => Just(to(NIC, OffloadKind::Crypto)),
+        1 => Just(Some(to(LAN, OffloadKind::Packet))),
+        1 => Just(Some(to(NIC, OffloadKind::Crypto))),
     ];
     let upper = prop_oneof![
         12 => Just((0, PortMatch::default())),
@@ -100,7 +100,7 @@ fn sa() -> impl Strategy<Value = SecurityAssociation> {
     (1..3u32, prop_oneof![4 => Just(NIC), 1 => Just(LAN)], 0..3u32).prop_map(|(reqid, device, spi)| {
         let mut sa = association();
         sa.id.spi = spi;
-        SecurityAssociation { reqid, offload: to(device, OffloadKind::Packet), ..sa }
+        SecurityAssociation { reqid, offload: Some(to(device, OffloadKind::Packet)), ..sa }
     })
 }
 
@@ -391,7 +391,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(192))]
 
     /// However small the table is, no packet is fast that the rule keeps in the kernel.
     #[test]

@@ -247,8 +247,8 @@ fn without_a_live_association_on_the_device_nothing_is_fast() {
 
     let mut larval = association();
     larval.id.spi = 0;
-    let elsewhere = SecurityAssociation { offload: to(LAN, OffloadKind::Packet), ..association() };
-    let crypto = SecurityAssociation { offload: to(NIC, OffloadKind::Crypto), ..association() };
+    let elsewhere = SecurityAssociation { offload: Some(to(LAN, OffloadKind::Packet)), ..association() };
+    let crypto = SecurityAssociation { offload: Some(to(NIC, OffloadKind::Crypto)), ..association() };
     let other_reqid = SecurityAssociation { reqid: 9, ..association() };
     for useless in [larval, elsewhere, crypto, other_reqid] {
         scene.after(PolicyEvent::Sa(useless));
@@ -271,7 +271,7 @@ fn a_policy_that_the_fast_path_cannot_stand_in_for_passes() {
     let templates = |templates: &[Template]| Policy { templates: templates.to_vec(), ..site() };
     let not_offloaded = [
         ("software", tunnel("10.1.0.0/16", "10.2.0.0/16")),
-        ("crypto offload", Policy { offload: to(NIC, OffloadKind::Crypto), ..site() }),
+        ("crypto offload", Policy { offload: Some(to(NIC, OffloadKind::Crypto)), ..site() }),
         ("offloaded bypass", templates(&[])),
         ("offloaded block", Policy { action: Action::Block, ..site() }),
     ];
@@ -356,7 +356,7 @@ fn a_bypass_for_ike_keeps_ike_in_the_kernel_and_nothing_else() {
         let ike = Packet { destination_port: port, ..packet("10.1.0.1", "10.2.0.1") };
         assert_eq!(scene.sends(&ike), Err(PassReason::Exception));
     }
-    let offloaded_bypass = Policy { offload: to(NIC, OffloadKind::Packet), ..ike(500) };
+    let offloaded_bypass = Policy { offload: Some(to(NIC, OffloadKind::Packet)), ..ike(500) };
     let mut scene = Scene::new().has(with_priority(10, site())).has(offloaded_bypass);
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
     assert_eq!(scene.compiler.policies()[0].state, PolicyState::Pass(PassReason::Exception));
@@ -564,7 +564,7 @@ fn an_embedder_may_answer_for_the_host() {
 
 #[test]
 fn a_device_that_cannot_send_or_bypasses_ipsec_is_no_path() {
-    let changes: [(&str, fn(&mut Link)); 4] = [
+    let changes: [(_, fn(&mut Link)); 4] = [
         ("down", |link| link.up = false),
         ("no carrier", |link| link.carrier = false),
         ("disable_xfrm", |link| link.bypasses_xfrm = true),

@@ -11,12 +11,11 @@ use aya::{
     programs::{ProgramError, ProgramInfo, Xdp, XdpMode, xdp::XdpLinkId},
     util::{KernelVersion, nr_cpus},
 };
-use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 
 pub use self::error::ForwarderError;
 use self::{error::errno, link::attached_program};
 use crate::{
-    sys::{device_features, monotonic_coarse_nanoseconds},
+    sys::{device_features, ifindex, monotonic_coarse_nanoseconds},
     table::{BpfTable, TableConfig},
 };
 
@@ -179,7 +178,8 @@ impl XdpForwarder {
     /// [`ForwarderError::NoNativeXdp`], [`ForwarderError::NotPermitted`] or [`ForwarderError::Attach`].
     pub fn attach(&mut self, config: &AttachConfig) -> Result<Attachment, ForwarderError> {
         let interface = &config.interface;
-        let ifindex = ifindex(interface)?;
+        let ifindex = ifindex(interface)
+            .map_err(|_| ForwarderError::NoSuchInterface { interface: interface.clone() })?;
         check_port(config)?;
         if let Ok(program @ Some(_)) = attached_program(ifindex) {
             return Err(ForwarderError::AlreadyAttached { interface: interface.clone(), program });
@@ -314,13 +314,6 @@ fn check_kernel() -> Result<(), ForwarderError> {
         return Err(ForwarderError::KernelTooOld { found: found.to_string() });
     }
     Ok(())
-}
-
-fn ifindex(interface: &str) -> Result<u32, ForwarderError> {
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)
-        .map_err(|error| ForwarderError::new("opening a socket", error))?;
-    name_to_index(socket, interface)
-        .map_err(|_| ForwarderError::NoSuchInterface { interface: interface.to_owned() })
 }
 
 /// Refuses ports whose frames do not show what the program must see.

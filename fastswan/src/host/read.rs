@@ -434,3 +434,24 @@ fn address_family(family: Family) -> AddressFamily {
         Family::V6 => AddressFamily::Inet6,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_tells_about_loopback_without_any_privilege() {
+        let host = HostFacts::read().unwrap();
+        let lo = host.ifindex("lo").and_then(|ifindex| host.link(ifindex)).unwrap();
+        assert_eq!(lo.address, None);
+        assert!(lo.mtu > 1280, "{lo:?}");
+        assert_eq!(host.port(lo.ifindex, 0), None);
+        if lo.up {
+            let own: IpNet = "127.0.0.1/32".parse().unwrap();
+            let is_own = |route: &Route| route.destination == own && route.kind == RouteKind::Local;
+            assert!(host.routes.iter().any(is_own), "{:?}", host.routes);
+            let local = Rule { family: Family::V4, priority: 0, table: Some(255) };
+            assert!(host.rules.contains(&local), "{:?}", host.rules);
+        }
+    }
+}

@@ -9,6 +9,9 @@ use std::io;
 use async_trait::async_trait;
 use futures::{Stream, stream};
 
+pub mod adapters;
+pub mod channel;
+pub mod fixed;
 pub mod netlink;
 
 use crate::policy::{DefaultPolicy, Policy, PolicyId, PolicyType, SaId, SecurityAssociation};
@@ -118,4 +121,7 @@ pub enum SourceError {
     /// The sender of a channel source is gone, and with it the truth of what it said.
     #[error("the sender of the policy channel was dropped: keep it as long as its policies are valid")]
     ChannelClosed,
+    /// A function given to [`map`](adapters::PolicySourceExt::map) made another policy of one.
+    #[error("the identity of policy {0} was changed on its way: a map must leave it as it is")]
+    IdentityChanged(Box<PolicyId>),
 }

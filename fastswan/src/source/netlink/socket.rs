@@ -7,6 +7,8 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::io::unix::AsyncFd;
 
+use crate::sys::watch;
+
 /// The kernel never makes a datagram of a dump longer, and a notification is a few hundred bytes.
 const LONGEST_DATAGRAM: usize = 64 * 1024;
 
@@ -42,7 +44,7 @@ impl XfrmSocket {
         for group in groups {
             socket.add_membership(*group)?;
         }
-        Ok(Self { socket: AsyncFd::register(socket)?, buffer: BytesMut::new() })
+        Ok(Self { socket: watch(socket)?, buffer: BytesMut::new() })
     }
 
     /// Sends a request to the kernel.
