@@ -236,7 +236,7 @@ impl Frame {
     /// If a description is impossible: addresses of two families, options of a wrong length, a payload
     /// longer than a packet.
     #[must_use]
-    pub fn build(&self) -> Vec<u8> {
+    pub fn build(self) -> Vec<u8> {
         let mut frame = self.ethernet();
         frame.extend(self.packet());
         frame.extend(std::iter::repeat_n(0xee, self.padding));

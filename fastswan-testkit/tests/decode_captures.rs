@@ -1,0 +1,172 @@
+//! The netlink parser on messages that a kernel really sent, whole, cut short and damaged.
+
+use bytes::Bytes;
+use fastswan::{
+    PolicyEvent,
+    policy::{
+        Action, DefaultPolicy, Direction, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy, PolicyId,
+        PolicyType, PortMatch, SecurityAssociation,
+    },
+    source::netlink::{Content, decode},
+};
+use fastswan_testkit::xfrm::{CAPTURED, captured};
+use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
+
+const NIC: u32 = 2;
+
+fn contents(name: &str) -> Vec<Content> {
+    let messages = decode(&Bytes::from_static(captured(name))).unwrap();
+    messages.into_iter().map(|message| message.content).collect()
+}
+
+fn event(name: &str) -> PolicyEvent {
+    match contents(name).pop() {
+        Some(Content::Event(event)) => event,
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+fn policy(name: &str) -> Policy {
+    match event(name) {
+        PolicyEvent::Policy(policy) => policy,
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+fn removed(name: &str) -> PolicyId {
+    match event(name) {
+        PolicyEvent::PolicyRemoved(id) => id,
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+fn sa(name: &str) -> SecurityAssociation {
+    match event(name) {
+        PolicyEvent::Sa(sa) => sa,
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+fn offload(inbound: bool) -> OffloadDev {
+    OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound }
+}
+
+#[test]
+fn policies_say_where_they_are_offloaded() {
+    for (name, expected) in [
+        ("newpolicy-out-offload", Some(offload(false))),
+        ("newpolicy-in-offload", Some(offload(true))),
+        ("newpolicy-fwd-not-offloaded", None),
+        ("updpolicy-offload-new-prio", Some(offload(false))),
+        ("updpolicy-offload-removed", None),
+        ("strongswan-newpolicy-out", Some(offload(false))),
+    ] {
+        assert_eq!(policy(name).offload, expected, "{name}");
+    }
+}
+
+#[test]
+fn policies_say_what_they_match_and_ask_for() {
+    let out = policy("newpolicy-out-offload");
+    assert_eq!((out.id.direction, out.id.policy_type), (Direction::Out, PolicyType::Main));
+    assert_eq!((out.action, out.templates.len(), out.use_limited), (Action::Allow, 1, false));
+    assert_eq!((out.templates[0].mode, out.templates[0].protocol), (Mode::Tunnel, 50));
+    assert_eq!(policy("newpolicy-out-offload-transport").templates[0].mode, Mode::Transport);
+    assert_eq!(policy("newpolicy-out-offload-no-tmpl").templates, []);
+    assert_eq!(policy("newpolicy-out-offload-block").action, Action::Block);
+    assert_eq!(policy("newpolicy-block-not-offloaded").action, Action::Block);
+    assert!(policy("newpolicy-out-offload-ipv6-sel").id.selector.source.addr().is_ipv6());
+    assert_eq!(policy("newpolicy-fwd-not-offloaded").id.direction, Direction::Forward);
+    let https = policy("newpolicy-out-offload-tcp-dport443").id.selector;
+    assert_eq!((https.protocol, https.destination_port), (6, PortMatch::exactly(443)));
+    let marked = policy("newpolicy-out-offload-mark-ifid").id;
+    assert!(marked.mark != Mark::default() && marked.if_id != 0, "{marked}");
+    let bypass = policy("strongswan-bypass-out-udp500");
+    assert_eq!((bypass.id.selector.protocol, bypass.templates.len()), (17, 0));
+    let port = PortMatch::exactly(500);
+    assert!([bypass.id.selector.source_port, bypass.id.selector.destination_port].contains(&port));
+}
+
+#[test]
+fn a_deleted_policy_has_the_identity_that_it_was_added_with() {
+    for name in ["delpolicy-by-selector-offload", "delpolicy-by-index-offload", "delpolicy-not-offloaded"] {
+        let id = removed(name);
+        assert_ne!(id.selector.destination.prefix_len(), 0, "{name}: {id}");
+    }
+    assert_eq!(removed("polexpire-hard-offload").direction, Direction::Out);
+    assert_eq!(contents("polexpire-soft-offload"), [Content::Ignored]);
+    assert_eq!(event("flushpolicy"), PolicyEvent::PoliciesFlushed(PolicyType::Main));
+}
+
+#[test]
+fn associations_say_their_device_and_overhead() {
+    let out = sa("newsa-out-offload");
+    assert_eq!((out.offload, out.mode), (Some(offload(false)), Mode::Tunnel));
+    assert_eq!(out.overhead, Some(Overhead { header: 36, icv: 16 }));
+    assert!(out.is_outbound_packet_offload());
+    assert!(!sa("newsa-in-offload").is_outbound_packet_offload());
+    assert_eq!(sa("newsa-not-offloaded").offload, None);
+    assert_eq!(sa("newsa-out-offload-esn").offload, Some(offload(false)));
+    assert_eq!(sa("updsa-offload").id.protocol, 50);
+    for name in ["delsa-offload", "expire-sa-hard"] {
+        assert!(matches!(event(name), PolicyEvent::SaRemoved(id) if id.spi != 0), "{name}");
+    }
+    assert_eq!(contents("expire-sa-soft"), [Content::Ignored]);
+    assert!(matches!(event("flushsa"), PolicyEvent::SasFlushed(_)));
+}
+
+#[test]
+fn dumps_and_defaults_and_what_changes_nothing() {
+    assert_eq!(contents("dump-getpolicy-7-mixed-part1").len(), 7);
+    assert_eq!(contents("dump-getpolicy-7-mixed-done"), [Content::Done(0)]);
+    assert_eq!(contents("dump-getsa-2").len(), 2);
+    assert_eq!(contents("dump-getsa-2-done"), [Content::Done(0)]);
+    assert!(
+        matches!(event("getdefault-notify"), PolicyEvent::DefaultPolicy(p) if p != DefaultPolicy::default())
+    );
+    assert_eq!(contents("acquire-offload"), [Content::Ignored]);
+}
+
+#[test]
+fn every_captured_message_is_decoded() {
+    for (name, bytes) in CAPTURED {
+        assert!(decode(&Bytes::from_static(bytes)).is_ok(), "{name}");
+    }
+}
+
+#[test]
+fn a_message_cut_short_anywhere_is_read_or_refused_without_panic() {
+    for (_, message) in CAPTURED {
+        for length in 0..message.len() {
+            // Once as the datagram was cut, once as the message says of itself.
+            let _ = decode(&Bytes::from_static(&message[..length]));
+            let mut shorter = message[..length].to_vec();
+            if let Some(field) = shorter.first_chunk_mut() {
+                *field = u32::try_from(length).unwrap().to_ne_bytes();
+            }
+            let _ = decode(&shorter.into());
+        }
+    }
+}
+
+#[test]
+fn a_million_damaged_messages_are_read_or_refused_without_panic() {
+    let mut random = SmallRng::seed_from_u64(1);
+    let (mut read, mut refused) = (0, 0);
+    for _ in 0..1_000_000 {
+        let (_, message) = CAPTURED[random.random_range(0..CAPTURED.len())];
+        let mut damaged = message.to_vec();
+        for _ in 0..random.random_range(1..8) {
+            let position = random.random_range(0..damaged.len());
+            damaged[position] = random.random();
+        }
+        if random.random_ratio(1, 4) {
+            damaged.truncate(random.random_range(0..damaged.len()));
+        }
+        match decode(&damaged.into()) {
+            Ok(_) => read += 1,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(read > 10_000 && refused > 10_000, "{read} read, {refused} refused");
+}
