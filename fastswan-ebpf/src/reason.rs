@@ -87,7 +87,7 @@ reasons! {
     DeniedDestination = "denied_destination",
     /// The destination is routed to another device than the policy's.
     RouteElsewhere = "route_elsewhere",
-    /// The source is the host's own address, or unroutable.
+    /// The source is the host's own address, or unroutable, or a forward or sub policy is about it.
     DeniedSource = "denied_source",
     /// The route back to the source fails the port's reverse path filter.
     ReversePath = "reverse_path",

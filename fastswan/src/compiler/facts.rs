@@ -1,6 +1,6 @@
-//! Host facts about single addresses: which destinations and sources inside a cell are not to be fast.
+//! Facts about single addresses: which destinations and sources inside a cell are not to be fast.
 //!
-//! They are not multiplied with the policies. A cell only says that some lie inside it, and then the program
+//! Most are the host's; the sources that cells are [guarded](Region::guarded) against are added. They are not multiplied with the policies. A cell only says that some lie inside it, and then the program
 //! looks the address up.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fastswan_ebpf::PassReason;
 use ipnet::IpNet;
 
-use super::path::Paths;
+use super::{cells::Region, path::Paths};
 use crate::{
     host::{HostFacts, RouteKind, routing::Routing},
     policy::Family,
@@ -19,21 +19,26 @@ use crate::{
 /// Stands for any device where only "there is a route" counts; no interface has this index.
 const SOME_DEVICE: u32 = 0;
 
-/// The host facts of one family, without those that repeat what the next shorter prefix says.
-pub(super) enum AddressFacts {
+/// The facts about the addresses of one family, without those that repeat what the next shorter prefix says.
+pub(super) struct AddressFacts {
+    destinations: Destinations,
+    /// What the host says about sources. One that no fact is about may be fast, if no reverse path is asked for.
+    sources: PrefixMap<Fact>,
+    /// Those of the sources that are denied.
+    denied_sources: PrefixMap<()>,
+    /// The same with the sources that cells are guarded against.
+    guarded_sources: PrefixMap<Fact>,
+    /// A port may ask for the reverse path.
+    reverse_path: bool,
+}
+
+enum Destinations {
     /// Nothing is known.
     Unknown,
-    /// The embedder answers for it that all addresses may be fast.
+    /// The embedder answers for it that all may be fast.
     Vouched,
-    /// These.
-    Known {
-        /// Destinations. One that no fact is about is unreachable.
-        destinations: PrefixMap<Fact>,
-        /// Sources. One that no fact is about may be fast, if no reverse path is asked for.
-        sources: PrefixMap<Fact>,
-        /// Those of the sources that are denied.
-        denied_sources: PrefixMap<()>,
-    },
+    /// These. One that no fact is about is unreachable.
+    Known(PrefixMap<Fact>),
 }
 
 /// What the program must look up for the packets of a cell.
@@ -53,91 +58,104 @@ impl Probes {
 }
 
 impl AddressFacts {
-    pub(super) fn new(host: &HostFacts, paths: &Paths<'_>, family: Family) -> Self {
-        let routes = match paths.routing(family) {
-            Routing::Unknown => return Self::Unknown,
-            Routing::Vouched => return Self::Vouched,
-            Routing::Known(routes) => routes,
+    /// What the host says, and that nothing from `guards` is fast where a cell is guarded against them.
+    pub(super) fn new(
+        host: &HostFacts,
+        paths: &Paths<'_>,
+        family: Family,
+        guards: impl Iterator<Item = IpNet>,
+    ) -> Self {
+        let none = PrefixMap::new(Vec::new());
+        let (destinations, routes) = match paths.routing(family) {
+            Routing::Unknown => (Destinations::Unknown, &none),
+            Routing::Vouched => (Destinations::Vouched, &none),
+            Routing::Known(routes) => (Destinations::Known(by_destination(routes, paths, family)), routes),
         };
-        let destinations = routes.iter().map(|(prefix, route)| {
-            let fact = match *route {
-                // The kernel also refuses packets that are longer than the inner route allows.
-                RouteKind::Unicast { ifindex, mtu, .. }
-                    if mtu.is_none_or(|mtu| {
-                        paths.link(ifindex).is_some_and(|link| mtu >= link.mtu(family))
-                    }) =>
-                {
-                    Fact::Via(ifindex)
-                }
-                _ => Fact::Denied,
-            };
-            (prefix, fact)
-        });
         // IPv6 has no reverse path filter.
         let reverse_path =
             family == Family::V4 && host.links.iter().any(|link| link.reverse_path != ReversePath::Off);
-        let sources = routes.iter().map(|(prefix, route)| {
-            let fact = match *route {
-                RouteKind::Unicast { ifindex, .. } if reverse_path => Fact::Via(ifindex),
-                RouteKind::Unicast { .. } => Fact::Via(SOME_DEVICE),
-                RouteKind::Unclear if !reverse_path => Fact::Via(SOME_DEVICE),
-                _ => Fact::Denied,
-            };
-            (prefix, fact)
-        });
-        let sources = distinct(sources, (!reverse_path).then_some(Fact::Via(SOME_DEVICE)));
+        let otherwise = (!reverse_path).then_some(Fact::Via(SOME_DEVICE));
+        let sources: Vec<_> =
+            routes.iter().map(|(prefix, route)| (prefix, by_source(*route, reverse_path))).collect();
+
+        let guards = PrefixMap::new(guards.map(|guard| (guard, Fact::Denied)).collect());
+        let inside_a_guard = |prefix: IpNet| guards.covering(prefix).next().is_some();
+        let outside = sources.iter().filter(|(prefix, _)| !inside_a_guard(*prefix)).copied();
+        let guarded =
+            PrefixMap::new(outside.chain(guards.iter().map(|(guard, fact)| (guard, *fact))).collect());
+
+        let sources = distinct(sources.into_iter(), otherwise);
         let denied = sources.iter().filter(|(_, fact)| **fact == Fact::Denied);
-        Self::Known {
-            destinations: distinct(destinations, None),
+        Self {
+            destinations,
             denied_sources: PrefixMap::new(denied.map(|(prefix, _)| (prefix, ())).collect()),
+            guarded_sources: distinct(guarded.iter().map(|(prefix, fact)| (prefix, *fact)), otherwise),
             sources,
+            reverse_path,
         }
     }
 
     /// Whether packets of a cell may leave through a device, and what must be looked up for each.
-    pub(super) fn admit(&self, cell: Cell, device: u32) -> Result<Probes, PassReason> {
-        let (destinations, sources, denied_sources) = match self {
-            Self::Unknown => return Err(PassReason::NoPath),
-            Self::Vouched => return Ok(Probes { destination: false, source: false }),
-            Self::Known { destinations, sources, denied_sources } => (destinations, sources, denied_sources),
+    pub(super) fn admit(&self, region: &Region, device: u32) -> Result<Probes, PassReason> {
+        let destination = match &self.destinations {
+            Destinations::Unknown => return Err(PassReason::NoPath),
+            Destinations::Vouched => false,
+            Destinations::Known(facts) => match answer(facts, region.cell.destination) {
+                (Some(Fact::Via(ifindex)), true) if ifindex == device => false,
+                (Some(Fact::Via(_)), true) => return Err(PassReason::RouteElsewhere),
+                (Some(Fact::Denied) | None, true) => return Err(PassReason::DeniedDestination),
+                (_, false) => true,
+            },
         };
-        let destination = match answer(destinations, cell.destination) {
-            (Some(Fact::Via(ifindex)), true) if ifindex == device => false,
-            (Some(Fact::Via(_)), true) => return Err(PassReason::RouteElsewhere),
-            (Some(Fact::Denied) | None, true) => return Err(PassReason::DeniedDestination),
-            (_, false) => true,
-        };
-        let source = match answer(sources, cell.source) {
+        let source = match answer(&self.sources, region.cell.source) {
             (Some(Fact::Denied), true) => return Err(PassReason::DeniedSource),
             (Some(Fact::Denied), false) => true,
-            _ => denied_sources.inside(cell.source).len() > 0,
+            _ => region.guarded || self.denied_sources.inside(region.cell.source).len() > 0,
         };
         Ok(Probes { destination, source })
     }
 
     /// The facts on one side that the program needs for cells that are fast.
-    ///
-    /// For destinations those of the cells that are probed; for sources all, because a port may ask for the
-    /// reverse path.
     pub(super) fn needed(
         &self,
         side: Side,
         cells: impl Iterator<Item = (Cell, Probes)>,
     ) -> BTreeMap<IpNet, Fact> {
-        let Self::Known { destinations, sources, .. } = self else { return BTreeMap::new() };
-        let (facts, regions): (_, BTreeSet<IpNet>) = match side {
-            Side::Destination => (
-                destinations,
-                cells.filter(|(_, probes)| probes.destination).map(|(cell, _)| cell.destination).collect(),
-            ),
-            Side::Source => (sources, cells.map(|(cell, _)| cell.source).collect()),
+        let probed = cells.filter(|(_, probes)| probes.on(side) || side == Side::Source && self.reverse_path);
+        let (facts, regions): (_, BTreeSet<IpNet>) = match (side, &self.destinations) {
+            (Side::Destination, Destinations::Known(facts)) => {
+                (facts, probed.map(|(cell, _)| cell.destination).collect())
+            }
+            (Side::Destination, _) => return BTreeMap::new(),
+            (Side::Source, _) => (&self.guarded_sources, probed.map(|(cell, _)| cell.source).collect()),
         };
-        let outermost = PrefixMap::new(regions.into_iter().map(|region| (region, ())).collect());
-        outermost
+        PrefixMap::new(regions.into_iter().map(|region| (region, ())).collect())
             .outermost()
             .flat_map(|region| facts.covering(region).take(1).chain(facts.inside(region)))
             .map(|(prefix, fact)| (prefix, *fact))
             .collect()
+    }
+}
+
+fn by_destination(routes: &PrefixMap<RouteKind>, paths: &Paths<'_>, family: Family) -> PrefixMap<Fact> {
+    let fact = |route| match route {
+        // The kernel also refuses packets that are longer than the inner route allows.
+        RouteKind::Unicast { ifindex, mtu, .. }
+            if mtu.is_none_or(|mtu| paths.link(ifindex).is_some_and(|link| mtu >= link.mtu(family))) =>
+        {
+            Fact::Via(ifindex)
+        }
+        _ => Fact::Denied,
+    };
+    distinct(routes.iter().map(|(prefix, route)| (prefix, fact(*route))), None)
+}
+
+fn by_source(route: RouteKind, reverse_path: bool) -> Fact {
+    match route {
+        RouteKind::Unicast { ifindex, .. } if reverse_path => Fact::Via(ifindex),
+        RouteKind::Unicast { .. } => Fact::Via(SOME_DEVICE),
+        RouteKind::Unclear if !reverse_path => Fact::Via(SOME_DEVICE),
+        _ => Fact::Denied,
     }
 }
 

@@ -33,7 +33,7 @@ use fastswan_ebpf::PassReason;
 use ipnet::IpNet;
 
 use self::{
-    cells::Plane,
+    cells::{Plane, Region},
     facts::{AddressFacts, Probes},
     fit::fit,
     path::Paths,
@@ -224,17 +224,14 @@ impl Compiler {
                 if is_widened(policy) { Err(PassReason::Capacity) } else { standing(policy, database, paths) }
             })
             .collect();
-        let facts = AddressFacts::new(host, paths, family);
-        let outcome = |cell, matches: Option<Matches>| {
-            let policy = matches.ok_or(PassReason::Capacity)?.chosen(highest.unwrap_or(0))?;
-            let probes = facts.admit(cell, standings[policy]?.ifindex)?;
+        let facts = AddressFacts::new(host, paths, family, plane.guards());
+        let outcome = |region: &Region| {
+            let policy = region.matches.ok_or(PassReason::Capacity)?.chosen(highest.unwrap_or(0))?;
+            let probes = facts.admit(region, standings[policy]?.ifindex)?;
             Ok(Fast { policy, probes })
         };
-        let mut cells: Vec<(Cell, Outcome)> = plane
-            .cells(self.capacity.cells)
-            .into_iter()
-            .map(|(cell, matches)| (cell, outcome(cell, matches)))
-            .collect();
+        let mut cells: Vec<(Cell, Outcome)> =
+            plane.cells(self.capacity.cells).iter().map(|region| (region.cell, outcome(region))).collect();
 
         let sides = self.fit_table(&mut cells, &facts);
         let mut fast_policies = BTreeSet::new();

@@ -69,6 +69,11 @@ impl Matches {
         }
     }
 
+    /// Whether they are forward and sub policies only, which make packets pass whatever else matches.
+    pub(super) fn only_pass(&self) -> bool {
+        self.best.is_none()
+    }
+
     /// The index of the packet-offloaded policy that the kernel is certain to choose.
     ///
     /// `highest_offloaded` is the highest priority number of all packet-offloaded policies of the family.

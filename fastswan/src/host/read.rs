@@ -72,7 +72,7 @@ pub enum HostError {
 impl HostFacts {
     /// Reads them from the kernel, in the network namespace of the calling thread.
     ///
-    /// The kernel answers at once, so this does not wait for anything; it takes about a microsecond for each
+    /// The kernel answers at once, so this does not wait for anything; it takes a few microseconds for each
     /// route and neighbour. It needs no privilege. A change while it reads may be seen in part: read again
     /// after a change.
     ///

@@ -69,11 +69,16 @@ pub enum Side {
 }
 
 /// What the host does with the addresses of one prefix. The longest prefix that contains an address counts.
+///
+/// A destination that is looked up and has no fact is not routed. A source without one may be fast, unless the
+/// port asks for the reverse path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fact {
-    /// An address that is the host's own, broadcast, unroutable or the like: never fast.
+    /// An address that is the host's own, broadcast, unroutable or the like, or a source that a forward or sub
+    /// policy is about: never fast.
     Denied,
-    /// Routed to a device, by its interface index.
+    /// Routed to a device, by its interface index. For sources, 0 is a device that does not matter: packets from
+    /// there are routed back somehow.
     Via(u32),
 }
 
