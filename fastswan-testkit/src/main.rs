@@ -1,0 +1,46 @@
+//! `cargo testkit`: shows fastswan, builds its bytecode and runs its tests.
+
+mod command;
+
+use clap::Parser;
+
+use crate::command::{ci, demo, doctor, ebpf};
+
+/// Shows fastswan, builds its bytecode and runs its tests.
+#[derive(Debug, Parser)]
+#[command(name = "testkit")]
+enum Command {
+    /// Forwards packets between network namespaces and tells what took which path.
+    Demo(demo::Arguments),
+    /// Builds the committed bytecode, or checks it.
+    #[command(subcommand)]
+    Ebpf(ebpf::Command),
+    /// Installs what the tests need and runs all of them.
+    Ci,
+    /// Tells what this machine can run, and why not.
+    Doctor,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Command::parse_from(arguments(std::env::args())) {
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Ebpf(command) => ebpf::run(command),
+        Command::Ci => ci::run(),
+        Command::Doctor => {
+            doctor::run();
+            Ok(())
+        }
+    }
+}
+
+/// Cargo's alias ends in the subcommand, so `cargo demo -- --json` says `demo -- --json`. Nothing here takes
+/// positional arguments, which is what the dashes would announce.
+fn arguments(all: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
+    let mut seen = false;
+    all.filter(move |argument| {
+        seen || argument != "--" || {
+            seen = true;
+            false
+        }
+    })
+}
