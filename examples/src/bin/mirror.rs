@@ -1,0 +1,105 @@
+//! A daemon to run beside strongSwan: mirrors the kernel's packet-offloaded policies until it is told to stop.
+//!
+//! Run as root: `cargo run --bin mirror -- lan0 nic0`. What it does is logged to stderr (`RUST_LOG=debug` tells
+//! more), and what it did is printed when it ends.
+
+use std::{future::Future, time::Duration};
+
+use clap::{Parser, ValueEnum};
+use fastswan::{
+    Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder,
+    forwarder::{AttachConfig, AttachMode},
+    table::TableConfig,
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
+use tracing_subscriber::EnvFilter;
+
+/// Forwards packets of packet-offloaded IPsec policies at XDP.
+#[derive(Parser)]
+struct Arguments {
+    /// Interfaces that packets come in on.
+    #[arg(required = true)]
+    interfaces: Vec<String>,
+    /// How to attach.
+    #[arg(long, value_enum, default_value_t = Mode::Automatic)]
+    mode: Mode,
+    /// The interfaces are software ports (veth, tap) whose senders complete every frame.
+    #[arg(long)]
+    complete_frames: bool,
+    /// Cells and host facts that fit, of each family.
+    #[arg(long, default_value_t = TableConfig::default().cells)]
+    cells: u32,
+    /// Policies that can be fast at the same time.
+    #[arg(long, default_value_t = TableConfig::default().slots)]
+    policies: u32,
+    /// Seconds between two reports; 0 for none but the last.
+    #[arg(long, default_value_t = 60)]
+    report: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Mode {
+    Automatic,
+    Native,
+    Generic,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let mode = match arguments.mode {
+        Mode::Automatic => AttachMode::Automatic,
+        Mode::Native => AttachMode::Native,
+        Mode::Generic => AttachMode::Generic,
+    };
+
+    let host = HostFacts::read()?;
+    let config = TableConfig { cells: arguments.cells, slots: arguments.policies };
+    let (mut forwarder, mut table) = XdpForwarder::load(&config)?;
+    for interface in &arguments.interfaces {
+        let config = AttachConfig::new(interface).mode(mode).complete_frames(arguments.complete_frames);
+        let attachment = forwarder.attach(&config)?;
+        for port in host.ports(attachment.ifindex) {
+            table.set_port(&port)?;
+        }
+    }
+
+    let mut gateway = Gateway::new(NetlinkSource::open()?, table, host);
+    let mut stopped = std::pin::pin!(stop_signal()?);
+    let mut ended = false;
+    while !ended {
+        let pause = async {
+            match arguments.report {
+                0 => std::future::pending().await,
+                seconds => sleep(Duration::from_secs(seconds)).await,
+            }
+        };
+        gateway
+            .run_until(async {
+                tokio::select! {
+                    () = &mut stopped => ended = true,
+                    () = pause => {}
+                }
+            })
+            .await?;
+        print!("{}", gateway.report());
+    }
+    Ok(())
+}
+
+/// Waits until this process is told to stop. Then the program is detached, since the forwarder is dropped.
+fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}
