@@ -197,7 +197,8 @@ pub struct End<'a> {
 /// Joins two namespaces by a veth pair that is up.
 ///
 /// Frames are complete: nothing is left to a device that does not exist, neither checksums nor segmentation nor
-/// VLAN tags. Both ends poll (GRO is on), without which the kernel drops what XDP sends to them.
+/// VLAN tags. Both ends poll (GRO is on), without which the kernel drops what XDP sends to them, but they merge
+/// nothing: what is captured is what was sent.
 ///
 /// # Errors
 ///
@@ -237,6 +238,12 @@ pub fn join(left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
                 .enter(|| ethtool_set(end.device, command, value))
                 .map_err(|error| LabError::system(format!("{command:?} of {}", end.device), error))?;
         }
+        // Nothing that is merged may be longer than a byte.
+        end.namespace.ip(&format!("link set {} gro_max_size 1", end.device))?;
+    }
+    // Only now: when an end is switched on, the kernel decides whether it takes frames from XDP, by whether
+    // the other one polls.
+    for end in [left, right] {
         for address in end.addresses {
             let detection = if address.contains(':') { "nodad" } else { "" };
             end.namespace.ip(&format!("address add {address} dev {} {detection}", end.device))?;

@@ -1,6 +1,7 @@
 //! What fastswan is tested with, and what programs that embed it may test themselves with.
 //!
 //! - [`lab`]: hosts and links, as network namespaces;
+//! - [`capture`]: what devices send and receive;
 //! - [`frames`]: Ethernet frames, right or wrong in the way a story needs;
 //! - [`prog_run`]: single frames through the XDP program;
 //! - [`model`]: what the program should do with a frame, written a second time;
@@ -8,6 +9,7 @@
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
 //! - [`table_suite`]: what every table must do.
 
+pub mod capture;
 pub mod frames;
 pub mod lab;
 pub mod model;

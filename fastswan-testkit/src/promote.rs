@@ -28,8 +28,11 @@ pub struct Promote<S, F> {
 }
 
 impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
-    /// Promotes the outbound policies with an ESP tunnel template that `choose` returns true for, to the device
-    /// with this interface index. Their packets leave with the Ethernet header of `next_hop`.
+    /// Promotes the outbound policies with one ESP template that `choose` returns true for, to the device with
+    /// this interface index. Their packets leave with the Ethernet header of `next_hop`.
+    ///
+    /// A template in transport mode becomes one in tunnel mode between the same addresses. In a lab it may be
+    /// optional (`level use`), and then the kernel forwards in clear as well: it takes no optional tunnels.
     pub fn new(source: S, device: u32, next_hop: NextHop, choose: F) -> Self {
         Self { source, choose, device, next_hop, spis: HashMap::new(), ready: VecDeque::new() }
     }
@@ -37,8 +40,8 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
     /// The policy as if it were offloaded, and its association; `None` if it stays as it is.
     fn promote(&mut self, policy: &Policy) -> Option<(Policy, SecurityAssociation)> {
         let [template] = policy.templates[..] else { return None };
-        let tunnel = template.mode == Mode::Tunnel && template.protocol == IPPROTO_ESP;
-        if policy.id.direction != Direction::Out || !tunnel || !(self.choose)(policy) {
+        let esp = template.protocol == IPPROTO_ESP && !template.destination.is_unspecified();
+        if policy.id.direction != Direction::Out || !esp || !(self.choose)(policy) {
             return None;
         }
         let next = 0xfffe_0000 + u32::try_from(self.spis.len()).unwrap_or(0);
@@ -59,7 +62,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
         promoted.offload = offload;
         promoted.egress.next_hop = self.next_hop;
         // Each promoted policy has the association that was assumed for it and no other.
-        promoted.templates = vec![Template { optional: false, spi, ..template }];
+        promoted.templates = vec![Template { mode: Mode::Tunnel, optional: false, spi, ..template }];
         Some((promoted, association))
     }
 
@@ -114,7 +117,7 @@ mod tests {
         let source = "10.1.0.0/16".parse().unwrap();
         let selector = Selector::between(source, destination.parse().unwrap()).unwrap();
         let template = Template {
-            mode: Mode::Tunnel,
+            mode: Mode::Transport,
             protocol: IPPROTO_ESP,
             spi: 0,
             source: "192.0.2.1".parse().unwrap(),
