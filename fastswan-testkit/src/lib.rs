@@ -18,3 +18,8 @@ pub mod promote;
 mod sys;
 pub mod table_suite;
 pub mod xfrm;
+
+/// The example in the README is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -2,6 +2,8 @@
 
 mod command;
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 use crate::command::{ci, demo, doctor, ebpf};
@@ -16,16 +18,27 @@ enum Command {
     #[command(subcommand)]
     Ebpf(ebpf::Command),
     /// Installs what the tests need and runs all of them.
-    Ci,
+    Ci(ci::Arguments),
     /// Tells what this machine can run, and why not.
     Doctor,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Without the backtrace that `RUST_BACKTRACE` would add: it tells nothing to whoever runs this.
+            eprintln!("testkit: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
     match Command::parse_from(arguments(std::env::args())) {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ebpf(command) => ebpf::run(command),
-        Command::Ci => ci::run(),
+        Command::Ci(arguments) => ci::run(&arguments),
         Command::Doctor => {
             doctor::run();
             Ok(())

@@ -23,27 +23,7 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 /// Events that are applied before the table is written again.
 const BATCH: usize = 4096;
 
-/// Keeps a table equal to what a source says.
-///
-/// ```no_run
-/// use fastswan::forwarder::AttachConfig;
-/// use fastswan::table::TableConfig;
-/// use fastswan::{Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder};
-///
-/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-/// let host = HostFacts::read()?;
-/// let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;
-/// for interface in ["lan0", "nic0"] {
-///     let attachment = forwarder.attach(&AttachConfig::new(interface))?;
-///     for port in host.ports(attachment.ifindex) {
-///         table.set_port(&port)?;
-///     }
-/// }
-/// let mut gateway = Gateway::new(NetlinkSource::open()?, table, host);
-/// gateway.run_until(std::future::pending()).await?;
-/// # Ok(())
-/// # }
-/// ```
+/// Keeps a table equal to what a source says. The [crate's documentation](crate) shows one at work.
 #[derive(Debug)]
 pub struct Gateway<S, T: OffloadTable> {
     source: S,

@@ -1,4 +1,62 @@
 //! Forwards packets of hardware-offloaded IPsec policies at XDP.
+//!
+//! The kernel's packet-offloaded XFRM policies are mirrored into BPF maps, and an XDP program forwards what
+//! they match straight to the device that encrypts it. A packet is either handled exactly as the kernel would, or
+//! passed to the kernel: when anything is unknown, stale, unsupported or out of room, it is passed, and a
+//! [`PassReason`] is counted.
+//!
+//! # Layers
+//!
+//! Data goes one way:
+//!
+//! - [`policy`]: policies, selectors, templates and security associations, in the kernel's terms.
+//! - [`source`]: a [`PolicySource`] says what policies there are, first all of them, then each change.
+//!   [`NetlinkSource`] asks the running kernel; [`StaticSource`] and [`ChannelSource`] are told by you; write
+//!   your own for anything else, or change what another says with [`PolicySourceExt`].
+//! - [`host`]: [`HostFacts`] tell what the host does with addresses: what is its own, what is routed where.
+//! - [`database`]: a [`Database`] holds what a source has said.
+//! - [`compiler`]: a [`Compiler`] decides which packets may be fast. Neither it nor the database does I/O.
+//! - [`table`]: an [`OffloadTable`] holds the decisions. [`BpfTable`] is what the XDP program reads,
+//!   [`MemoryTable`] is for tests and simulations.
+//! - [`forwarder`]: an [`XdpForwarder`] loads the program, attaches it and detaches it.
+//! - [`gateway`]: a [`Gateway`] is the loop that joins a source to a table.
+//!
+//! Most users need the last two, and a source:
+//!
+//! ```no_run
+//! use fastswan::{Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder};
+//! use fastswan::{forwarder::AttachConfig, table::TableConfig};
+//!
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let host = HostFacts::read()?;
+//! let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;
+//! let attachment = forwarder.attach(&AttachConfig::new("lan0"))?;
+//! for port in host.ports(attachment.ifindex) {
+//!     table.set_port(&port)?;
+//! }
+//! let mut gateway = Gateway::new(NetlinkSource::open()?, table, host);
+//! gateway.run_until(std::future::pending()).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Before you rely on it
+//!
+//! **What the fast path skips.** SNMP counters, `AF_PACKET` taps, ICMP redirects and the egress qdisc, which change no
+//! packet's fate; and also netfilter rules, tc programs and IPVS on the ports, which do, and are **not detected yet**.
+//!
+//! **Lag.** The kernel changes a device first and tells user space afterwards. Between the two a packet may still be
+//! forwarded by the old state.
+//!
+//! **Host facts** are read once. Read them again, and build a new gateway, when addresses, routes, neighbours or
+//! links change.
+//!
+//! # Features
+//!
+//! - `serde`: `StaticSource::from_toml`.
+//! - `untrusted-netlink-senders`: for tests only; lets a netlink source believe processes.
+//!
+//! Needs 64-bit Linux 6.2 or later and, for the forwarder, `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
 
 pub mod compiler;
 pub mod database;
