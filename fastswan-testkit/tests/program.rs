@@ -13,7 +13,7 @@ use fastswan::{
 };
 use fastswan_testkit::{
     frames::{Frame, Tag},
-    lab::{self, Namespace},
+    lab::{self, End, Namespace},
     prog_run::{Outcome, ProgRun},
 };
 
@@ -138,7 +138,8 @@ fn with_program(story: impl FnOnce(&mut ProgRun, &Namespace) + Send) {
         return;
     }
     let namespace = Namespace::new("program").unwrap();
-    namespace.ip("link add out0 type veth peer name out1").unwrap();
+    let end = |device, mac| End { namespace: &namespace, device, mac, addresses: &[] };
+    lab::join(end("out0", OWN), end("out1", PEER), 1500).unwrap();
     let egress = namespace.ifindex("out0").unwrap();
     namespace.enter(|| story(&mut with_policies(egress), &namespace));
 }
@@ -193,6 +194,19 @@ fn a_packet_for_another_device_is_redirected_with_the_next_hops_addresses() {
         let outcome = run(program, to(SENDER, PORT).ttl(64));
         assert_eq!(outcome.action, RunAction::Redirect);
         assert_eq!(outcome.frame, to(OWN, PEER).ttl(63).build());
+    });
+}
+
+#[test]
+fn a_device_that_takes_no_redirected_frames_gets_none() {
+    with_program(|_, namespace| {
+        // Its peer does not poll.
+        namespace.ip("link add deaf0 type veth peer name deaf1").unwrap();
+        namespace.ip("link set deaf0 up").unwrap();
+        let program = with_policies(namespace.ifindex("deaf0").unwrap());
+        let to = |destination| Frame::v4("10.1.0.5", destination).macs(SENDER, PORT);
+        passes(&program, to("10.3.0.9"), PassReason::EgressUnavailable);
+        assert_eq!(run(&program, to("10.2.0.9")).action, RunAction::Transmit);
     });
 }
 

@@ -299,7 +299,9 @@ mod tests {
             let mut merged = merge(vec![Box::new(first), Box::new(second)]);
             let mut whole = Database::default();
             let mut parts = [Database::default(), Database::default()];
-            parts.iter_mut().for_each(|part| part.apply(PolicyEvent::Snapshot(Snapshot::default())));
+            for part in &mut parts {
+                part.apply(PolicyEvent::Snapshot(Snapshot::default()));
+            }
             read(&mut merged, &mut whole);
             for (index, said) in steps {
                 [&a, &b][index].try_send(event(said.clone())).unwrap();

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError};
 use crate::policy::{
-    Direction, Egress, Family, IPPROTO_ESP, Mark, Mode, NextHop, OffloadDev, OffloadKind, Overhead, Policy,
-    PolicyId, SaId, SecurityAssociation, Selector, Template,
+    Direction, Egress, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy, PolicyId,
+    SaId, SecurityAssociation, Selector, Template,
 };
 
 /// SPIs of assumed associations count up from here. Real ones may be the same; they are never on the wire.
@@ -91,7 +91,7 @@ impl StaticSource {
     /// - `local`, `peer`: the outer addresses of the tunnel;
     /// - `priority`: optional, 0 if left out; lower is better;
     /// - `next-hop`: optional: `"device"` (the default), `"neighbour"`, or a table with `source` and
-    ///   `destination`; see [`NextHop`];
+    ///   `destination`; see [`NextHop`](crate::policy::NextHop);
     /// - `max-length`: optional, bytes from the IP header on.
     ///
     /// # Errors
@@ -146,8 +146,11 @@ pub enum StaticSourceError {
 /// What a file looks like.
 #[cfg(feature = "serde")]
 mod written {
-    use super::{Egress, IpAddr, NextHop, Selector, StaticPolicy, StaticSourceError};
-    use crate::{policy::MacAddr, sys::ifindex};
+    use super::{Egress, IpAddr, Selector, StaticPolicy, StaticSourceError};
+    use crate::{
+        policy::{MacAddr, NextHop},
+        sys::ifindex,
+    };
     use ipnet::IpNet;
     use serde::{Deserialize, Deserializer, de::Error as _};
 

@@ -1,7 +1,7 @@
 //! A table in the maps of the XDP program.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt, io,
     net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
@@ -21,6 +21,7 @@ use rustix::thread::{MembarrierCommand, membarrier};
 use super::{
     Capacity, Fact, OffloadTable, Port, Side, Slot, TableConfig, TableError, TableUpdate, Traffic, Verdict,
     mmap::Region,
+    redirect::takes_redirected_frames,
     store::{Regions, Store},
 };
 use crate::sys::monotonic_coarse_nanoseconds;
@@ -104,15 +105,37 @@ impl BpfTable {
 
     /// Makes the devices of an update reachable before packets are sent there.
     fn add_devices(&mut self, update: &TableUpdate) -> Result<(), TableError> {
+        let mut devices = BTreeSet::new();
         for (slot, forwarding) in &update.forwardings {
             let Some(forwarding) = forwarding else { continue };
-            let ifindex = forwarding.ifindex;
-            // Always, even if it is there: the kernel drops devices that unregister.
-            self.devices
-                .insert(ifindex, ifindex, None, 0)
-                .map_err(|error| TableError::Device { ifindex, error: io_error(error) })?;
-            self.device_of.insert(*slot, ifindex);
+            self.device_of.insert(*slot, forwarding.ifindex);
+            devices.insert(forwarding.ifindex);
         }
+        for ifindex in devices {
+            self.add_device(ifindex)?;
+        }
+        Ok(())
+    }
+
+    /// Lets packets be redirected to a device, unless they would be lost on the way.
+    fn add_device(&mut self, ifindex: u32) -> Result<(), TableError> {
+        let reason = match takes_redirected_frames(ifindex) {
+            Ok(true) => {
+                // Even if it is there: the kernel drops devices that unregister.
+                return self
+                    .devices
+                    .insert(ifindex, ifindex, None, 0)
+                    .map_err(|error| TableError::Device { ifindex, error: io_error(error) });
+            }
+            Ok(false) => "its driver takes none; a veth device does when its peer has GRO on".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(
+            ifindex,
+            reason,
+            "no packet is redirected to a device: only what arrives there is fast"
+        );
+        let _ = self.devices.remove(ifindex);
         Ok(())
     }
 

@@ -19,6 +19,7 @@ use crate::policy::{Family, MacAddr, PortMatch};
 mod bpf;
 mod memory;
 mod mmap;
+mod redirect;
 mod store;
 
 /// A region of the plane of addresses: the packets from `source` to `destination`.
