@@ -227,6 +227,7 @@ mod written {
 #[cfg(all(test, feature = "serde"))]
 mod tests {
     use super::*;
+    use crate::policy::NextHop;
     use crate::{database::Database, policy::MacAddr};
 
     const POLICY: &str = r#"
