@@ -18,7 +18,7 @@ use std::{
 use fastswan::policy::MacAddr;
 use nix::sched::{CloneFlags, setns};
 
-use crate::sys::{Ethtool, ethtool_set};
+use crate::sys::{Ethtool, ethtool_set, packet_socket};
 
 /// Where `ip netns` keeps namespaces.
 const NETNS: &str = "/run/netns";
@@ -204,28 +204,20 @@ pub struct End<'a> {
 ///
 /// [`LabError`].
 pub fn join(left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
-    ip(&[
-        "link",
-        "add",
-        left.device,
-        "address",
-        &left.mac.to_string(),
-        "mtu",
-        &mtu.to_string(),
-        "netns",
-        left.namespace.name(),
-        "type",
-        "veth",
-        "peer",
-        "name",
-        right.device,
-        "address",
-        &right.mac.to_string(),
-        "mtu",
-        &mtu.to_string(),
-        "netns",
-        right.namespace.name(),
-    ])?;
+    join_with_index(None, left, right, mtu)
+}
+
+/// Like [`join`], and the left device gets this interface index.
+///
+/// # Errors
+///
+/// [`LabError`].
+pub fn join_with_index(index: Option<u32>, left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
+    let index = index.map(|index| format!("index {index}")).unwrap_or_default();
+    let describe =
+        |end: End<'_>| format!("{} address {} mtu {mtu} netns {}", end.device, end.mac, end.namespace.name());
+    let command = format!("link add {index} {} type veth peer name {}", describe(left), describe(right));
+    ip(&command.split_whitespace().collect::<Vec<_>>())?;
     for end in [left, right] {
         for (command, value) in [
             (Ethtool::TxChecksums, 0),
@@ -267,6 +259,18 @@ pub fn introduce(one: End<'_>, other: End<'_>) -> Result<(), LabError> {
         }
     }
     Ok(())
+}
+
+/// The wire behind a device of this thread's network namespace: every write sends one frame from the device,
+/// as it is.
+///
+/// # Errors
+///
+/// [`LabError::System`].
+pub fn wire(device: &str) -> Result<File, LabError> {
+    let open = || packet_socket(nix::net::if_::if_nametoindex(device)?);
+    let socket = open().map_err(|error| LabError::system(format!("opening the wire of {device}"), error))?;
+    Ok(File::from(socket))
 }
 
 /// Whether this process may make namespaces and load programs, for tests that need it.

@@ -1,6 +1,7 @@
 //! What fastswan is tested with, and what programs that embed it may test themselves with.
 //!
 //! - [`lab`]: hosts and links, as network namespaces;
+//! - [`site`]: the lab that most stories take place in;
 //! - [`capture`]: what devices send and receive;
 //! - [`frames`]: Ethernet frames, right or wrong in the way a story needs;
 //! - [`prog_run`]: single frames through the XDP program;
@@ -15,6 +16,7 @@ pub mod lab;
 pub mod model;
 pub mod prog_run;
 pub mod promote;
+pub mod site;
 mod sys;
 pub mod table_suite;
 pub mod xfrm;

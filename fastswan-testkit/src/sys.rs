@@ -1,7 +1,10 @@
 //! System calls that no library here offers safely.
 #![allow(unsafe_code)]
 
-use std::{io, os::fd::AsRawFd as _};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
@@ -43,4 +46,17 @@ pub(crate) fn ethtool_set(interface: &str, command: Ethtool, value: u32) -> io::
     // both live through the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A socket that sends whole frames from an interface of this thread's network namespace, and receives none.
+pub(crate) fn packet_socket(ifindex: u32) -> io::Result<OwnedFd> {
+    let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: `sockaddr_ll` is plain data, for which zero is valid.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).expect("a family has 16 bits");
+    address.sll_ifindex = ifindex.cast_signed();
+    let length = u32::try_from(size_of_val(&address)).expect("20 bytes");
+    // SAFETY: the address is the structure of its family, has this length and lives through the call.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }
 }

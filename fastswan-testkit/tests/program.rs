@@ -172,6 +172,24 @@ fn a_packet_of_an_offloaded_policy_leaves_with_its_ttl_down_and_its_checksum_rig
 }
 
 #[test]
+fn the_checksum_is_the_one_that_the_kernel_writes_whatever_it_was() {
+    with_program(|program, _| {
+        let mut written = BTreeSet::new();
+        for (third, fourth) in
+            (0..=u8::MAX).flat_map(|third| (0..=u8::MAX).map(move |fourth| (third, fourth)))
+        {
+            // The last two bytes of the destination take the checksum through all its values.
+            let to =
+                |ttl| Frame::v4("10.1.0.5", &format!("10.2.{third}.{fourth}")).macs(SENDER, PORT).ttl(ttl);
+            let frame = run(program, to(64)).frame;
+            assert_eq!(frame, to(63).build());
+            written.insert([frame[24], frame[25]]);
+        }
+        assert!(written.contains(&[0, 0]) && !written.contains(&[0xff, 0xff]), "{}", written.len());
+    });
+}
+
+#[test]
 fn every_protocol_and_every_length_up_to_the_limit_is_forwarded() {
     with_program(|program, _| {
         let to = || Frame::v4("10.1.0.5", "10.2.0.9").macs(SENDER, PORT);

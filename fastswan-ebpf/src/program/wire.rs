@@ -95,11 +95,12 @@ pub(super) fn checksum_is_good(header: *const Ipv4) -> bool {
     sum == 0xffff
 }
 
-/// The checksum after the TTL went down by one (RFC 1624).
+/// The checksum after the TTL went down by one (RFC 1624). Of the two ways to write zero it is 0, never
+/// 0xffff, as the kernel has it.
 #[inline(always)]
 pub(super) fn checksum_after_ttl_decrement(checksum: u16) -> u16 {
     let sum = u32::from(checksum) + u32::from(0x0100_u16.to_be());
-    (sum + (sum >> 16)) as u16
+    (sum + u32::from(sum >= 0xffff)) as u16
 }
 
 /// This network, loopback, link-local, multicast, reserved and limited broadcast, RFC 6890. Host order.

@@ -1,8 +1,8 @@
 //! `cargo demo`: the main job, between namespaces.
 
-mod site;
 mod tally;
 mod traffic;
+mod tunnels;
 
 use std::{
     collections::BTreeMap,
@@ -28,9 +28,9 @@ use serde_json::json;
 use tokio::time::sleep;
 
 use self::{
-    site::{DELETED, EGRESS, INGRESS, SHADOWED, Site, TUNNELS, Tunnel},
     tally::{Count, Tally},
     traffic::Traffic,
+    tunnels::{DELETED, EGRESS, INGRESS, SHADOWED, TUNNELS, Tunnel, Tunnels},
 };
 
 /// What `cargo demo` is told.
@@ -53,10 +53,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     remove_leftovers();
     clean_up_on_signals()?;
-    let site = Site::new()?;
-    let outcome = site.gateway.enter(|| {
+    let tunnels = Tunnels::new()?;
+    let outcome = tunnels.0.gateway.enter(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(story(&site, Duration::from_secs(arguments.seconds)))
+        runtime.block_on(story(&tunnels, Duration::from_secs(arguments.seconds)))
     })?;
     outcome.print();
     if arguments.json {
@@ -76,7 +76,7 @@ fn run_as_root() -> anyhow::Result<()> {
 }
 
 /// Attaches the program, sends for some time, deletes a policy half-way.
-async fn story(site: &Site, duration: Duration) -> anyhow::Result<Outcome> {
+async fn story(tunnels: &Tunnels, duration: Duration) -> anyhow::Result<Outcome> {
     let host = HostFacts::read()?;
     let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig { cells: 1024, slots: 64 })?;
     let attachment = forwarder.attach(&AttachConfig::new(INGRESS).complete_frames(true))?;
@@ -84,7 +84,7 @@ async fn story(site: &Site, duration: Duration) -> anyhow::Result<Outcome> {
         table.set_port(&port)?;
     }
     let device = host.ifindex(EGRESS).context("the egress device is gone")?;
-    let source = Promote::new(NetlinkSource::open()?, device, Site::next_hop(), |_| true);
+    let source = Promote::new(NetlinkSource::open()?, device, Tunnels::next_hop(), |_| true);
     let mut gateway = Gateway::new(source, table, host);
     let all_fast =
         |gateway: &Gateway<_, _>| rows(&gateway.report(), None).iter().all(|row| row.state == FAST);
@@ -94,15 +94,15 @@ async fn story(site: &Site, duration: Duration) -> anyhow::Result<Outcome> {
     .await?;
     println!("XDP on {INGRESS} ({:?}), {} policies fast to {EGRESS}", attachment.mode, TUNNELS.len());
 
-    let tally = Tally::start(site)?;
-    let traffic = Traffic::start(site)?;
+    let tally = Tally::start(&tunnels.0)?;
+    let traffic = Traffic::start(&tunnels.0)?;
     send(&mut gateway, &tally, duration / 2).await?;
 
     traffic.hold(true);
     wait(&mut gateway, "packets of the policy to delete did not arrive", settled(&tally, DELETED)).await?;
     let until_deleted = tally.of(DELETED);
     let deleted = rows(&gateway.report(), None).into_iter().find(|row| row.network == DELETED.to_string());
-    site.delete(DELETED)?;
+    tunnels.delete(DELETED)?;
     wait(&mut gateway, "the deletion was not noticed", |gateway| {
         gateway.report().policies.len() == TUNNELS.len() - 1
     })

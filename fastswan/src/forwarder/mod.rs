@@ -209,12 +209,15 @@ impl XdpForwarder {
     ///
     /// [`ForwarderError::NotAttached`], or [`ForwarderError::Bpf`].
     pub fn detach(&mut self, interface: &str) -> Result<(), ForwarderError> {
-        let position = self.attached.iter().position(|(attachment, _)| attachment.interface == interface);
-        let Some(position) = position else {
+        // More than one if an interface went away and another of its name was attached.
+        let is_it = |(attachment, _): &mut (Attachment, _)| attachment.interface == interface;
+        let links: Vec<_> = self.attached.extract_if(.., is_it).map(|(_, link)| link).collect();
+        if links.is_empty() {
             return Err(ForwarderError::NotAttached { interface: interface.to_owned() });
-        };
-        let (_, link) = self.attached.remove(position);
-        let detached = program_mut(&mut self.ebpf, PROGRAM).and_then(|program| program.detach(link));
+        }
+        let program = program_mut(&mut self.ebpf, PROGRAM);
+        let detached =
+            program.and_then(|program| links.into_iter().try_for_each(|link| program.detach(link)));
         detached.map_err(|error| ForwarderError::new(format!("detaching from {interface}"), error))
     }
 

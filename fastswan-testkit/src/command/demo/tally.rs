@@ -15,9 +15,9 @@ use std::{
 use etherparse::{
     EtherType, Ethernet2Header, IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice, checksum::Sum16BitWords,
 };
-use fastswan_testkit::capture::Capture;
+use fastswan_testkit::{capture::Capture, site::Site};
 
-use super::site::{CLIENT, FAST_MAC, Site, TUNNELS, Tunnel};
+use super::tunnels::{CLIENT, FAST_MAC, TUNNELS, Tunnel};
 
 /// The client's TTL less the gateway.
 const TTL_AT_PEER: u8 = 63;

@@ -14,11 +14,12 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type};
+use fastswan_testkit::site::Site;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, sendto, socket,
 };
 
-use super::site::{DELETED, SHADOWED, Site, Tunnel};
+use super::tunnels::{DELETED, SHADOWED, Tunnel};
 
 /// What a flow consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,27 +1,27 @@
-//! Client, gateway and peer: three namespaces in a row, and the policies of the gateway's kernel.
+//! The policies of the gateway's kernel, and the networks that they lead to.
 
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use fastswan::{policy::MacAddr, policy::NextHop};
-use fastswan_testkit::lab::{self, End, LabError, Namespace};
+use fastswan::policy::{MacAddr, NextHop};
+use fastswan_testkit::{
+    lab::LabError,
+    site::{PEER, Site},
+};
 
 /// Where packets enter and leave the gateway.
-pub(super) const INGRESS: &str = "g0";
-pub(super) const EGRESS: &str = "g1";
+pub(super) const INGRESS: &str = "lan0";
+pub(super) const EGRESS: &str = "out0";
 
-const CLIENT_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xc]);
-const INGRESS_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
-const EGRESS_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
-const PEER_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xf]);
 /// The XDP program writes this source address and the kernel writes the device's own: so the peer can tell
 /// which of them forwarded a frame.
 pub(super) const FAST_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0xfa, 0x57]);
 
+/// The client's addresses.
 pub(super) const CLIENT: (IpAddr, IpAddr) =
-    (IpAddr::V4(Ipv4Addr::new(10, 1, 0, 2)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2)));
+    (IpAddr::V4(Ipv4Addr::new(10, 1, 0, 5)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 5)));
 
 /// Shorter than the link to the peer, so that every packet of the client's fits into a tunnel there.
 const CLIENT_MTU: u32 = 1400;
@@ -46,9 +46,9 @@ impl Tunnel {
     /// A host in the network behind the peer.
     pub(super) fn host(self) -> IpAddr {
         if self.v6 {
-            Ipv6Addr::new(0x2001, 0xdb8, self.network, 0, 0, 0, 0, 2).into()
+            Ipv6Addr::new(0x2001, 0xdb8, self.network, 0, 0, 0, 0, 9).into()
         } else {
-            Ipv4Addr::new(10, u8::try_from(self.network).unwrap_or(0), 0, 2).into()
+            Ipv4Addr::new(10, u8::try_from(self.network).unwrap_or(0), 0, 9).into()
         }
     }
 
@@ -85,81 +85,39 @@ pub(super) const DELETED: Tunnel = Tunnel::v4(4);
 /// The one with a better policy, for a part of it, that bypasses IPsec.
 pub(super) const SHADOWED: Tunnel = Tunnel::v4(5);
 
-/// The three hosts.
+/// The hosts, with the tunnels' networks behind the peer and their policies in the gateway's kernel.
 #[derive(Debug)]
-pub(super) struct Site {
-    pub(super) client: Namespace,
-    pub(super) gateway: Namespace,
-    pub(super) peer: Namespace,
-}
+pub(super) struct Tunnels(pub(super) Site);
 
-impl Site {
+impl Tunnels {
     pub(super) fn new() -> Result<Self, LabError> {
-        let (client, gateway, peer) =
-            (Namespace::new("client")?, Namespace::new("gateway")?, Namespace::new("peer")?);
-        gateway.forward()?;
-
-        let client_end = End {
-            namespace: &client,
-            device: "c0",
-            mac: CLIENT_MAC,
-            addresses: &["10.1.0.2/16", "2001:db8:1::2/48"],
-        };
-        let ingress = End {
-            namespace: &gateway,
-            device: INGRESS,
-            mac: INGRESS_MAC,
-            addresses: &["10.1.0.1/16", "2001:db8:1::1/48"],
-        };
-        let egress = End {
-            namespace: &gateway,
-            device: EGRESS,
-            mac: EGRESS_MAC,
-            addresses: &["192.0.2.1/24", "2001:db8:f::1/64"],
-        };
-        let peer_end = End {
-            namespace: &peer,
-            device: "p0",
-            mac: PEER_MAC,
-            addresses: &["192.0.2.2/24", "2001:db8:f::2/64"],
-        };
-        lab::join(client_end, ingress, CLIENT_MTU)?;
-        lab::join(egress, peer_end, 1500)?;
-        lab::introduce(client_end, ingress)?;
-        lab::introduce(egress, peer_end)?;
-
-        for (host, routes) in [
-            (&client, ["default via 10.1.0.1", "default via 2001:db8:1::1"]),
-            (&peer, ["default via 192.0.2.1", "default via 2001:db8:f::1"]),
-        ] {
-            for route in routes {
-                host.ip(&format!("route add {route}"))?;
-            }
-        }
-        let site = Self { client, gateway, peer };
+        let site = Site::new()?;
+        site.gateway.forward()?;
+        site.client.ip(&format!("link set eth0 mtu {CLIENT_MTU}"))?;
+        let tunnels = Self(site);
         for tunnel in TUNNELS {
-            site.add(tunnel)?;
+            tunnels.add(tunnel)?;
         }
         // Better than the tunnel's policy, without a template: what it matches is sent in clear.
-        site.gateway.ip("xfrm policy add src 10.1.0.0/24 dst 10.5.0.0/24 dir out priority 50")?;
-        Ok(site)
+        tunnels.0.gateway.ip("xfrm policy add src 10.1.0.0/24 dst 10.5.0.0/24 dir out priority 50")?;
+        Ok(tunnels)
     }
 
     /// How packets leave the gateway through the fast path. A NIC that does packet offload writes its own
     /// Ethernet header; a veth device does not.
     pub(super) fn next_hop() -> NextHop {
-        NextHop::Fixed { source: FAST_MAC, destination: PEER_MAC }
+        NextHop::Fixed { source: FAST_MAC, destination: PEER }
     }
 
     fn add(&self, tunnel: Tunnel) -> Result<(), LabError> {
         let (gateway, peer) =
             if tunnel.v6 { ("2001:db8:f::1", "2001:db8:f::2") } else { ("192.0.2.1", "192.0.2.2") };
-        self.gateway.ip(&format!("route add {} via {peer}", tunnel.destination()))?;
+        self.0.gateway.ip(&format!("route add {} via {peer}", tunnel.destination()))?;
         let length = if tunnel.v6 { 128 } else { 32 };
-        self.peer.ip(&format!("address add {}/{length} dev lo", tunnel.host()))?;
+        self.0.peer.ip(&format!("address replace {}/{length} dev lo", tunnel.host()))?;
         // No device here encrypts: with an optional template, the kernel forwards in clear what has no
         // association. It takes them in transport mode only; `Promote` makes tunnels of them.
-        self.gateway.ip(&format!(
+        self.0.gateway.ip(&format!(
             "xfrm policy add {} priority 100 \
              tmpl src {gateway} dst {peer} proto esp reqid 1 mode transport level use",
             tunnel.selector()
@@ -168,6 +126,6 @@ impl Site {
     }
 
     pub(super) fn delete(&self, tunnel: Tunnel) -> Result<(), LabError> {
-        self.gateway.ip(&format!("xfrm policy delete {}", tunnel.selector())).map(drop)
+        self.0.gateway.ip(&format!("xfrm policy delete {}", tunnel.selector())).map(drop)
     }
 }
