@@ -6,11 +6,13 @@
 //! - [`frames`]: Ethernet frames, right or wrong in the way a story needs;
 //! - [`prog_run`]: single frames through the XDP program;
 //! - [`model`]: what the program should do with a frame, written a second time;
+//! - [`conformance`]: the program against the model, at random;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
 //! - [`table_suite`]: what every table must do.
 
 pub mod capture;
+pub mod conformance;
 pub mod frames;
 pub mod lab;
 pub mod model;

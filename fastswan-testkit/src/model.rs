@@ -52,6 +52,11 @@ impl Model {
         }
     }
 
+    /// Makes a device one that cannot be redirected to.
+    pub fn forget_device(&mut self, ifindex: u32) {
+        self.forwardings.retain(|_, forwarding| forwarding.ifindex != ifindex);
+    }
+
     /// Adds or changes a port.
     pub fn set_port(&mut self, port: Port) {
         self.ports.insert((port.ifindex, port.vlan), port);
