@@ -69,8 +69,8 @@ fn a_second_forwarder_is_told_whose_program_runs_and_the_first_stays() {
             let mut first = forwarder();
             let attachment = first.attach(&port("lan0").mode(mode)).unwrap();
             assert_eq!((attachment.mode, attachment.fallback), (mode, None));
-            let owner = Some(first.program_id().unwrap());
-            assert_eq!(running(namespace, "lan0"), owner);
+            let owner = first.program_id().unwrap();
+            assert_eq!(running(namespace, "lan0"), Some(owner));
 
             let mut second = forwarder();
             for mode in [AttachMode::Automatic, AttachMode::Native, AttachMode::Generic] {
@@ -78,11 +78,11 @@ fn a_second_forwarder_is_told_whose_program_runs_and_the_first_stays() {
                 let ForwarderError::AlreadyAttached { interface, program } = &error else {
                     panic!("{error}")
                 };
-                assert_eq!((interface.as_str(), *program), ("lan0", owner));
-                says(&error, &["lan0", &owner.unwrap().to_string(), "`bpftool link`", "stop it"]);
+                assert_eq!((interface.as_str(), *program), ("lan0", Some(owner)));
+                says(&error, &["lan0", &owner.to_string(), "`bpftool link`", "stop it"]);
             }
             drop(second);
-            assert_eq!(running(namespace, "lan0"), owner);
+            assert_eq!(running(namespace, "lan0"), Some(owner));
             assert!(matches!(first.attach(&port("lan0")), Err(ForwarderError::AlreadyAttached { .. })));
         });
     }
