@@ -53,9 +53,9 @@ pub(crate) fn packet_socket(ifindex: u32) -> io::Result<OwnedFd> {
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: `sockaddr_ll` is plain data, for which zero is valid.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = u16::try_from(libc::AF_PACKET).expect("a family has 16 bits");
+    address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
     address.sll_ifindex = ifindex.cast_signed();
-    let length = u32::try_from(size_of_val(&address)).expect("20 bytes");
+    let length = u32::try_from(size_of_val(&address)).map_err(io::Error::other)?;
     // SAFETY: the address is the structure of its family, has this length and lives through the call.
     let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
     if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }

@@ -1,0 +1,292 @@
+//! The assembled loop on a real host: what its source says is what the program does, and nothing is fast when
+//! the source loses track or the loop stops.
+
+use std::{future::Future, time::Duration};
+
+use fastswan::{
+    BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
+    PolicySource, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
+    compiler::PolicyState,
+    forwarder::RunAction,
+    gateway::GatewayError,
+    policy::{Egress, NextHop},
+    source::{StaleCause, fixed::StaticPolicy},
+    table::TableConfig,
+};
+use fastswan_testkit::{
+    frames::Frame,
+    lab::{self, Namespace},
+    promote::Promote,
+    site::{CLIENT, LAN, OUT, PEER, Site},
+};
+use tokio::{
+    task::yield_now,
+    time::{sleep, timeout},
+};
+
+const POLICY: &str = "src 10.1.0.0/16 dst 10.2.0.0/16 dir out";
+const TUNNEL: &str = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel";
+/// A destination inside the policy.
+const INSIDE: &str = "10.2.0.9";
+/// Nothing here takes longer, unless it never happens.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Long enough never to end by itself.
+const LEASE: Duration = Duration::from_secs(3600);
+
+/// The gateway of a site, as seen from inside.
+struct Host {
+    site: Site,
+    lan: u32,
+    out: u32,
+}
+
+/// Runs a story inside the gateway of a site, and inside a runtime.
+fn story<F: Future<Output = ()>>(what: &str, tell: impl FnOnce(Host) -> F + Send) {
+    if !lab::require_root(what) {
+        return;
+    }
+    std::thread::scope(|scope| {
+        let told = scope.spawn(|| {
+            let site = Site::new().unwrap();
+            site.route().unwrap();
+            site.gateway.join_this_thread().unwrap();
+            let index = |device| site.gateway.ifindex(device).unwrap();
+            let host = Host { lan: index("lan0"), out: index("out0"), site };
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(tell(host));
+        });
+        told.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+impl Host {
+    fn namespace(&self) -> &Namespace {
+        &self.site.gateway
+    }
+
+    /// The kernel's policies, all tunnels of which are promoted to out0.
+    fn kernel(&self) -> impl PolicySource + use<> {
+        Promote::new(NetlinkSource::open().unwrap(), self.out, NextHop::Neighbour, |_| true)
+    }
+
+    /// The same policy as [`POLICY`], for a source without a kernel.
+    async fn snapshot(&self) -> Snapshot {
+        let prefixes = ["10.1.0.0/16", "10.2.0.0/16"].map(|prefix| prefix.parse().unwrap());
+        let mut source = StaticSource::new(&[StaticPolicy {
+            selector: Selector::between(prefixes[0], prefixes[1]).unwrap(),
+            device: self.out,
+            tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
+            priority: 100,
+            egress: Egress { next_hop: NextHop::Neighbour, max_length: None },
+        }]);
+        let Some(PolicyEvent::Snapshot(snapshot)) = source.next_event().await.unwrap() else { panic!() };
+        snapshot
+    }
+
+    /// A gateway with what this host looks like now.
+    fn gateway<S: PolicySource>(&self, source: S) -> (Program, Gateway<S, BpfTable>) {
+        let (forwarder, mut table) = XdpForwarder::load(&TableConfig { cells: 256, slots: 16 }).unwrap();
+        let facts = HostFacts::read().unwrap();
+        for port in facts.ports(self.lan) {
+            table.set_port(&port).unwrap();
+        }
+        let gateway = Gateway::new(source, table, facts).with_lease(LEASE);
+        (Program { forwarder, lan: self.lan }, gateway)
+    }
+}
+
+/// The program, which is asked what it would do.
+struct Program {
+    forwarder: XdpForwarder,
+    lan: u32,
+}
+
+impl Program {
+    /// The fate of a packet from the client.
+    fn fate(&self, destination: &str) -> RunAction {
+        self.forwarder.run(&frame(destination).build(), self.lan).unwrap().action
+    }
+
+    /// Runs the gateway until a packet has this fate, which it must have soon.
+    async fn until<S: PolicySource>(
+        &self,
+        gateway: &mut Gateway<S, BpfTable>,
+        destination: &str,
+        fate: RunAction,
+    ) {
+        let reached = async {
+            while self.fate(destination) != fate {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let run = timeout(PATIENCE, gateway.run_until(reached)).await;
+        run.unwrap_or_else(|_| panic!("{destination}: never {fate:?}")).unwrap();
+    }
+
+    /// Why the kernel gets a packet.
+    fn reason<S: PolicySource>(&self, gateway: &Gateway<S, BpfTable>, destination: &str) -> PassReason {
+        let before = gateway.report().passes;
+        assert_eq!(self.fate(destination), RunAction::Pass, "{destination}");
+        let mut passes = gateway.report().passes;
+        passes.retain(|counted| !before.contains(counted));
+        let [(reason, _)] = passes[..] else { panic!("counted as {passes:?}") };
+        reason
+    }
+}
+
+fn frame(destination: &str) -> Frame {
+    Frame::v4("10.1.0.5", destination).macs(CLIENT, LAN).payload(100).ttl(64)
+}
+
+#[test]
+fn a_policy_is_fast_from_its_addition_to_its_deletion() {
+    story("following the kernel's policies", async |host| {
+        let (program, mut gateway) = host.gateway(host.kernel());
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
+        for end in [format!("delete {POLICY}"), "flush".to_owned()] {
+            host.namespace().ip(&format!("xfrm policy add {POLICY} priority 100 {TUNNEL}")).unwrap();
+            program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+            let run = program.forwarder.run(&frame(INSIDE).build(), host.lan).unwrap();
+            assert_eq!(run.frame, frame(INSIDE).macs(OUT, PEER).ttl(63).build());
+            assert_eq!(program.reason(&gateway, "192.0.2.2"), PassReason::NoPolicy);
+
+            host.namespace().ip(&format!("xfrm policy {end}")).unwrap();
+            program.until(&mut gateway, INSIDE, RunAction::Pass).await;
+            assert_eq!(program.reason(&gateway, INSIDE), PassReason::NoPolicy, "{end}");
+        }
+    });
+}
+
+#[test]
+fn a_shadowing_bypass_policy_keeps_the_packet_in_the_kernel() {
+    story("a bypass policy", async |host| {
+        host.namespace().ip(&format!("xfrm policy add {POLICY} priority 100 {TUNNEL}")).unwrap();
+        let (program, mut gateway) = host.gateway(host.kernel());
+        program.until(&mut gateway, "10.2.5.1", RunAction::Redirect).await;
+
+        let bypass = "src 10.1.0.0/16 dst 10.2.5.0/24 dir out";
+        host.namespace().ip(&format!("xfrm policy add {bypass} priority 1")).unwrap();
+        program.until(&mut gateway, "10.2.5.1", RunAction::Pass).await;
+        assert_eq!(program.reason(&gateway, "10.2.5.1"), PassReason::Shadowed);
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect, "the rest stays fast");
+
+        host.namespace().ip(&format!("xfrm policy delete {bypass}")).unwrap();
+        program.until(&mut gateway, "10.2.5.1", RunAction::Redirect).await;
+    });
+}
+
+#[test]
+fn a_blocking_default_policy_keeps_everything_in_the_kernel() {
+    story("a blocking default policy", async |host| {
+        host.namespace().ip(&format!("xfrm policy add {POLICY} priority 100 {TUNNEL}")).unwrap();
+        let (program, mut gateway) = host.gateway(host.kernel());
+        for (action, fate) in [("accept", RunAction::Redirect), ("block", RunAction::Pass)] {
+            host.namespace().ip(&format!("xfrm policy setdefault fwd {action}")).unwrap();
+            program.until(&mut gateway, INSIDE, fate).await;
+        }
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::DefaultBlock);
+    });
+}
+
+#[test]
+fn a_source_that_lost_track_stops_everything_until_its_next_snapshot() {
+    story("a stale source", async |host| {
+        let (sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        // A yield is as long as it takes to follow everything that was sent.
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+
+        sender.try_send(PolicyEvent::Stale(StaleCause::Overrun)).unwrap();
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
+
+        let policy = host.snapshot().await.policies.remove(0);
+        sender.try_send(PolicyEvent::Policy(policy)).unwrap();
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "one policy is not all");
+
+        sender.try_send(PolicyEvent::Snapshot(host.snapshot().await)).unwrap();
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+    });
+}
+
+#[test]
+fn a_source_that_fails_stops_everything() {
+    story("a failing source", async |host| {
+        let (sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        drop(sender);
+        let error = gateway.run_until(std::future::pending()).await.unwrap_err();
+        assert!(matches!(error, GatewayError::Source(SourceError::ChannelClosed)), "{error}");
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
+    });
+}
+
+#[test]
+fn a_dropped_gateway_leaves_everything_to_the_kernel() {
+    story("dropping a gateway", async |host| {
+        let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        // The program still runs, and its lease with it.
+        drop(gateway);
+        assert_eq!(program.fate(INSIDE), RunAction::Pass);
+    });
+}
+
+#[test]
+fn a_lease_that_nobody_renews_ends() {
+    story("an ended lease", async |host| {
+        let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, gateway) = host.gateway(source);
+        let mut gateway = gateway.with_lease(Duration::from_millis(50));
+        for _ in 0..2 {
+            program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+            let ended = async {
+                while program.fate(INSIDE) != RunAction::Pass {
+                    sleep(Duration::from_millis(1)).await;
+                }
+            };
+            timeout(PATIENCE, ended).await.expect("a lease of 50 ms to end");
+            assert_eq!(program.reason(&gateway, INSIDE), PassReason::LeaseExpired);
+        }
+    });
+}
+
+#[test]
+fn addresses_of_the_host_and_unroutable_ones_inside_a_policy_pass() {
+    story("addresses inside a policy", async |host| {
+        host.namespace().ip("address add 10.2.0.1/32 dev lo").unwrap();
+        host.namespace().ip("route add blackhole 10.2.66.0/24").unwrap();
+        host.namespace().ip("route add 10.2.77.0/24 dev lan0").unwrap();
+        let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        assert_eq!(program.reason(&gateway, "10.2.0.1"), PassReason::DeniedDestination);
+        assert_eq!(program.reason(&gateway, "10.2.66.1"), PassReason::DeniedDestination);
+        assert_eq!(program.reason(&gateway, "10.2.77.1"), PassReason::RouteElsewhere);
+    });
+}
+
+#[test]
+fn a_report_tells_what_each_policy_has_forwarded() {
+    story("a report", async |host| {
+        let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        gateway.run_until(yield_now()).await.unwrap();
+        for _ in 0..3 {
+            assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        }
+        let report = gateway.report();
+        let [(policy, traffic)] = &report.policies[..] else { panic!("{report}") };
+        assert_eq!((policy.state, traffic.packets, traffic.bytes), (PolicyState::Fast, 3, 3 * 128));
+        let line = "fast: out 10.1.0.0/16 → 10.2.0.0/16: 3 fast packets, 384 bytes";
+        assert!(report.to_string().contains(line), "{report}");
+    });
+}

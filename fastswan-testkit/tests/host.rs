@@ -1,0 +1,248 @@
+//! Host facts as the kernel tells them, in namespaces that were set up for it.
+
+use std::net::IpAddr;
+
+use fastswan::{
+    HostFacts,
+    host::{Link, Neighbour, RouteKind, Rule},
+    policy::{Family, MacAddr},
+    table::{Forwards, ReversePath},
+};
+use fastswan_testkit::{
+    lab::{self, LabError, Namespace},
+    site::{CLIENT, LAN, PEER, Site},
+};
+
+const MAIN: u32 = 254;
+const LOCAL: u32 = 255;
+
+fn read(namespace: &Namespace) -> HostFacts {
+    namespace.enter(|| HostFacts::read().unwrap())
+}
+
+/// The gateway of a site, for a story about what it knows of itself.
+fn story(what: &str, tell: impl FnOnce(&Namespace)) {
+    if lab::require_root(what) {
+        let site = Site::new().unwrap();
+        tell(&site.gateway);
+    }
+}
+
+fn named<'a>(host: &'a HostFacts, name: &str) -> &'a Link {
+    host.ifindex(name).and_then(|ifindex| host.link(ifindex)).unwrap_or_else(|| panic!("no {name}"))
+}
+
+/// What the routes of a table for exactly this prefix do.
+fn routes(host: &HostFacts, table: u32, prefix: &str) -> Vec<RouteKind> {
+    let prefix = prefix.parse().unwrap();
+    let here = host.routes.iter().filter(|route| (route.table, route.destination) == (table, prefix));
+    here.map(|route| route.kind).collect()
+}
+
+#[test]
+fn links_are_told_as_they_are() {
+    story("reading links", |gateway| {
+        gateway.ip("link add br0 type bridge").unwrap();
+        gateway.ip("link add member type veth peer name idle").unwrap();
+        gateway.ip("link set member master br0 mtu 1400").unwrap();
+        gateway.ip("link add link out0 name container type macvlan").unwrap();
+        gateway.sysctl("net.ipv6.conf.lan0.mtu", "1300").unwrap();
+        let host = read(gateway);
+
+        let lan = named(&host, "lan0");
+        assert_eq!((lan.kind.as_str(), lan.address, lan.mtu, lan.mtu_v6), ("veth", Some(LAN), 1500, 1300));
+        assert_eq!((lan.up, lan.carrier, lan.vlan, lan.controller), (true, true, None, None));
+        assert_eq!(lan.parent, None, "its other end is in another namespace");
+
+        let member = named(&host, "member");
+        assert_eq!((member.up, member.carrier, member.mtu), (false, false, 1400));
+        assert_eq!(member.controller, host.ifindex("br0"));
+        assert_eq!(named(&host, "container").parent, host.ifindex("out0"));
+
+        let has_port = |name| host.port(host.ifindex(name).unwrap(), 0).is_some();
+        assert!(has_port("lan0"));
+        for name in ["lo", "member", "idle", "out0"] {
+            assert!(!has_port(name), "{name}");
+        }
+    });
+}
+
+#[test]
+fn a_link_without_carrier_says_so() {
+    if !lab::require_root("reading carriers") {
+        return;
+    }
+    let site = Site::new().unwrap();
+    site.client.ip("link set eth0 down").unwrap();
+    let host = read(&site.gateway);
+    assert_eq!((named(&host, "lan0").up, named(&host, "lan0").carrier), (true, false));
+    assert_eq!((named(&host, "out0").up, named(&host, "out0").carrier), (true, true));
+}
+
+#[test]
+fn a_vlan_device_gives_its_parent_another_port() {
+    story("reading VLAN devices", |gateway| {
+        match gateway.ip("link add link lan0 name tagged type vlan id 5") {
+            Err(LabError::Command { message, .. }) if message.contains("Unknown device type") => {
+                eprintln!("NOT RUN, needs a kernel with VLAN devices: reading VLAN devices");
+                return;
+            }
+            other => drop(other.unwrap()),
+        }
+        gateway.ip("link add link lan0 name service type vlan id 6 protocol 802.1ad").unwrap();
+        gateway.ip("link set tagged up").unwrap();
+        gateway.ip("link set service up").unwrap();
+        gateway.sysctl("net.ipv4.conf.tagged.forwarding", "1").unwrap();
+        let host = read(gateway);
+        let (lan, vlan) = (host.ifindex("lan0").unwrap(), named(&host, "tagged"));
+        assert_eq!((vlan.kind.as_str(), vlan.parent, vlan.vlan), ("vlan", Some(lan), Some(5)));
+        assert_eq!(named(&host, "service").vlan, None, "customer tags only");
+        let ports: Vec<_> = host.ports(lan).iter().map(|port| (port.vlan, port.receiver)).collect();
+        assert_eq!(ports, [(0, lan), (5, vlan.ifindex)]);
+        let forwards: Vec<_> = host.ports(lan).iter().map(|port| port.forwards.v4).collect();
+        assert_eq!(forwards, [false, true]);
+    });
+}
+
+#[test]
+fn routes_of_every_kind_are_told() {
+    story("reading routes", |gateway| {
+        for route in [
+            "blackhole 10.60.0.0/16",
+            "unreachable 10.61.0.0/16",
+            "prohibit 10.62.0.0/16",
+            "throw 10.63.0.0/16 table 100",
+            "10.64.0.0/16 via 192.0.2.2 mtu 1400",
+            "10.65.0.0/16 nexthop via 192.0.2.2 nexthop via 10.1.0.5",
+            "10.66.0.0/16 dev out0 metric 7",
+            "10.67.0.0/16 via 192.0.2.2 tos 0x10",
+            "10.68.0.0/16 via inet6 2001:db8:f::2 dev out0",
+            "blackhole 2001:db8:60::/48",
+            "2001:db8:64::/48 via 2001:db8:f::2",
+            "2001:db8:65::/48 via 2001:db8:f::2 from 2001:db8:1::/48",
+            "default via 192.0.2.2",
+        ] {
+            gateway.ip(&format!("route add {route}")).unwrap();
+        }
+        let host = read(gateway);
+        let (lan, out) = (host.ifindex("lan0").unwrap(), host.ifindex("out0").unwrap());
+        let v4: IpAddr = "192.0.2.2".parse().unwrap();
+        let v6: IpAddr = "2001:db8:f::2".parse().unwrap();
+        let via = |ifindex, gateway, mtu| RouteKind::Unicast { ifindex, gateway, mtu };
+        for (table, prefix, kind) in [
+            (LOCAL, "127.0.0.0/8", RouteKind::Local),
+            (LOCAL, "10.1.0.1/32", RouteKind::Local),
+            (LOCAL, "10.1.255.255/32", RouteKind::Broadcast),
+            (LOCAL, "192.0.2.255/32", RouteKind::Broadcast),
+            (LOCAL, "2001:db8:1::1/128", RouteKind::Local),
+            (MAIN, "10.1.0.0/16", via(lan, None, None)),
+            (MAIN, "192.0.2.0/24", via(out, None, None)),
+            (MAIN, "2001:db8:1::/48", via(lan, None, None)),
+            (MAIN, "10.60.0.0/16", RouteKind::Blackhole),
+            (MAIN, "10.61.0.0/16", RouteKind::Unreachable),
+            (MAIN, "10.62.0.0/16", RouteKind::Prohibit),
+            (100, "10.63.0.0/16", RouteKind::Throw),
+            (MAIN, "10.64.0.0/16", via(out, Some(v4), Some(1400))),
+            (MAIN, "10.65.0.0/16", RouteKind::Unclear),
+            (MAIN, "10.66.0.0/16", via(out, None, None)),
+            (MAIN, "10.67.0.0/16", RouteKind::Unclear),
+            (MAIN, "10.68.0.0/16", via(out, Some(v6), None)),
+            (MAIN, "2001:db8:60::/48", RouteKind::Blackhole),
+            (MAIN, "2001:db8:64::/48", via(out, Some(v6), None)),
+            (MAIN, "2001:db8:65::/48", RouteKind::Unclear),
+            (MAIN, "0.0.0.0/0", via(out, Some(v4), None)),
+        ] {
+            assert_eq!(routes(&host, table, prefix), [kind], "{prefix}");
+        }
+        let metric = |prefix: &str| {
+            let prefix = prefix.parse().unwrap();
+            host.routes.iter().find(|route| route.destination == prefix).unwrap().metric
+        };
+        assert_eq!((metric("10.66.0.0/16"), metric("10.64.0.0/16")), (7, 0));
+    });
+}
+
+#[test]
+fn a_rule_for_some_packets_names_no_table() {
+    story("reading rules", |gateway| {
+        let before = read(gateway);
+        // IPv6 has no default table.
+        let ordinary = [&Rule::ordinary(Family::V4)[..], &Rule::ordinary(Family::V6)[..2]].concat();
+        assert_eq!(before.rules, ordinary);
+        for rule in [
+            "priority 100 fwmark 1 table 100",
+            "priority 101 from 10.9.0.0/16 table 100",
+            "priority 102 iif lan0 table 100",
+            "priority 103 table 100",
+            "priority 104 prohibit",
+            "priority 105 table main suppress_prefixlength 0",
+        ] {
+            gateway.ip(&format!("rule add {rule}")).unwrap();
+        }
+        let added: Vec<_> = read(gateway)
+            .rules
+            .iter()
+            .filter(|rule| rule.family == Family::V4 && (100..200).contains(&rule.priority))
+            .map(|rule| (rule.priority, rule.table))
+            .collect();
+        assert_eq!(
+            added,
+            [(100, None), (101, None), (102, None), (103, Some(100)), (104, None), (105, None)]
+        );
+    });
+}
+
+#[test]
+fn only_neighbours_with_an_address_are_told() {
+    story("reading neighbours", |gateway| {
+        gateway.ip("neighbour add 192.0.2.7 dev out0 nud failed").unwrap();
+        gateway.ip("neighbour add 192.0.2.8 dev out0 lladdr 02:00:00:00:00:08 nud stale").unwrap();
+        let host = read(gateway);
+        let (lan, out) = (host.ifindex("lan0").unwrap(), host.ifindex("out0").unwrap());
+        let knows = |ifindex, destination: &str, address| {
+            let destination = destination.parse().unwrap();
+            host.neighbours.contains(&Neighbour { ifindex, destination, address })
+        };
+        assert!(knows(lan, "10.1.0.5", CLIENT));
+        assert!(knows(lan, "2001:db8:1::5", CLIENT));
+        assert!(knows(out, "192.0.2.2", PEER));
+        assert!(knows(out, "192.0.2.8", MacAddr([2, 0, 0, 0, 0, 8])));
+        let failed: IpAddr = "192.0.2.7".parse().unwrap();
+        assert!(host.neighbours.iter().all(|neighbour| neighbour.destination != failed));
+    });
+}
+
+#[test]
+fn sysctls_are_those_of_the_namespace() {
+    story("reading sysctls", |gateway| {
+        let both = Forwards { v4: true, v6: true };
+        let lan = || named(&read(gateway), "lan0").clone();
+        assert_eq!((lan().forwards, lan().bypasses_xfrm), (Forwards::default(), false));
+        gateway.forward().unwrap();
+        assert_eq!(lan().forwards, both);
+        gateway.sysctl("net.ipv4.conf.lan0.forwarding", "0").unwrap();
+        assert_eq!(lan().forwards, Forwards { v4: false, v6: true });
+        assert_eq!(named(&read(gateway), "out0").forwards, both);
+        gateway.sysctl("net.ipv6.conf.lan0.disable_ipv6", "1").unwrap();
+        assert_eq!(lan().forwards, Forwards::default());
+
+        // The greater of everyone's and its own counts.
+        for (all, own, filter) in [
+            ("0", "0", ReversePath::Off),
+            ("0", "1", ReversePath::Strict),
+            ("0", "2", ReversePath::Loose),
+            ("1", "0", ReversePath::Strict),
+            ("2", "1", ReversePath::Loose),
+        ] {
+            gateway.sysctl("net.ipv4.conf.all.rp_filter", all).unwrap();
+            gateway.sysctl("net.ipv4.conf.lan0.rp_filter", own).unwrap();
+            assert_eq!(lan().reverse_path, filter, "{all} and {own}");
+        }
+        for device in ["lan0", "all"] {
+            gateway.sysctl(&format!("net.ipv4.conf.{device}.disable_xfrm"), "1").unwrap();
+            assert!(lan().bypasses_xfrm, "{device}");
+            gateway.sysctl(&format!("net.ipv4.conf.{device}.disable_xfrm"), "0").unwrap();
+            assert!(!lan().bypasses_xfrm);
+        }
+    });
+}
