@@ -142,14 +142,15 @@ impl Namespace {
         ip(&all)
     }
 
-    /// Sets a sysctl, written with dots.
+    /// Sets a sysctl, written with dots, or with slashes if a name in it has a dot.
     ///
     /// # Errors
     ///
     /// [`LabError::System`].
     pub fn sysctl(&self, key: &str, value: &str) -> Result<(), LabError> {
         // /proc/sys/net is that of the thread that opens it.
-        let path = format!("/proc/sys/{}", key.replace('.', "/"));
+        let key = if key.contains('/') { key.to_owned() } else { key.replace('.', "/") };
+        let path = format!("/proc/sys/{key}");
         self.enter(|| fs::write(&path, value))
             .map_err(|error| LabError::system(format!("setting {key} to {value}"), error))
     }

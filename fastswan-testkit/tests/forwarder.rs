@@ -96,10 +96,11 @@ fn a_software_port_is_refused_until_someone_says_that_its_frames_are_complete() 
             Command::new("ip").args(["tuntap", "add", "tap0", "mode", "tap"]).status().unwrap().success()
         );
         let mut forwarder = forwarder();
-        for (name, driver) in [("lan0", "veth"), ("tap0", "tun")] {
+        namespace.ip("link add br0 type bridge").unwrap();
+        for (name, kind) in [("lan0", "veth"), ("tap0", "tun"), ("br0", "bridge"), ("lo", "")] {
             let error = forwarder.attach(&AttachConfig::new(name)).unwrap_err();
             assert!(matches!(&error, ForwarderError::IncompleteFrames { .. }), "{error}");
-            says(&error, &[name, driver, "ethtool -K", "complete_frames(true)"]);
+            says(&error, &[name, kind, "ethtool -K", "complete_frames(true)"]);
             assert_eq!(running(namespace, name), None);
             forwarder.attach(&port(name)).unwrap();
             assert_eq!(running(namespace, name), Some(forwarder.program_id().unwrap()));
@@ -114,12 +115,12 @@ fn a_driver_without_native_xdp_is_refused_or_replaced_by_the_generic_way() {
         let mut forwarder = forwarder();
         namespace.ip("link add br0 type bridge").unwrap();
         for name in ["ifb0", "br0"] {
-            let error = forwarder.attach(&AttachConfig::new(name).mode(AttachMode::Native)).unwrap_err();
+            let error = forwarder.attach(&port(name).mode(AttachMode::Native)).unwrap_err();
             assert!(matches!(&error, ForwarderError::NoNativeXdp { .. }), "{error}");
             says(&error, &[name, "native", "AttachMode::Generic"]);
             assert_eq!(running(namespace, name), None);
 
-            let attachment = forwarder.attach(&AttachConfig::new(name)).unwrap();
+            let attachment = forwarder.attach(&port(name)).unwrap();
             assert_eq!(attachment.mode, AttachMode::Generic);
             assert_eq!(attachment.fallback, Some(error.to_string()));
             assert_eq!(running(namespace, name), Some(forwarder.program_id().unwrap()));

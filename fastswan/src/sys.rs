@@ -10,8 +10,7 @@ use rustix::{
 };
 use tokio::io::unix::AsyncFd;
 
-/// `ETHTOOL_GDRVINFO` and `ETHTOOL_GFLAGS` of `linux/ethtool.h`.
-const ETHTOOL_GDRVINFO: u32 = 0x03;
+/// `linux/ethtool.h`
 const ETHTOOL_GFLAGS: u32 = 0x25;
 /// `ETH_FLAG_RXVLAN`: the device takes VLAN tags off received frames.
 const ETH_FLAG_RXVLAN: u32 = 1 << 8;
@@ -22,38 +21,17 @@ pub(crate) fn ifindex(interface: &str) -> io::Result<u32> {
     Ok(name_to_index(socket, interface)?)
 }
 
-/// What `ethtool` knows about a device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct DeviceFeatures {
-    /// Name of its driver.
-    pub(crate) driver: String,
-    /// It takes VLAN tags off received frames.
-    pub(crate) strips_vlan_tags: bool,
-}
-
-/// Asks the driver of an interface of this thread's network namespace.
-pub(crate) fn device_features(interface: &str) -> io::Result<DeviceFeatures> {
+/// Whether an interface of this thread's network namespace takes VLAN tags off received frames.
+pub(crate) fn strips_vlan_tags(interface: &str) -> io::Result<bool> {
+    /// `struct ethtool_value`
     #[repr(C)]
     struct Value {
         command: u32,
         data: u32,
     }
-    /// `struct ethtool_drvinfo`
-    #[repr(C)]
-    struct DriverInfo {
-        command: u32,
-        driver: [u8; 32],
-        rest: [u8; 160],
-    }
-    let mut info = DriverInfo { command: ETHTOOL_GDRVINFO, driver: [0; 32], rest: [0; 160] };
-    ethtool(interface, &mut info)?;
     let mut flags = Value { command: ETHTOOL_GFLAGS, data: 0 };
     ethtool(interface, &mut flags)?;
-    let driver = info.driver.split(|&byte| byte == 0).next().unwrap_or_default();
-    Ok(DeviceFeatures {
-        driver: String::from_utf8_lossy(driver).into_owned(),
-        strips_vlan_tags: flags.data & ETH_FLAG_RXVLAN != 0,
-    })
+    Ok(flags.data & ETH_FLAG_RXVLAN != 0)
 }
 
 /// Passes a request to the driver of an interface. `T` must be the structure that its first field asks for.

@@ -61,15 +61,15 @@ pub enum ForwarderError {
     /// An interface hands over frames that its sender, on this same host, has not completed: checksums are
     /// still to be computed and VLAN tags to be inserted.
     #[error(
-        "{interface} ({driver}) is a software port, whose frames may lack checksums and VLAN tags: turn them \
+        "{interface} ({kind}) is a software port, whose frames may lack checksums and VLAN tags: turn them \
          on at the sender with `ethtool -K DEVICE tx off txvlan off` and say so with \
          `AttachConfig::complete_frames(true)`"
     )]
     IncompleteFrames {
         /// The interface.
         interface: String,
-        /// Its driver.
-        driver: String,
+        /// What kind of interface it is, as in `ip link add type`; empty if the kernel does not say.
+        kind: String,
     },
     /// An interface was not attached by this forwarder.
     #[error("{interface} is not attached: attach it first")]

@@ -13,9 +13,12 @@ use aya::{
 };
 
 pub use self::error::ForwarderError;
-use self::{error::errno, link::attached_program};
+use self::{
+    error::errno,
+    link::{PortLink, read_link},
+};
 use crate::{
-    sys::{device_features, ifindex, monotonic_coarse_nanoseconds},
+    sys::{ifindex, monotonic_coarse_nanoseconds, strips_vlan_tags},
     table::{BpfTable, TableConfig},
 };
 
@@ -34,9 +37,6 @@ const CLOCK_PROGRAM: &str = "fastswan_clock";
 /// Packet offload came with Linux 6.2; what the program uses (multi-buffer XDP and
 /// `bpf_ktime_get_coarse_ns`) with 5.18 and earlier.
 const OLDEST_KERNEL: (u8, u8) = (6, 2);
-
-/// Drivers of software ports, whose frames may still lack what the sender leaves to hardware.
-const SOFTWARE_DRIVERS: [&str; 2] = ["veth", "tun"];
 
 /// How the program is attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl AttachConfig {
         self
     }
 
-    /// States that whoever sends to this software port (veth, tun, tap) sends complete frames: TX checksum
+    /// States that whoever sends to this software port (veth, tap, bridge) sends complete frames: TX checksum
     /// and TX VLAN offload are off there. XDP cannot tell, and a packet forwarded without its checksum is lost.
     #[must_use]
     pub fn complete_frames(mut self, complete: bool) -> Self {
@@ -180,10 +180,7 @@ impl XdpForwarder {
         let interface = &config.interface;
         let ifindex = ifindex(interface)
             .map_err(|_| ForwarderError::NoSuchInterface { interface: interface.clone() })?;
-        check_port(config)?;
-        if let Ok(program @ Some(_)) = attached_program(ifindex) {
-            return Err(ForwarderError::AlreadyAttached { interface: interface.clone(), program });
-        }
+        check_port(config, ifindex)?;
         let (link, mode, fallback) = match config.mode {
             AttachMode::Native | AttachMode::Generic => {
                 (self.attach_link(interface, ifindex, config.mode)?, config.mode, None)
@@ -296,7 +293,7 @@ impl XdpForwarder {
                     ForwarderError::NoNativeXdp { interface, error }
                 }
                 libc::EBUSY | libc::EEXIST => {
-                    let program = attached_program(ifindex).ok().flatten();
+                    let program = read_link(ifindex).ok().and_then(|link| link.program);
                     ForwarderError::AlreadyAttached { interface, program }
                 }
                 libc::ENODEV => ForwarderError::NoSuchInterface { interface },
@@ -319,20 +316,24 @@ fn check_kernel() -> Result<(), ForwarderError> {
     Ok(())
 }
 
-/// Refuses ports whose frames do not show what the program must see.
-fn check_port(config: &AttachConfig) -> Result<(), ForwarderError> {
+/// Refuses ports that are taken, or whose frames do not show what the program must see.
+fn check_port(config: &AttachConfig, ifindex: u32) -> Result<(), ForwarderError> {
     let interface = config.interface.clone();
-    let features = device_features(&interface)
-        .map_err(|error| ForwarderError::new(format!("asking for the features of {interface}"), error))?;
-    if SOFTWARE_DRIVERS.contains(&features.driver.as_str()) {
-        // Their VLAN tags are taken off, or not put on, by the sender.
-        return if config.complete_frames {
-            Ok(())
-        } else {
-            Err(ForwarderError::IncompleteFrames { interface, driver: features.driver })
-        };
+    let attempt = || format!("asking about {interface}");
+    let link = read_link(ifindex).map_err(|error| ForwarderError::new(attempt(), error))?;
+    match link {
+        PortLink { program: program @ Some(_), .. } => {
+            Err(ForwarderError::AlreadyAttached { interface, program })
+        }
+        // A software port's VLAN tags are taken off, or not put on, by the sender.
+        PortLink { hardware: false, .. } if config.complete_frames => Ok(()),
+        PortLink { hardware: false, kind, .. } => Err(ForwarderError::IncompleteFrames { interface, kind }),
+        _ => match strips_vlan_tags(&interface) {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(ForwarderError::StripsVlanTags { interface }),
+            Err(error) => Err(ForwarderError::new(attempt(), error)),
+        },
     }
-    if features.strips_vlan_tags { Err(ForwarderError::StripsVlanTags { interface }) } else { Ok(()) }
 }
 
 fn program<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Xdp, ProgramError> {

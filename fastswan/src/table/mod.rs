@@ -311,7 +311,10 @@ pub enum TableError {
     #[error("a cell joins an IPv4 and an IPv6 prefix: give both prefixes of one family")]
     MixedFamilies,
     /// Packets cannot be redirected to a device.
-    #[error("cannot redirect packets to device #{ifindex}: {error}; check that it still exists")]
+    #[error(
+        "cannot redirect packets to device #{ifindex}: {error}; check that it is in the network namespace of \
+         the thread that writes the table"
+    )]
     Device {
         /// Its interface index.
         ifindex: u32,
