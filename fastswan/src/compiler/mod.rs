@@ -14,10 +14,12 @@
 //! match pass, and what they do not match is not their business. Inbound policies do not take part, since the
 //! kernel does not ask them about packets that it forwards.
 
+#[cfg(any(test, fuzzing))]
+mod brute_force;
 mod cells;
 mod facts;
 mod fit;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod model;
 mod path;
 #[cfg(test)]
@@ -26,6 +28,10 @@ mod rule;
 mod slots;
 #[cfg(test)]
 mod stories;
+
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use self::brute_force::fuzz;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

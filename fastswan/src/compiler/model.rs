@@ -1,4 +1,5 @@
 //! What tests compile to: a table as plain maps, and policies to fill a database with.
+#![cfg_attr(not(test), allow(dead_code))]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

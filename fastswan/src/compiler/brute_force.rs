@@ -1,0 +1,363 @@
+//! A brute force that applies the rule to one packet at a time, to judge the compiler by.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use fastswan_ebpf::PassReason;
+use ipnet::IpNet;
+
+use super::{
+    Compiler,
+    model::{AMPLE, LAN, Model, NIC, Packet, association, template, to, tunnel},
+};
+use crate::{
+    database::Database,
+    host::{HostFacts, Link, Route, RouteKind, Rule},
+    policy::{
+        Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Policy, PolicyType, PortMatch,
+        SecurityAssociation, Template,
+    },
+    source::{PolicyEvent, Snapshot, StaleCause},
+    table::{Capacity, ReversePath},
+};
+
+/// A change of what the compiler reads.
+#[derive(Clone, Debug)]
+pub(super) enum Step {
+    Policy(Box<Policy>),
+    /// Removes the policy at this position, counted around.
+    RemovePolicy(usize),
+    Sa(Box<SecurityAssociation>),
+    RemoveSa(Box<SecurityAssociation>),
+    Default(Action),
+    Routes(Vec<(IpNet, RouteKind)>),
+    Flush,
+    Stale,
+    Resync,
+}
+
+/// Bytes that choose what happens. Those of a fuzzer lead it to what it has not seen; 0 is the usual choice.
+pub(super) struct Choices<'a>(pub(super) &'a [u8]);
+
+impl Choices<'_> {
+    fn next(&mut self) -> u8 {
+        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        *first
+    }
+
+    fn one_of<T: Clone>(&mut self, options: &[T]) -> T {
+        options[usize::from(self.next()) % options.len()].clone()
+    }
+
+    fn prefix(&mut self, v6: bool) -> IpNet {
+        let (host, length) = (self.next() % 16, self.one_of(&[32, 31, 30, 29, 28, 30, 0]));
+        let text = match (v6, length) {
+            (false, _) => format!("10.0.0.{host}/{length}"),
+            (true, 0) => format!("2001:db8::{host:x}/0"),
+            (true, _) => format!("2001:db8::{host:x}/{}", length + 96),
+        };
+        text.parse().expect("a prefix")
+    }
+
+    fn policy(&mut self) -> Policy {
+        let v6 = self.next() % 2 == 1;
+        let (source, destination) = (self.prefix(v6), self.prefix(v6));
+        let mut policy = tunnel(&source.to_string(), &destination.to_string());
+        policy.priority = u32::from(self.next() % 4 + 1) * 10;
+        policy.offload = match self.next() % 14 {
+            0..8 => Some(to(NIC, OffloadKind::Packet)),
+            8..12 => None,
+            12 => Some(to(LAN, OffloadKind::Packet)),
+            _ => Some(to(NIC, OffloadKind::Crypto)),
+        };
+        let reqid = u32::from(self.next() % 2 + 1);
+        policy.templates = match self.next() % 16 {
+            0..13 => vec![Template { reqid, ..template() }],
+            13 => vec![Template { reqid, optional: true, ..template() }],
+            14 => vec![],
+            _ => vec![template(), template()],
+        };
+        match self.next() % 32 {
+            0..20 => {}
+            20..22 => policy.id.direction = Direction::Forward,
+            22 => policy.id.direction = Direction::In,
+            23 => policy.id.policy_type = PolicyType::Sub,
+            24 => policy.action = Action::Block,
+            25 => policy.id.mark = Mark { value: 1, mask: 1 },
+            26 => policy.id.if_id = 5,
+            27 => policy.id.selector.ifindex = NIC,
+            28 => policy.use_limited = true,
+            29..31 => policy.id.selector.protocol = 6,
+            _ => {
+                policy.id.selector.protocol = 17;
+                policy.id.selector.destination_port = PortMatch::exactly(500);
+            }
+        }
+        policy
+    }
+
+    fn sa(&mut self) -> SecurityAssociation {
+        let mut sa = association();
+        sa.reqid = u32::from(self.next() % 2 + 1);
+        sa.id.spi = u32::from(self.next() % 3);
+        sa.offload = Some(to(self.one_of(&[NIC, NIC, NIC, LAN]), OffloadKind::Packet));
+        sa
+    }
+
+    fn routes(&mut self) -> Vec<(IpNet, RouteKind)> {
+        let mut routes = BTreeMap::new();
+        if self.next() % 4 != 3 {
+            routes.extend([Family::V4, Family::V6].map(|family| (family.everything(), via(NIC))));
+        }
+        for _ in 0..self.next() % 5 {
+            let v6 = self.next() % 2 == 1;
+            let local = [via(NIC), via(NIC), via(LAN), RouteKind::Local, RouteKind::Blackhole];
+            routes.insert(self.prefix(v6).trunc(), self.one_of(&local));
+        }
+        routes.into_iter().collect()
+    }
+
+    fn step(&mut self) -> Step {
+        match self.next() % 26 {
+            0..12 => Step::Policy(Box::new(self.policy())),
+            12..16 => Step::RemovePolicy(self.next().into()),
+            16..18 => Step::Sa(Box::new(self.sa())),
+            18 => Step::RemoveSa(Box::new(self.sa())),
+            19 => Step::Default(self.one_of(&[Action::Allow, Action::Allow, Action::Block])),
+            20..22 => Step::Routes(self.routes()),
+            22 => Step::Flush,
+            23 => Step::Stale,
+            _ => Step::Resync,
+        }
+    }
+
+    /// Some policies with live associations to begin with, then changes, until the bytes are used up.
+    pub(super) fn steps(&mut self) -> Vec<Step> {
+        let mut second = SecurityAssociation { reqid: 2, ..association() };
+        second.id.spi = 0x200;
+        let mut steps: Vec<Step> = [association(), second].map(|sa| Step::Sa(Box::new(sa))).into();
+        steps.push(Step::Routes(self.routes()));
+        for _ in 0..=self.next() % 7 {
+            steps.push(Step::Policy(Box::new(self.policy())));
+        }
+        while !self.0.is_empty() && steps.len() < 24 {
+            steps.push(self.step());
+        }
+        steps
+    }
+
+    /// Too little of one thing, enough of the others.
+    pub(super) fn capacity(&mut self) -> Capacity {
+        let (what, some) = (self.next() % 13, usize::from(self.next()));
+        match what {
+            0..4 => Capacity { cells: some % 10, ..AMPLE },
+            4..8 => Capacity { tuples: some % 5, ..AMPLE },
+            8..10 => Capacity { fact_lengths: some % 3, ..AMPLE },
+            10..12 => Capacity { exceptions: some % 2, ..AMPLE },
+            _ => Capacity { slots: some % 3, ..AMPLE },
+        }
+    }
+}
+
+pub(super) fn via(ifindex: u32) -> RouteKind {
+    RouteKind::Unicast { ifindex, gateway: None, mtu: None }
+}
+
+/// What the steps make, and the table that the compiler's updates add up to.
+pub(super) struct World {
+    pub(super) database: Database,
+    pub(super) host: HostFacts,
+    pub(super) compiler: Compiler,
+    pub(super) table: Model,
+    capacity: Capacity,
+}
+
+impl World {
+    pub(super) fn new(capacity: Capacity, reverse_path: ReversePath) -> Self {
+        let link = |ifindex, name: &str| Link {
+            ifindex,
+            name: name.to_owned(),
+            mtu: 1500,
+            mtu_v6: 1500,
+            up: true,
+            carrier: true,
+            reverse_path,
+            ..Link::default()
+        };
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Snapshot(Snapshot::default()));
+        Self {
+            database,
+            host: HostFacts {
+                links: vec![link(NIC, "nic"), link(LAN, "lan")],
+                rules: [Rule::ordinary(Family::V4), Rule::ordinary(Family::V6)].concat(),
+                ..HostFacts::default()
+            },
+            compiler: Compiler::new(capacity),
+            table: Model::default(),
+            capacity,
+        }
+    }
+
+    pub(super) fn take(&mut self, step: Step) {
+        match step {
+            Step::Policy(policy) => self.database.apply(PolicyEvent::Policy(*policy)),
+            Step::RemovePolicy(position) => {
+                let count = self.database.policies().count().max(1);
+                let id = self.database.policies().nth(position % count).map(|policy| policy.id.clone());
+                if let Some(id) = id {
+                    self.database.apply(PolicyEvent::PolicyRemoved(id));
+                }
+            }
+            Step::Sa(sa) => self.database.apply(PolicyEvent::Sa(*sa)),
+            Step::RemoveSa(sa) => self.database.apply(PolicyEvent::SaRemoved(sa.id)),
+            Step::Default(action) => {
+                let default_policy = DefaultPolicy { forward: action, ..DefaultPolicy::default() };
+                self.database.apply(PolicyEvent::DefaultPolicy(default_policy));
+            }
+            Step::Routes(routes) => {
+                let outer = ("192.0.2.0/24".parse().unwrap(), via(NIC));
+                let route = |(destination, kind)| Route { table: 254, destination, metric: 0, kind };
+                self.host.routes = routes.into_iter().chain([outer]).map(route).collect();
+            }
+            Step::Flush => self.database.apply(PolicyEvent::PoliciesFlushed(PolicyType::Sub)),
+            Step::Stale => self.database.apply(PolicyEvent::Stale(StaleCause::Overrun)),
+            Step::Resync => self.database.apply(PolicyEvent::Snapshot(self.database.snapshot())),
+        }
+        let update = self.compiler.compile(&self.database, &self.host);
+        self.table.apply(&update);
+        self.table.assert_fits(self.capacity);
+        assert!(self.compiler.compile(&self.database, &self.host).is_empty(), "nothing has changed");
+    }
+
+    /// The kind of the longest route.
+    pub(super) fn route(&self, address: IpAddr) -> Option<RouteKind> {
+        let routes = self.host.routes.iter().filter(|route| route.destination.contains(&address));
+        routes.max_by_key(|route| route.destination.prefix_len()).map(|route| route.kind)
+    }
+
+    fn matching(&self, packet: &Packet) -> impl Iterator<Item = &Policy> {
+        self.database.policies().filter(|policy| {
+            let selector = &policy.id.selector;
+            policy.id.direction != Direction::In
+                && selector.source.contains(&packet.source)
+                && selector.destination.contains(&packet.destination)
+                && (selector.protocol == 0 || selector.protocol == packet.protocol)
+                && selector.source_port.matches(packet.source_port)
+                && selector.destination_port.matches(packet.destination_port)
+        })
+    }
+
+    /// Whether a policy asks for the packet's protocol or ports.
+    fn is_exception(&self, packet: &Packet) -> bool {
+        self.database.is_current()
+            && self.matching(packet).any(|policy| policy.id.selector.looks_at_upper_layer())
+    }
+
+    /// Whether a forward or sub policy is about the packet's source.
+    pub(super) fn is_guarded(&self, packet: &Packet) -> bool {
+        self.database.policies().any(|policy| {
+            (policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub)
+                && policy.id.selector.source.contains(&packet.source)
+        })
+    }
+
+    /// The policy that the kernel is certain to choose and that the fast path can stand in for.
+    fn rule(&self, packet: &Packet) -> Option<&Policy> {
+        let family = if packet.source.is_ipv4() { Family::V4 } else { Family::V6 };
+        let snapshot = self.database.snapshot();
+        if !self.database.is_current()
+            || snapshot.default_policy.forward == Action::Block
+            || snapshot.default_policy.outbound == Action::Block
+        {
+            return None;
+        }
+        let matching: Vec<_> = self.matching(packet).collect();
+        let passes = |policy: &&Policy| {
+            policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub
+        };
+        if matching.iter().any(passes) {
+            return None;
+        }
+        let highest = self
+            .database
+            .policies()
+            .filter(|policy| policy.id.direction == Direction::Out && policy.is_packet_offloaded())
+            .filter(|policy| policy.id.selector.family() == family)
+            .map(|policy| policy.priority)
+            .max()?;
+        let best = *matching.iter().min_by_key(|policy| policy.priority)?;
+        for other in matching.iter().filter(|other| other.id != best.id) {
+            if other.priority <= best.priority || other.is_packet_offloaded() || other.priority < highest {
+                return None;
+            }
+        }
+        let plain = best.action == Action::Allow
+            && best.id.mark == Mark::default()
+            && best.id.if_id == 0
+            && best.id.selector.ifindex == 0
+            && !best.id.selector.looks_at_upper_layer()
+            && !best.use_limited
+            && best.templates.len() == 1
+            && !best.templates[0].optional;
+        let device = best.offload.filter(|device| device.kind == OffloadKind::Packet)?.ifindex;
+        let is_live = |sa: &SecurityAssociation| {
+            sa.id.spi != 0
+                && sa.reqid == best.templates[0].reqid
+                && sa.offload.is_some_and(|offload| offload.ifindex == device)
+        };
+        let routed = self.route(packet.destination) == Some(via(device))
+            && matches!(self.route(packet.source), None | Some(RouteKind::Unicast { .. }));
+        (plain && device == NIC && snapshot.sas.iter().any(is_live) && routed).then_some(best)
+    }
+}
+
+pub(super) fn packets() -> impl Iterator<Item = Packet> {
+    let ports = [(17, 40_000), (17, 500), (6, 500)];
+    let address = |v6: bool, last: u8| -> IpAddr {
+        if v6 { [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into() } else { [10, 0, 0, last].into() }
+    };
+    [false, true].into_iter().flat_map(move |v6| {
+        (0..16).flat_map(move |source| {
+            (0..16).map(move |destination| {
+                let (protocol, port) = ports[usize::from(source ^ destination) % 3];
+                let packet = Packet::between(address(v6, source), address(v6, destination));
+                Packet { protocol, destination_port: port, ..packet }
+            })
+        })
+    })
+}
+
+/// Asserts that the table agrees with the rule about every packet, or, if it may be too small, that none is fast
+/// against the rule, and returns how many are fast. Exceptions pass, and so may packets from where a forward or sub policy is about.
+pub(super) fn check(world: &World, exact: bool) -> usize {
+    let mut fast = 0;
+    for packet in packets() {
+        let allowed = world.rule(&packet).map(|policy| &policy.id);
+        let found = world.table.decide(&packet);
+        if let Ok(slot) = found {
+            assert!(!exact || !world.is_exception(&packet), "{:?}", packet);
+            fast += 1;
+            let slot_of_allowed = allowed.and_then(|policy| world.compiler.slot(policy));
+            assert_eq!(Some(slot), slot_of_allowed, "{:?}: {:?}", packet, allowed);
+        } else if exact && world.is_exception(&packet) {
+            assert_eq!(found, Err(PassReason::Exception), "{:?}", packet);
+        } else if exact && !(found == Err(PassReason::DeniedSource) && world.is_guarded(&packet)) {
+            assert_eq!(allowed, None, "{:?}: {:?}", packet, found);
+        }
+    }
+    fast
+}
+
+/// Lets a fuzzer choose what happens: panics if the compiler goes against the rule.
+#[cfg(fuzzing)]
+pub fn fuzz(bytes: &[u8]) {
+    let mut choices = Choices(bytes);
+    let exact = choices.next() % 2 == 0;
+    let capacity = if exact { AMPLE } else { choices.capacity() };
+    let mut world = World::new(capacity, ReversePath::Off);
+    for step in choices.steps() {
+        world.take(step);
+        check(&world, exact);
+    }
+}
