@@ -4,7 +4,7 @@
 //! shares neither layout nor lookup with the program.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -26,6 +26,8 @@ pub struct Model {
     forwardings: BTreeMap<Slot, Forwarding>,
     exceptions: Vec<Exception>,
     ports: BTreeMap<(u32, u16), Port>,
+    /// Devices that cannot be redirected to.
+    unavailable: BTreeSet<u32>,
 }
 
 /// A frame that leaves.
@@ -54,7 +56,7 @@ impl Model {
 
     /// Makes a device one that cannot be redirected to.
     pub fn forget_device(&mut self, ifindex: u32) {
-        self.forwardings.retain(|_, forwarding| forwarding.ifindex != ifindex);
+        self.unavailable.insert(ifindex);
     }
 
     /// Adds or changes a port.
@@ -92,6 +94,9 @@ impl Model {
             packet.ports_are_in_the_frame()?;
         }
         let (slot, forwarding) = self.choose(&packet, port)?;
+        if self.unavailable.contains(&forwarding.ifindex) {
+            return Err(PassReason::EgressUnavailable);
+        }
 
         let mut forwarded = Vec::with_capacity(frame.len());
         let (source, destination) = match forwarding.rewrite {

@@ -29,10 +29,13 @@ fn the_program_does_what_the_model_does_for_random_tables_and_frames() {
 
     let first: u64 = rand::random();
     let mut outcomes = BTreeMap::new();
-    for seed in (0..TABLES).map(|number| first.wrapping_add(number)) {
-        eprintln!("seed {seed}");
+    for number in 0..TABLES {
+        let seed = first.wrapping_add(number);
+        // Some tables lead to a device that is not there.
+        let egress = (number % 4 != 0).then_some(egress);
+        eprintln!("seed {seed}, egress {egress:?}");
         namespace.enter(|| {
-            let both = Conformance::new(seed, Some(egress)).unwrap();
+            let both = Conformance::new(seed, egress).unwrap();
             let mut rng = StdRng::seed_from_u64(seed);
             for _ in 0..FRAMES {
                 let bytes: Vec<u8> = (0..rng.random_range(6..14)).map(|_| rng.random()).collect();

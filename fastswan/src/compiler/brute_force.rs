@@ -336,14 +336,14 @@ pub(super) fn check(world: &World, exact: bool) -> usize {
         let allowed = world.rule(&packet).map(|policy| &policy.id);
         let found = world.table.decide(&packet);
         if let Ok(slot) = found {
-            assert!(!exact || !world.is_exception(&packet), "{:?}", packet);
+            assert!(!exact || !world.is_exception(&packet), "{packet:?}");
             fast += 1;
             let slot_of_allowed = allowed.and_then(|policy| world.compiler.slot(policy));
-            assert_eq!(Some(slot), slot_of_allowed, "{:?}: {:?}", packet, allowed);
+            assert_eq!(Some(slot), slot_of_allowed, "{packet:?}: {allowed:?}");
         } else if exact && world.is_exception(&packet) {
-            assert_eq!(found, Err(PassReason::Exception), "{:?}", packet);
+            assert_eq!(found, Err(PassReason::Exception), "{packet:?}");
         } else if exact && !(found == Err(PassReason::DeniedSource) && world.is_guarded(&packet)) {
-            assert_eq!(allowed, None, "{:?}: {:?}", packet, found);
+            assert_eq!(allowed, None, "{packet:?}: {found:?}");
         }
     }
     fast
