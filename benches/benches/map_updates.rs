@@ -1,14 +1,15 @@
 //! How fast the data path's tables take changes, against the ways that need system calls.
 //!
 //! Every measurement replaces the verdicts of 1,000 site-to-site cells among the number that the table
-//! holds, IPv4 /24 to /24. Needs root.
+//! holds, IPv4 /24 to /24, or adds or removes an exception for each of 1,000 sites. Needs root.
 
 use std::{hint::black_box, net::Ipv4Addr};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fastswan::{
     MemoryTable, OffloadTable, XdpForwarder,
-    table::{Cell, Slot, TableConfig, TableUpdate, Verdict},
+    policy::PortMatch,
+    table::{Cell, Exception, Probes, Slot, TableConfig, TableUpdate, Verdict},
 };
 use fastswan_benches::sys::{KernelMap, Kind};
 use ipnet::{IpNet, Ipv4Net};
@@ -23,7 +24,7 @@ fn site(number: u32, network: u8) -> Ipv4Net {
 }
 
 fn update(numbers: impl Iterator<Item = u32>, slot: u32) -> TableUpdate {
-    let verdict = Verdict::Fast { slot: Slot(slot), probe_destination: false, probe_source: false };
+    let verdict = Verdict::Fast { slot: Slot(slot), probes: Probes::default() };
     let cell = |number| Cell { destination: IpNet::V4(site(number, 1)), source: IpNet::V4(site(number, 2)) };
     TableUpdate { cells: numbers.map(|n| (cell(n), Some(verdict))).collect(), ..TableUpdate::default() }
 }
@@ -32,7 +33,7 @@ fn table<T: OffloadTable>(criterion: &mut Criterion, name: &str, make: impl Fn(&
     let mut group = criterion.benchmark_group("map_updates");
     group.throughput(Throughput::Elements(WRITES.into()));
     for size in SIZES {
-        let mut table = make(&TableConfig { cells: size, slots: 4 });
+        let mut table = make(&TableConfig { cells_v4: size, cells_v6: size, exceptions: 64, slots: 4 });
         table.apply(&update(0..size, 0)).expect("room");
         let batches = [update(0..WRITES, 1), update(0..WRITES, 2)];
         let mut turn = 0;
@@ -53,6 +54,33 @@ fn table<T: OffloadTable>(criterion: &mut Criterion, name: &str, make: impl Fn(&
             });
         });
     }
+    group.finish();
+}
+
+fn exceptions<T: OffloadTable>(criterion: &mut Criterion, name: &str, make: impl Fn(&TableConfig) -> T) {
+    let mut group = criterion.benchmark_group("map_updates");
+    group.throughput(Throughput::Elements(WRITES.into()));
+    let mut table = make(&TableConfig { cells_v4: 64, cells_v6: 64, exceptions: WRITES, slots: 4 });
+    let update = |number, there| {
+        let exception = Exception {
+            cell: Cell { destination: IpNet::V4(site(number, 1)), source: IpNet::V4(site(number, 2)) },
+            protocol: 17,
+            source_port: PortMatch::default(),
+            destination_port: PortMatch::exactly(4500),
+        };
+        TableUpdate { exceptions: vec![(exception, there)], ..TableUpdate::default() }
+    };
+    let updates: [Vec<TableUpdate>; 2] =
+        [true, false].map(|there| (0..WRITES).map(|number| update(number, there)).collect());
+    let mut turn = 1;
+    group.bench_function(format!("{name}, exceptions one by one"), |bencher| {
+        bencher.iter(|| {
+            turn ^= 1;
+            for update in &updates[turn] {
+                table.apply(black_box(update)).expect("room");
+            }
+        });
+    });
     group.finish();
 }
 
@@ -106,6 +134,7 @@ fn trie_key(number: u32) -> [u8; 8] {
 fn map_updates(criterion: &mut Criterion) {
     table(criterion, "MemoryTable", MemoryTable::new);
     table(criterion, "BpfTable", |config| XdpForwarder::load(config).expect("loading needs root").1);
+    exceptions(criterion, "BpfTable", |config| XdpForwarder::load(config).expect("loading needs root").1);
     kernel_map(criterion, "BPF hash", Kind::Hash, hash_key);
     kernel_map(criterion, "BPF LPM trie", Kind::LpmTrie, trie_key);
 }

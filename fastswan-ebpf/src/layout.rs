@@ -10,8 +10,6 @@ use crate::PassReason;
 pub const BUCKET_ENTRIES: usize = 4;
 /// Longest list of tuples.
 pub const MAX_TUPLES: usize = 64;
-/// Longest list of exceptions. Each costs every packet of its family a comparison.
-pub const MAX_EXCEPTIONS: usize = 64;
 /// Slots of the port table.
 pub const PORT_SLOTS: usize = 1024;
 /// Slots in which a port may lie, counted from its own.
@@ -82,25 +80,36 @@ pub struct Control {
     pub deadline: Word,
     /// A deadline further ahead than this, in nanoseconds, does not count.
     pub lease: Word,
-    /// IPv4.
-    pub v4: FamilyControl,
-    /// IPv6.
-    pub v6: FamilyControl,
+    /// Cells, facts and guards of IPv4, by [`List`].
+    pub v4: SpaceControl<LISTS>,
+    /// Those of IPv6.
+    pub v6: SpaceControl<LISTS>,
+    /// Exceptions of IPv4, by [`ExceptionList`].
+    pub exceptions_v4: SpaceControl<EXCEPTION_LISTS>,
+    /// Those of IPv6.
+    pub exceptions_v6: SpaceControl<EXCEPTION_LISTS>,
 }
 
-/// The part of the control record that is about one family.
+/// What one must know to search a tuple space: a hash, and lists of the tuples that its entries belong to.
 #[repr(C)]
-#[derive(Debug, Default)]
-pub struct FamilyControl {
+#[derive(Debug)]
+pub struct SpaceControl<const L: usize> {
     /// Seed of the hash.
     pub seed: Word,
     /// Buckets in use, a power of two, minus 1.
     pub bucket_mask: Word,
-    /// Length of each [`List`] of tuples.
-    pub tuples: [Word; 3],
-    /// Length of the list of exceptions.
-    pub exceptions: Word,
+    /// Length of each list of tuples.
+    pub tuples: [Word; L],
 }
+
+impl<const L: usize> Default for SpaceControl<L> {
+    fn default() -> Self {
+        Self::zeroed()
+    }
+}
+
+/// How many lists there are of tuples of cells, facts and guards.
+pub const LISTS: usize = 4;
 
 /// The lists of tuples that a family has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +121,22 @@ pub enum List {
     Destinations = 1,
     /// Prefix lengths of facts about sources, longest first.
     Sources = 2,
+    /// Prefix lengths of guards.
+    Guards = 3,
+}
+
+/// How many lists there are of tuples of exceptions.
+pub const EXCEPTION_LISTS: usize = 2;
+
+/// The lists of tuples of a family's exceptions. Their keys are a packet's addresses and then its
+/// [`upper_layer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ExceptionList {
+    /// Exceptions as they are, for packets whose ports can be read.
+    Ports = 0,
+    /// The same exceptions without their ports, for packets whose ports cannot be read: they may be any.
+    Protocols = 1,
 }
 
 /// The bits of a key that count for the entries that carry the tuple's number.
@@ -120,7 +145,7 @@ pub enum List {
 pub struct Tuple<const K: usize> {
     /// Ones where the key counts.
     pub mask: [Word; K],
-    /// Number of the tuple, from 0 to 255, different from every other of the family.
+    /// Number of the tuple, from 0 to 255, different from every other of the hash.
     pub number: Word,
 }
 
@@ -145,9 +170,9 @@ pub struct Bucket<const K: usize> {
 ///
 /// | bits | meaning |
 /// |---|---|
-/// | 0–31 | payload: slot, reason or interface index |
-/// | 32–35 | kind |
-/// | 36, 37 | probe the destination, the source |
+/// | 0–31 | payload: slot, reason, interface index or count |
+/// | 32–34 | kind |
+/// | 35–37 | probe the destination, the source, the guards |
 /// | 38–45 | number of the tuple |
 /// | 46–61 | tag: bits of the key's hash |
 /// | 62 | 1 in every entry |
@@ -157,9 +182,10 @@ pub struct Value(pub u64);
 
 impl Value {
     const KIND_SHIFT: u32 = 32;
-    const KIND_MASK: u64 = 0xf << Self::KIND_SHIFT;
-    const PROBE_DESTINATION: u64 = 1 << 36;
-    const PROBE_SOURCE: u64 = 1 << 37;
+    const KIND_MASK: u64 = 7 << Self::KIND_SHIFT;
+    const PROBE_DESTINATION: u64 = 1 << 35;
+    const PROBE_SOURCE: u64 = 1 << 36;
+    const PROBE_GUARDS: u64 = 1 << 37;
     const NUMBER_SHIFT: u32 = 38;
     const TAG_SHIFT: u32 = 46;
     const USED: u64 = 1 << 62;
@@ -175,16 +201,21 @@ impl Value {
     pub const DENIED: u64 = 3;
     /// Kind of a fact: routed to the device with the payload's index.
     pub const VIA: u64 = 4;
+    /// Kind of a guard or an exception, which only need be there; the payload is how many have asked for it.
+    pub const PRESENT: u64 = 5;
 
-    /// A fast cell.
+    /// A fast cell, and what to look up for each of its packets.
     #[must_use]
-    pub fn fast(slot: u32, probe_destination: bool, probe_source: bool) -> Self {
+    pub fn fast(slot: u32, destination: bool, source: bool, guards: bool) -> Self {
         let mut value = Self::of_kind(Self::FAST, slot);
-        if probe_destination {
-            value.0 |= Self::PROBE_DESTINATION;
-        }
-        if probe_source {
-            value.0 |= Self::PROBE_SOURCE;
+        for (flag, set) in [
+            (Self::PROBE_DESTINATION, destination),
+            (Self::PROBE_SOURCE, source),
+            (Self::PROBE_GUARDS, guards),
+        ] {
+            if set {
+                value.0 |= flag;
+            }
         }
         value
     }
@@ -197,7 +228,7 @@ impl Value {
 
     /// An address that packets are never forwarded to, or from.
     #[must_use]
-    pub fn denied() -> Self {
+    pub const fn denied() -> Self {
         Self::of_kind(Self::DENIED, 0)
     }
 
@@ -207,8 +238,14 @@ impl Value {
         Self::of_kind(Self::VIA, ifindex)
     }
 
-    fn of_kind(kind: u64, payload: u32) -> Self {
-        Self(u64::from(payload) | kind << Self::KIND_SHIFT)
+    /// A guard or an exception.
+    #[must_use]
+    pub fn present(count: u32) -> Self {
+        Self::of_kind(Self::PRESENT, count)
+    }
+
+    const fn of_kind(kind: u64, payload: u32) -> Self {
+        Self(payload as u64 | kind << Self::KIND_SHIFT)
     }
 
     /// The same, as stored: with the tuple's number and the hash's tag.
@@ -272,26 +309,17 @@ impl Value {
     pub fn probes_source(self) -> bool {
         self.0 & Self::PROBE_SOURCE != 0
     }
+
+    /// The source is to be looked up among the guards.
+    #[inline(always)]
+    #[must_use]
+    pub fn probes_guards(self) -> bool {
+        self.0 & Self::PROBE_GUARDS != 0
+    }
 }
 
-/// A protocol or ports that make packets of a region pass.
-#[repr(C)]
-#[derive(Debug)]
-pub struct Exception<const K: usize> {
-    /// The region's addresses, masked.
-    pub key: [Word; K],
-    /// Ones where they count.
-    pub mask: [Word; K],
-    /// Protocol and ports as in [`upper_layer`].
-    pub upper: Word,
-    /// Ones where they count.
-    pub upper_mask: Word,
-}
-
-/// All exceptions of a family.
-#[repr(C)]
-#[derive(Debug)]
-pub struct ExceptionList<const K: usize>(pub [Exception<K>; MAX_EXCEPTIONS]);
+/// Bits of [`upper_layer`].
+pub const UPPER_LAYER_BITS: u32 = 40;
 
 /// Protocol, source port and destination port in one number.
 #[inline(always)]
@@ -300,11 +328,12 @@ pub const fn upper_layer(protocol: u8, source_port: u16, destination_port: u16) 
     (protocol as u64) << 32 | (source_port as u64) << 16 | destination_port as u64
 }
 
-/// How the packets of a slot leave.
+/// How the packets of a slot leave, or why they pass.
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct Forwarding {
-    /// Interface index in bits 0–31, longest packet in bits 32–47. 0 is a free slot.
+    /// Interface index in bits 0–31, longest packet in bits 32–47. Without an interface, bits 32–63 are the
+    /// number of a [`PassReason`] plus 1; 0 is a free slot.
     pub device_and_length: Word,
     /// Destination address to write, as in [`packed_mac`]; 0 with a source of 0 leaves both as they are.
     pub destination: Word,
@@ -342,6 +371,14 @@ impl Port {
 #[must_use]
 pub const fn packed_mac(mac: [u8; 6]) -> u64 {
     u64::from_be_bytes([0, 0, mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]])
+}
+
+/// The address that a number stands for.
+#[inline(always)]
+#[must_use]
+pub const fn unpacked_mac(packed: u64) -> [u8; 6] {
+    let [_, _, mac @ ..] = packed.to_be_bytes();
+    mac
 }
 
 /// Interface and VLAN as a number that is never 0.
@@ -393,9 +430,9 @@ macro_rules! shared {
 shared! {
     Word;
     Control;
+    SpaceControl<L>, L;
     TupleList<K>, K;
     Bucket<K>, K;
-    ExceptionList<K>, K;
     Forwarding;
     Port;
     Traffic;
@@ -405,12 +442,14 @@ shared! {
 // Both sides and the maps must agree on sizes; they are part of the committed bytecode.
 const _: () = {
     assert!(size_of::<Word>() == 8 && align_of::<Word>() == 8);
-    assert!(size_of::<FamilyControl>() == 48);
-    assert!(size_of::<Control>() == 128);
+    assert!(size_of::<SpaceControl<LISTS>>() == 48 && size_of::<SpaceControl<EXCEPTION_LISTS>>() == 32);
+    assert!(size_of::<Control>() == 192);
     assert!(size_of::<TupleList<1>>() == MAX_TUPLES * 16 && size_of::<TupleList<4>>() == MAX_TUPLES * 40);
+    assert!(size_of::<TupleList<2>>() == MAX_TUPLES * 24 && size_of::<TupleList<5>>() == MAX_TUPLES * 48);
     assert!(size_of::<Bucket<1>>() == 64 && size_of::<Bucket<4>>() == 160);
-    assert!(size_of::<ExceptionList<1>>() == MAX_EXCEPTIONS * 32);
-    assert!(size_of::<ExceptionList<4>>() == MAX_EXCEPTIONS * 80);
+    assert!(size_of::<Bucket<2>>() == 96 && size_of::<Bucket<5>>() == 192);
+    // A list's tuples have different numbers, and a number has 8 bits.
+    assert!(LISTS * MAX_TUPLES <= 256);
     assert!(size_of::<Forwarding>() == 32);
     assert!(size_of::<Port>() == 24);
     assert!(size_of::<Traffic>() == 16);

@@ -9,7 +9,8 @@
 //! | `CONTROL` | [`Control`] | 0 |
 //! | `CELLS_V4`, `CELLS_V6` | [`Bucket`] | hash of a masked key |
 //! | `TUPLES_V4`, `TUPLES_V6` | [`TupleList`] | [`List`] |
-//! | `EXCEPTIONS_V4`, `EXCEPTIONS_V6` | [`ExceptionList`] | 0 |
+//! | `EXCEPTIONS_V4`, `EXCEPTIONS_V6` | [`Bucket`] | hash of a masked key |
+//! | `UPPER_TUPLES_V4`, `UPPER_TUPLES_V6` | [`TupleList`] | [`ExceptionList`] |
 //! | `FORWARDINGS` | [`Forwarding`] | slot |
 //! | `PORTS` | [`Port`] | hash of interface and VLAN |
 //! | `TRAFFIC` | [`Traffic`] | CPU × slots + slot |
@@ -26,16 +27,22 @@
 mod layout;
 mod lookup;
 mod reason;
+mod special;
 
 pub use layout::{
-    BUCKET_ENTRIES, Bucket, Control, Exception, ExceptionList, FamilyControl, Forwarding, List,
-    MAX_EXCEPTIONS, MAX_TUPLES, PORT_PROBES, PORT_SLOTS, Passes, Port, Shared, Traffic, Tuple, TupleList,
-    Value, Word, packed_mac, port_key, port_slot, upper_layer,
+    BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarding, LISTS, List, MAX_TUPLES,
+    PORT_PROBES, PORT_SLOTS, Passes, Port, Shared, SpaceControl, Traffic, Tuple, TupleList, UPPER_LAYER_BITS,
+    Value, Word, packed_mac, port_key, port_slot, unpacked_mac, upper_layer,
 };
 pub use lookup::{Buckets, Hashed, first_hit, hash};
 pub use reason::PassReason;
+pub use special::{is_special_v4, is_special_v6};
 
 /// Words of an IPv4 key: destination in the upper half, source in the lower.
 pub const KEY_WORDS_V4: usize = 1;
 /// Words of an IPv6 key: two for the destination, then two for the source.
 pub const KEY_WORDS_V6: usize = 4;
+/// Words of an exception's key for IPv4: the same, and [`upper_layer`].
+pub const EXCEPTION_WORDS_V4: usize = KEY_WORDS_V4 + 1;
+/// Likewise for IPv6.
+pub const EXCEPTION_WORDS_V6: usize = KEY_WORDS_V6 + 1;

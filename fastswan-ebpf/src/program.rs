@@ -13,15 +13,15 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use fastswan_ebpf::{
-    Bucket, Buckets, Control, ExceptionList, FamilyControl, Forwarding, KEY_WORDS_V4, KEY_WORDS_V6, List,
-    MAX_EXCEPTIONS, PORT_PROBES, PORT_SLOTS, PassReason, Passes, Port, Traffic, TupleList, Value, Word,
-    first_hit, packed_mac, port_key, port_slot, upper_layer,
+    Bucket, Buckets, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
+    Forwarding, KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, PORT_PROBES, PORT_SLOTS, PassReason, Passes, Port,
+    SpaceControl, Traffic, TupleList, UPPER_LAYER_BITS, Value, Word, first_hit, is_special_v4, is_special_v6,
+    packed_mac, port_key, port_slot, unpacked_mac, upper_layer,
 };
 
 use self::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet, Frame, Ipv4, Ipv6, Ports, Vlan,
-    checksum_after_ttl_decrement, checksum_is_good, is_extension_header, is_special_v4, is_special_v6,
-    ports_of,
+    checksum_after_ttl_decrement, checksum_is_good, is_extension_header, ports_of,
 };
 
 mod wire;
@@ -38,13 +38,19 @@ static CELLS_V4: Array<Bucket<KEY_WORDS_V4>> = Array::with_max_entries(1, MMAPAB
 #[map]
 static CELLS_V6: Array<Bucket<KEY_WORDS_V6>> = Array::with_max_entries(1, MMAPABLE);
 #[map]
-static TUPLES_V4: Array<TupleList<KEY_WORDS_V4>> = Array::with_max_entries(3, MMAPABLE);
+static TUPLES_V4: Array<TupleList<KEY_WORDS_V4>> = Array::with_max_entries(LISTS as u32, MMAPABLE);
 #[map]
-static TUPLES_V6: Array<TupleList<KEY_WORDS_V6>> = Array::with_max_entries(3, MMAPABLE);
+static TUPLES_V6: Array<TupleList<KEY_WORDS_V6>> = Array::with_max_entries(LISTS as u32, MMAPABLE);
 #[map]
-static EXCEPTIONS_V4: Array<ExceptionList<KEY_WORDS_V4>> = Array::with_max_entries(1, MMAPABLE);
+static EXCEPTIONS_V4: Array<Bucket<EXCEPTION_WORDS_V4>> = Array::with_max_entries(1, MMAPABLE);
 #[map]
-static EXCEPTIONS_V6: Array<ExceptionList<KEY_WORDS_V6>> = Array::with_max_entries(1, MMAPABLE);
+static EXCEPTIONS_V6: Array<Bucket<EXCEPTION_WORDS_V6>> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+static UPPER_TUPLES_V4: Array<TupleList<EXCEPTION_WORDS_V4>> =
+    Array::with_max_entries(EXCEPTION_LISTS as u32, MMAPABLE);
+#[map]
+static UPPER_TUPLES_V6: Array<TupleList<EXCEPTION_WORDS_V6>> =
+    Array::with_max_entries(EXCEPTION_LISTS as u32, MMAPABLE);
 #[map]
 static FORWARDINGS: Array<Forwarding> = Array::with_max_entries(1, MMAPABLE);
 #[map]
@@ -145,7 +151,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     Ok(action)
 }
 
-/// The number of a [`PassReason`]. Cells carry numbers, which the verifier wants to see checked where they are
+/// The number of a [`PassReason`]. Cells and slots carry numbers, which the verifier wants to see checked where they are
 /// used.
 struct Pass(u32);
 
@@ -260,8 +266,8 @@ fn packet_v4(frame: Frame, network: usize, control: &Control, port: Arrival) -> 
     }
     let key = [u64::from(destination) << 32 | u64::from(source)];
     let family = Family {
-        exception_count: control.v4.exceptions.load(),
-        exceptions: EXCEPTIONS_V4.get(0),
+        has_exceptions: has_exceptions(&control.exceptions_v4),
+        is_exception: is_exception_v4,
         first_hit: first_hit_v4,
         reverse_path: port.flags & (Port::REVERSE_PATH_STRICT | Port::REVERSE_PATH_LOOSE),
     };
@@ -310,8 +316,8 @@ fn packet_v6(frame: Frame, network: usize, control: &Control, port: Arrival) -> 
     }
     let key = [destination[0], destination[1], source[0], source[1]];
     let family = Family {
-        exception_count: control.v6.exceptions.load(),
-        exceptions: EXCEPTIONS_V6.get(0),
+        has_exceptions: has_exceptions(&control.exceptions_v6),
+        is_exception: is_exception_v6,
         first_hit: first_hit_v6,
         // The kernel has no reverse path filter for IPv6.
         reverse_path: 0,
@@ -321,34 +327,37 @@ fn packet_v6(frame: Frame, network: usize, control: &Control, port: Arrival) -> 
 }
 
 /// The tables of one address family.
-struct Family<'a, const K: usize, F> {
-    exception_count: u64,
-    exceptions: Option<&'a ExceptionList<K>>,
+struct Family<F, E> {
+    has_exceptions: bool,
+    is_exception: E,
     first_hit: F,
     reverse_path: u64,
 }
 
-struct Cells<'a, const K: usize>(&'a Array<Bucket<K>>);
+struct Entries<'a, const K: usize>(&'a Array<Bucket<K>>);
 
-impl<const K: usize> Buckets<K> for Cells<'_, K> {
+impl<const K: usize> Buckets<K> for Entries<'_, K> {
     #[inline(always)]
     fn bucket(&self, index: u64) -> Option<&Bucket<K>> {
         self.0.get(index as u32)
     }
 }
 
-impl<const K: usize, F: Fn(List, &[u64; K]) -> Option<Value>> Family<'_, K, F> {
+impl<F, E> Family<F, E> {
     /// Fails if the packet's protocol or ports are on the list of exceptions.
     #[inline(always)]
-    fn exceptions(
+    fn exceptions<const K: usize>(
         &self,
         frame: Frame,
         transport: usize,
         length: usize,
         protocol: u8,
         key: &[u64; K],
-    ) -> Result<(), PassReason> {
-        if self.exception_count == 0 {
+    ) -> Result<(), PassReason>
+    where
+        E: Fn(ExceptionList, &[u64; K], u64) -> bool,
+    {
+        if !self.has_exceptions {
             return Ok(());
         }
         let (upper, known) = match ports_of(protocol) {
@@ -364,34 +373,19 @@ impl<const K: usize, F: Fn(List, &[u64; K]) -> Option<Value>> Family<'_, K, F> {
                 let octets = unsafe { *octets };
                 (upper_layer(protocol, u16::from(octets[0]), u16::from(octets[1])), length >= 2)
             }
+            Ports::Zero => (upper_layer(protocol, 0, 0), true),
             Ports::Unknown => (upper_layer(protocol, 0, 0), false),
         };
-        // Ports that cannot be read match everything.
-        let readable = if known { u64::MAX } else { !upper_layer(0, u16::MAX, u16::MAX) };
-        let list = self.exceptions.ok_or(PassReason::Exception)?;
-        let mut index = 0;
-        while index < MAX_EXCEPTIONS {
-            if index as u64 >= self.exception_count {
-                break;
-            }
-            let exception = &list.0[index];
-            if (upper ^ exception.upper.load()) & exception.upper_mask.load() & readable == 0 {
-                let mut word = 0;
-                while word < K && key[word] & exception.mask[word].load() == exception.key[word].load() {
-                    word += 1;
-                }
-                if word == K {
-                    return Err(PassReason::Exception);
-                }
-            }
-            index += 1;
-        }
-        Ok(())
+        let list = if known { ExceptionList::Ports } else { ExceptionList::Protocols };
+        if (self.is_exception)(list, key, upper) { Err(PassReason::Exception) } else { Ok(()) }
     }
 
     /// Finds the policy, and checks what depends on it.
     #[inline(always)]
-    fn classify(&self, key: &[u64; K], length: usize, port: Arrival) -> Result<Packet, Pass> {
+    fn classify<const K: usize>(&self, key: &[u64; K], length: usize, port: Arrival) -> Result<Packet, Pass>
+    where
+        F: Fn(List, &[u64; K]) -> Option<Value>,
+    {
         let cell = (self.first_hit)(List::Cells, key).ok_or(PassReason::NoPolicy)?;
         if cell.kind() != Value::FAST {
             return Err(Pass(cell.payload()));
@@ -401,7 +395,11 @@ impl<const K: usize, F: Fn(List, &[u64; K]) -> Option<Value>> Family<'_, K, F> {
         let device_and_length = forwarding.device_and_length.load();
         let device = device_and_length as u32;
         if device == 0 {
-            return Err(PassReason::EgressUnavailable.into());
+            let reason = (device_and_length >> 32) as u32;
+            return Err(if reason == 0 { PassReason::EgressUnavailable.into() } else { Pass(reason - 1) });
+        }
+        if cell.probes_guards() && (self.first_hit)(List::Guards, key).is_some() {
+            return Err(PassReason::Guarded.into());
         }
         if cell.probes_destination() {
             let fact = (self.first_hit)(List::Destinations, key).ok_or(PassReason::DeniedDestination)?;
@@ -440,6 +438,21 @@ fn first_hit_v6(list: List, key: &[u64; KEY_WORDS_V6]) -> Option<Value> {
     found(lookup_v6(list as u64, key[0], key[1], key[2], key[3]))
 }
 
+fn is_exception_v4(list: ExceptionList, key: &[u64; KEY_WORDS_V4], upper: u64) -> bool {
+    lookup_exception_v4(list as u64, key[0], upper) != 0
+}
+
+fn is_exception_v6(list: ExceptionList, key: &[u64; KEY_WORDS_V6], upper: u64) -> bool {
+    // A function takes five numbers at most.
+    let list_and_upper = (list as u64) << UPPER_LAYER_BITS | upper;
+    lookup_exception_v6(list_and_upper, key[0], key[1], key[2], key[3]) != 0
+}
+
+#[inline(always)]
+fn has_exceptions(control: &SpaceControl<EXCEPTION_LISTS>) -> bool {
+    control.tuples[ExceptionList::Ports as usize].load() != 0
+}
+
 /// No entry is 0.
 #[inline(always)]
 fn found(stored: u64) -> Option<Value> {
@@ -451,7 +464,7 @@ fn found(stored: u64) -> Option<Value> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn lookup_v4(list: u64, key: u64) -> u64 {
-    let Some(control) = CONTROL.get(0) else { return 0 };
+    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
     lookup(&control.v4, &TUPLES_V4, &CELLS_V4, list, &[key])
 }
 
@@ -459,24 +472,53 @@ extern "C" fn lookup_v4(list: u64, key: u64) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn lookup_v6(list: u64, destination0: u64, destination1: u64, source0: u64, source1: u64) -> u64 {
-    let Some(control) = CONTROL.get(0) else { return 0 };
+    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
     let key = [destination0, destination1, source0, source1];
     lookup(&control.v6, &TUPLES_V6, &CELLS_V6, list, &key)
 }
 
+/// Likewise for exceptions.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn lookup_exception_v4(list: u64, key: u64, upper: u64) -> u64 {
+    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
+    lookup(&control.exceptions_v4, &UPPER_TUPLES_V4, &EXCEPTIONS_V4, list, &[key, upper])
+}
+
+/// The list is in the bits above the upper layer.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn lookup_exception_v6(
+    list_and_upper: u64,
+    destination0: u64,
+    destination1: u64,
+    source0: u64,
+    source1: u64,
+) -> u64 {
+    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
+    // A comparison and no shift: the verifier does not connect a number with what it was shifted from.
+    let upper = list_and_upper & ((1 << UPPER_LAYER_BITS) - 1);
+    let list = if list_and_upper == upper { ExceptionList::Ports } else { ExceptionList::Protocols };
+    let key = [destination0, destination1, source0, source1, upper];
+    lookup(&control.exceptions_v6, &UPPER_TUPLES_V6, &EXCEPTIONS_V6, list as u64, &key)
+}
+
+/// What a lookup that cannot be made gives: of whatever list, it makes the packet pass.
+const UNREADABLE: u64 = Value::denied().0;
+
 #[inline(always)]
-fn lookup<const K: usize>(
-    control: &FamilyControl,
+fn lookup<const K: usize, const L: usize>(
+    control: &SpaceControl<L>,
     tuples: &Array<TupleList<K>>,
-    cells: &Array<Bucket<K>>,
+    entries: &Array<Bucket<K>>,
     list: u64,
     key: &[u64; K],
 ) -> u64 {
     let (Some(length), Some(tuples)) = (control.tuples.get(list as usize), tuples.get(list as u32)) else {
-        return 0;
+        return UNREADABLE;
     };
     let (seed, bucket_mask) = (control.seed.load(), control.bucket_mask.load());
-    match first_hit(&Cells(cells), tuples, length.load(), key, seed, bucket_mask) {
+    match first_hit(&Entries(entries), tuples, length.load(), key, seed, bucket_mask) {
         Some(value) => value.0,
         None => 0,
     }
@@ -555,12 +597,6 @@ fn write_ethernet(frame: Frame, addresses: (u64, u64), ether_type: u16) -> Resul
         (*ethernet).ether_type = ether_type.to_be();
     }
     Ok(())
-}
-
-#[inline(always)]
-fn unpacked_mac(packed: u64) -> [u8; 6] {
-    let [_, _, mac @ ..] = packed.to_be_bytes();
-    mac
 }
 
 #[inline(always)]

@@ -83,11 +83,13 @@ reasons! {
     NoPath = "no_path",
     /// The table has no room for the region.
     Capacity = "capacity",
+    /// A forward policy, a sub policy, or one that there was no room to tell apart, is about the packet's source.
+    Guarded = "guarded",
     /// The destination is an address that the host does not forward to: its own, broadcast, unroutable.
     DeniedDestination = "denied_destination",
     /// The destination is routed to another device than the policy's.
     RouteElsewhere = "route_elsewhere",
-    /// The source is the host's own address, or unroutable, or a forward or sub policy is about it.
+    /// The source is the host's own address, or unroutable.
     DeniedSource = "denied_source",
     /// The route back to the source fails the port's reverse path filter.
     ReversePath = "reverse_path",

@@ -1,6 +1,9 @@
 //! The XDP program against the [model](crate::model): random tables, and frames that reach deep into them.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use etherparse::Ipv4Header;
 use fastswan::{
@@ -8,8 +11,8 @@ use fastswan::{
     forwarder::{ForwarderError, RunAction},
     policy::{Family, MacAddr, PortMatch},
     table::{
-        Cell, Exception, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot, TableConfig, TableUpdate,
-        Traffic, Verdict,
+        Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, Standing,
+        TableConfig, TableUpdate, Traffic, Verdict,
     },
 };
 use ipnet::IpNet;
@@ -29,6 +32,7 @@ const VLAN: u16 = 5;
 const SENDER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xaa]);
 const PORT: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 const SLOTS: u32 = 8;
+const EXCEPTIONS: u32 = 512;
 
 /// A program and a model with the same random table.
 #[derive(Debug)]
@@ -38,7 +42,8 @@ pub struct Conformance {
 }
 
 impl Conformance {
-    /// Loads the program and fills both from a seed. Some packets go to `egress`, which must take redirected
+    /// Loads the program and fills both from a seed: with one table, and then with what makes another of it,
+    /// the model at once and the program in parts. Some packets go to `egress`, which must take redirected
     /// frames.
     ///
     /// # Errors
@@ -50,11 +55,23 @@ impl Conformance {
     /// If the table does not fit.
     pub fn new(seed: u64, egress: Option<u32>) -> Result<Self, ForwarderError> {
         let mut rng = StdRng::seed_from_u64(seed);
-        let mut program = ProgRun::new(&TableConfig { cells: 1024, slots: SLOTS })?;
+        let mut program = ProgRun::new(&TableConfig {
+            cells_v4: 1024,
+            cells_v6: 1024,
+            exceptions: EXCEPTIONS,
+            slots: SLOTS,
+        })?;
         let mut model = Model::default();
-        let update = table(&mut rng, egress.unwrap_or(NOWHERE));
-        program.table.apply(&update).expect("room for the table");
-        model.apply(&update);
+        let [first, second] = [(); 2].map(|()| Table::random(&mut rng, egress.unwrap_or(NOWHERE)));
+        for update in [first.replacing(&Table::default()), second.replacing(&first)] {
+            model.apply(&update);
+            let mut parts = update.clone().split(rng.random_range(1..400));
+            if parts.try_for_each(|part| program.table.apply(&part)).is_err() {
+                // There is no room for the old pairs of prefix lengths beside the new ones.
+                program.table.apply(&update).expect("room for the table");
+                program.table.set_enabled(true);
+            }
+        }
         if egress.is_none() {
             model.forget_device(NOWHERE);
         }
@@ -94,6 +111,9 @@ impl Conformance {
     }
 }
 
+/// Those that have ports, those that have none, and those whose ports cannot be read.
+const PROTOCOLS: [u8; 10] = [6, 17, 33, 47, 50, 58, 89, 132, 135, 136];
+
 /// A frame for such a table, made from any bytes: some choose one that is right, the others damage it.
 #[must_use]
 pub fn frame(bytes: &[u8]) -> Vec<u8> {
@@ -108,7 +128,7 @@ pub fn frame(bytes: &[u8]) -> Vec<u8> {
         0 => frame.tcp(1000, 2000),
         1 => frame.icmp(8, 0),
         2 => frame.udp(1, 4500),
-        3 => frame.protocol(*upper),
+        3 => frame.protocol(PROTOCOLS[usize::from(upper / 8) % PROTOCOLS.len()]),
         _ => frame.udp(1000, 2000),
     };
     let tags: &[Tag] = match shape % 8 {
@@ -158,57 +178,128 @@ fn prefix(rng: &mut StdRng, family: Family) -> IpNet {
     IpNet::new(address, length).expect("a length of the family").trunc()
 }
 
-fn table(rng: &mut StdRng, egress: u32) -> TableUpdate {
-    let mut update = TableUpdate::default();
-    for family in [Family::V4, Family::V6] {
-        let mut cells = std::collections::BTreeMap::new();
-        for _ in 0..60 {
-            let verdict = if rng.random_bool(0.2) {
-                Verdict::Pass(PassReason::Shadowed)
-            } else {
-                Verdict::Fast {
-                    slot: Slot(rng.random_range(0..SLOTS)),
-                    probe_destination: rng.random_bool(0.3),
-                    probe_source: rng.random_bool(0.3),
-                }
+/// What a table holds.
+#[derive(Default)]
+struct Table {
+    cells: BTreeMap<Cell, Verdict>,
+    facts: BTreeMap<(Side, IpNet), Fact>,
+    guards: BTreeSet<IpNet>,
+    exceptions: BTreeSet<Exception>,
+    slots: BTreeMap<Slot, Standing>,
+}
+
+impl Table {
+    fn random(rng: &mut StdRng, egress: u32) -> Self {
+        let mut table = Self::default();
+        for family in [Family::V4, Family::V6] {
+            for _ in 0..60 {
+                let probes = Probes {
+                    destination: rng.random_bool(0.3),
+                    source: rng.random_bool(0.3),
+                    guards: rng.random_bool(0.3),
+                };
+                let verdict = if rng.random_bool(0.2) {
+                    Verdict::Pass(PassReason::Shadowed)
+                } else {
+                    Verdict::Fast { slot: Slot(rng.random_range(0..SLOTS)), probes }
+                };
+                let cell = Cell { source: prefix(rng, family), destination: prefix(rng, family) };
+                table.cells.insert(cell, verdict);
+            }
+            for _ in 0..20 {
+                let side = if rng.random() { Side::Source } else { Side::Destination };
+                let fact = *[Fact::Denied, Fact::Via(INGRESS), Fact::Via(egress)].choose(rng).expect("facts");
+                table.facts.insert((side, prefix(rng, family)), fact);
+            }
+            for _ in 0..rng.random_range(0..6) {
+                table.guards.insert(narrow(prefix(rng, family)));
+            }
+            // In half of all tables: without exceptions the program does not look at ports.
+            if rng.random() {
+                table.exceptions.extend(exceptions(rng, family));
+            }
+        }
+        for slot in 0..SLOTS - 1 {
+            let forwarding = Forwarding {
+                ifindex: *[INGRESS, egress].choose(rng).expect("devices"),
+                max_length: *[100, 576, 1400, 1500].choose(rng).expect("lengths"),
+                rewrite: rng.random_bool(0.5).then_some((PORT, SENDER)),
             };
-            cells.insert(Cell { source: prefix(rng, family), destination: prefix(rng, family) }, verdict);
+            let reason = *[PassReason::NoSa, PassReason::NoPath].choose(rng).expect("reasons");
+            table.slots.insert(Slot(slot), if rng.random_bool(0.2) { Err(reason) } else { Ok(forwarding) });
         }
-        update.cells.extend(cells.into_iter().map(|(cell, verdict)| (cell, Some(verdict))));
-        let mut facts = std::collections::BTreeMap::new();
-        for _ in 0..20 {
-            let side = if rng.random() { Side::Source } else { Side::Destination };
-            let fact = *[Fact::Denied, Fact::Via(INGRESS), Fact::Via(egress)].choose(rng).expect("facts");
-            facts.insert((side, prefix(rng, family)), fact);
+        table
+    }
+
+    /// What makes this table of an older one.
+    fn replacing(&self, old: &Self) -> TableUpdate {
+        TableUpdate {
+            cells: changes(&old.cells, &self.cells),
+            facts: changes(&old.facts, &self.facts),
+            guards: additions_and_removals(&old.guards, &self.guards),
+            exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
+            slots: changes(&old.slots, &self.slots),
         }
-        update.facts.extend(facts.into_iter().map(|(prefix, fact)| (prefix, Some(fact))));
     }
-    for slot in 0..SLOTS - 1 {
-        let forwarding = Forwarding {
-            ifindex: *[INGRESS, egress].choose(rng).expect("devices"),
-            max_length: *[100, 576, 1400, 1500].choose(rng).expect("lengths"),
-            rewrite: rng.random_bool(0.5).then_some((PORT, SENDER)),
-        };
-        update.forwardings.push((Slot(slot), Some(forwarding)));
+}
+
+fn changes<K: Copy + Ord, V: Copy + PartialEq>(
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+) -> Vec<(K, Option<V>)> {
+    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| (*key, None));
+    let set = new.iter().filter(|(key, value)| old.get(key) != Some(value));
+    removed.chain(set.map(|(key, value)| (*key, Some(*value)))).collect()
+}
+
+fn additions_and_removals<T: Copy + Ord>(old: &BTreeSet<T>, new: &BTreeSet<T>) -> Vec<(T, bool)> {
+    let removed = old.difference(new).map(|item| (*item, false));
+    removed.chain(new.difference(old).map(|item| (*item, true))).collect()
+}
+
+/// The first addresses of a prefix that is wider than most, so that not everything lies in it.
+fn narrow(prefix: IpNet) -> IpNet {
+    let (least, most) = if prefix.addr().is_ipv4() { (14, 32) } else { (46, 128) };
+    IpNet::new(prefix.addr(), prefix.prefix_len().clamp(least, most)).expect("a length of the family")
+}
+
+/// Exceptions of few tuples, some of which are different and share an entry, since they differ in bits of
+/// ports that do not count.
+fn exceptions(rng: &mut StdRng, family: Family) -> Vec<Exception> {
+    let any = PortMatch::default();
+    let everything = Cell { source: family.everything(), destination: family.everything() };
+    let ike = Exception {
+        cell: everything,
+        protocol: 17,
+        source_port: any,
+        destination_port: PortMatch::exactly(4500),
+    };
+    let port = |rng: &mut StdRng, mask| {
+        let port: u16 = *[0, 1, 8, 1000, 2000, 4500].choose(rng).expect("ports");
+        PortMatch { port: port ^ rng.random_range(0..3), mask }
+    };
+    let mut exceptions = vec![ike];
+    for _ in 0..rng.random_range(1..12) {
+        let shape = Cell { source: prefix(rng, family), destination: prefix(rng, family) };
+        let [source_mask, destination_mask] =
+            [(); 2].map(|()| *[0, 0xffff, 0xfff0, 0xff00].choose(rng).expect("masks"));
+        for _ in 0..rng.random_range(1..30) {
+            let of_shape = |rng: &mut StdRng, shape: IpNet| {
+                let address = prefix(rng, family).addr();
+                IpNet::new(address, shape.prefix_len()).expect("a length of the family").trunc()
+            };
+            exceptions.push(Exception {
+                cell: Cell {
+                    source: narrow(of_shape(rng, shape.source)),
+                    destination: of_shape(rng, shape.destination),
+                },
+                protocol: *[0, 1, 6, 17, 33, 47, 50, 58, 132].choose(rng).expect("protocols"),
+                source_port: port(rng, source_mask),
+                destination_port: port(rng, destination_mask),
+            });
+        }
     }
-    // In half of all tables: without exceptions the program does not look at ports.
-    if rng.random() {
-        let family = if rng.random() { Family::V4 } else { Family::V6 };
-        let everything = Cell { source: family.everything(), destination: family.everything() };
-        let near = Cell { source: prefix(rng, family), destination: prefix(rng, family) };
-        let any = PortMatch::default();
-        update.exceptions = Some(vec![
-            Exception {
-                cell: everything,
-                protocol: 17,
-                source_port: any,
-                destination_port: PortMatch::exactly(4500),
-            },
-            Exception { cell: near, protocol: 6, source_port: any, destination_port: any },
-            Exception { cell: near, protocol: 0, source_port: PortMatch::exactly(8), destination_port: any },
-        ]);
-    }
-    update
+    exceptions
 }
 
 fn port(rng: &mut StdRng, vlan: u16) -> Port {

@@ -13,7 +13,8 @@ use fastswan::{
     forwarder::RunAction,
     policy::{Family, MacAddr},
     table::{
-        Cell, Exception, Fact, Forwarding, Port, ReversePath, Side, Slot, TableUpdate, Traffic, Verdict,
+        Cell, Exception, Fact, Forwarding, Port, Probes, ReversePath, Side, Slot, Standing, TableUpdate,
+        Traffic, Verdict,
     },
 };
 use ipnet::IpNet;
@@ -23,8 +24,9 @@ use ipnet::IpNet;
 pub struct Model {
     cells: BTreeMap<Cell, Verdict>,
     facts: BTreeMap<(Side, IpNet), Fact>,
-    forwardings: BTreeMap<Slot, Forwarding>,
-    exceptions: Vec<Exception>,
+    guards: BTreeSet<IpNet>,
+    exceptions: BTreeSet<Exception>,
+    slots: BTreeMap<Slot, Standing>,
     ports: BTreeMap<(u32, u16), Port>,
     /// Devices that cannot be redirected to.
     unavailable: BTreeSet<u32>,
@@ -48,10 +50,9 @@ impl Model {
     pub fn apply(&mut self, update: &TableUpdate) {
         set(&mut self.cells, &update.cells);
         set(&mut self.facts, &update.facts);
-        set(&mut self.forwardings, &update.forwardings);
-        if let Some(exceptions) = &update.exceptions {
-            self.exceptions.clone_from(exceptions);
-        }
+        add_or_remove(&mut self.guards, &update.guards);
+        add_or_remove(&mut self.exceptions, &update.exceptions);
+        set(&mut self.slots, &update.slots);
     }
 
     /// Makes a device one that cannot be redirected to.
@@ -118,15 +119,17 @@ impl Model {
             .iter()
             .filter(|(cell, _)| packet.is_in(cell))
             .max_by_key(|(cell, _)| (cell.destination.prefix_len(), cell.source.prefix_len()));
-        let (slot, probe_destination, probe_source) = match cell {
+        let (slot, probes) = match cell {
             None => return Err(PassReason::NoPolicy),
             Some((_, Verdict::Pass(reason))) => return Err(*reason),
-            Some((_, Verdict::Fast { slot, probe_destination, probe_source })) => {
-                (*slot, *probe_destination, *probe_source)
-            }
+            Some((_, Verdict::Fast { slot, probes })) => (*slot, *probes),
         };
-        let forwarding = *self.forwardings.get(&slot).ok_or(PassReason::EgressUnavailable)?;
-        if probe_destination {
+        let Probes { destination, source, guards } = probes;
+        let forwarding = (*self.slots.get(&slot).ok_or(PassReason::EgressUnavailable)?)?;
+        if guards && self.guards.iter().any(|guard| guard.contains(&packet.source)) {
+            return Err(PassReason::Guarded);
+        }
+        if destination {
             match self.fact(Side::Destination, packet.destination) {
                 None | Some(Fact::Denied) => return Err(PassReason::DeniedDestination),
                 Some(Fact::Via(device)) if device != forwarding.ifindex => {
@@ -136,7 +139,7 @@ impl Model {
             }
         }
         let reverse_path = if packet.source.is_ipv4() { port.reverse_path } else { ReversePath::Off };
-        if probe_source || reverse_path != ReversePath::Off {
+        if source || reverse_path != ReversePath::Off {
             match (self.fact(Side::Source, packet.source), reverse_path) {
                 (None, ReversePath::Off) => {}
                 (None, _) => return Err(PassReason::ReversePath),
@@ -168,6 +171,16 @@ fn set<K: Copy + Ord, V: Copy>(map: &mut BTreeMap<K, V>, changes: &[(K, Option<V
             Some(value) => map.insert(*key, *value),
             None => map.remove(key),
         };
+    }
+}
+
+fn add_or_remove<T: Copy + Ord>(to: &mut BTreeSet<T>, changes: &[(T, bool)]) {
+    for (item, add) in changes {
+        if *add {
+            to.insert(*item);
+        } else {
+            to.remove(item);
+        }
     }
 }
 
@@ -306,7 +319,7 @@ impl<'a> Packet<'a> {
     /// How many bytes after the header the kernel reads ports from.
     fn port_bytes(&self) -> usize {
         match self.protocol {
-            6 | 17 | 33 | 132 | 136 => 4,
+            6 | 17 | 132 | 136 => 4,
             1 | 58 => 2,
             _ => 0,
         }
@@ -317,13 +330,20 @@ impl<'a> Packet<'a> {
         self.rest_of_frame.get(..end).map(drop).ok_or(PassReason::Truncated)
     }
 
-    fn is_exception(&self, exception: &Exception) -> bool {
-        let ports = match (self.port_bytes(), &self.bytes[self.header..]) {
-            (4, [a, b, c, d, ..]) => Some((u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]))),
-            (2, [kind, code, ..]) => Some((u16::from(*kind), u16::from(*code))),
+    /// What the kernel compares with a selector's ports, or `None` if that cannot be told.
+    fn ports(&self) -> Option<(u16, u16)> {
+        match (self.protocol, self.port_bytes(), &self.bytes[self.header..]) {
+            // DCCP: since some kernel it has none. GRE: its key. Mobility: its type.
+            (33 | 47 | 135, ..) => None,
+            (_, 4, [a, b, c, d, ..]) => Some((u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]))),
+            (_, 2, [kind, code, ..]) => Some((u16::from(*kind), u16::from(*code))),
+            (_, 0, _) => Some((0, 0)),
             _ => None,
-        };
-        let ports_match = ports.is_none_or(|(source, destination)| {
+        }
+    }
+
+    fn is_exception(&self, exception: &Exception) -> bool {
+        let ports_match = self.ports().is_none_or(|(source, destination)| {
             exception.source_port.matches(source) && exception.destination_port.matches(destination)
         });
         self.ports_are_in_the_frame().is_ok()

@@ -1,6 +1,6 @@
 //! Single frames through the XDP program (`BPF_PROG_TEST_RUN`): what it does with them, and what it counts.
 
-use std::time::Duration;
+use std::{mem::offset_of, time::Duration};
 
 use anyhow::Context as _;
 use aya::{
@@ -12,7 +12,7 @@ use fastswan::{
     forwarder::{ForwarderError, RunAction},
     table::{Slot, TableConfig, Traffic},
 };
-use fastswan_ebpf::Control;
+use fastswan_ebpf::{Control, LISTS, SpaceControl};
 
 /// The program and its table, with nothing attached.
 #[derive(Debug)]
@@ -78,25 +78,12 @@ impl ProgRun {
     ///
     /// If the control record cannot be found or written.
     pub fn set_updating(&self, updating: bool) -> anyhow::Result<()> {
-        let program = self.forwarder.program_id()?;
-        let info = loaded_programs()
-            .filter_map(Result::ok)
-            .find(|info| info.id() == program)
-            .context("the program is not in the kernel")?;
-        let maps = info.map_ids()?.context("the kernel does not tell a program's maps")?;
-        for id in maps {
-            let map = MapData::from_id(id)?;
-            if map.info()?.name_as_str() != Some("CONTROL") {
-                continue;
-            }
-            let mut control: Array<_, [u64; size_of::<Control>() / 8]> = Map::Array(map).try_into()?;
-            let mut words = control.get(&0, 0)?;
-            // The sequence number is the first word, and odd during an update.
-            words[0] = if updating { words[0] | 1 } else { words[0].wrapping_add(1) & !1 };
-            control.set(0, words, 0)?;
-            return Ok(());
-        }
-        anyhow::bail!("the program has no control record")
+        let mut control = control_record(&self.forwarder)?;
+        let mut words = control.get(&0, 0)?;
+        // The sequence number is the first word, and odd during an update.
+        words[0] = if updating { words[0] | 1 } else { words[0].wrapping_add(1) & !1 };
+        control.set(0, words, 0)?;
+        Ok(())
     }
 
     /// What a slot has forwarded.
@@ -104,4 +91,31 @@ impl ProgRun {
     pub fn traffic(&self, slot: Slot) -> Traffic {
         self.table.traffic(slot)
     }
+}
+
+/// The seed of the hash of IPv4 cells: it changes when all of the hash is written anew.
+///
+/// # Errors
+///
+/// If the control record cannot be found or read.
+pub fn hash_seed(forwarder: &XdpForwarder) -> anyhow::Result<u64> {
+    let words = control_record(forwarder)?.get(&0, 0)?;
+    Ok(words[(offset_of!(Control, v4) + offset_of!(SpaceControl<LISTS>, seed)) / 8])
+}
+
+fn control_record(
+    forwarder: &XdpForwarder,
+) -> anyhow::Result<Array<MapData, [u64; size_of::<Control>() / 8]>> {
+    let program = forwarder.program_id()?;
+    let info = loaded_programs()
+        .filter_map(Result::ok)
+        .find(|info| info.id() == program)
+        .context("the program is not in the kernel")?;
+    for id in info.map_ids()?.context("the kernel does not tell a program's maps")? {
+        let map = MapData::from_id(id)?;
+        if map.info()?.name_as_str() == Some("CONTROL") {
+            return Ok(Map::Array(map).try_into()?);
+        }
+    }
+    anyhow::bail!("the program has no control record")
 }

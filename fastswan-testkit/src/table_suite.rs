@@ -3,16 +3,16 @@
 //! [`check`] panics with the story that went wrong.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use fastswan::{
     OffloadTable, PassReason,
-    policy::{Family, MacAddr},
+    policy::{Family, MacAddr, PortMatch},
     table::{
-        Cell, Exception, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot, TableConfig, TableError,
-        TableUpdate, Verdict,
+        Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, TableConfig,
+        TableError, TableUpdate, Verdict,
     },
 };
 use ipnet::IpNet;
@@ -27,14 +27,21 @@ pub fn check<T: OffloadTable>(mut make: impl FnMut(&TableConfig) -> T) {
     the_longest_destination_then_the_longest_source_decides(make(&TableConfig::default()));
     a_removed_cell_uncovers_the_one_behind_it(make(&TableConfig::default()));
     the_longest_fact_decides(make(&TableConfig::default()));
+    a_guard_is_about_all_sources_inside_it(make(&TableConfig::default()));
+    a_slot_tells_how_its_packets_leave_or_why_not(make(&TableConfig::default()));
+    an_exception_stays_while_another_one_needs_its_entry(make(&TableConfig::default()));
+    let small = |cells| TableConfig { cells_v4: cells, cells_v6: cells, exceptions: 64, slots: 64 };
     for family in [Family::V4, Family::V6] {
-        lookups_agree_with_a_scan_of_all_cells(make(&TableConfig { cells: 512, slots: 64 }), family);
-        as_many_cells_as_were_asked_for_fit(make(&TableConfig { cells: 4096, slots: 64 }), family);
-        too_many_cells_are_an_error(make(&TableConfig { cells: 16, slots: 64 }), family);
+        lookups_agree_with_a_scan_of_all_cells(make(&small(512)), family);
+        exceptions_agree_with_a_scan_of_all(make(&small(512)), family);
+        as_many_cells_as_were_asked_for_fit(make(&small(4096)), family);
+        too_many_cells_are_an_error(make(&small(16)), family);
+        a_full_table_keeps_what_it_has(make(&small(64)), family);
         too_many_tuples_are_an_error(make(&TableConfig::default()), family);
+        too_many_exceptions_are_an_error(make(&small(16)), family);
+        too_many_tuples_of_exceptions_are_an_error(make(&TableConfig::default()), family);
     }
-    too_many_exceptions_are_an_error(make(&TableConfig::default()));
-    a_slot_beyond_the_end_is_an_error(make(&TableConfig { cells: 16, slots: 64 }));
+    a_slot_beyond_the_end_is_an_error(make(&small(16)));
     ports_come_and_go(make(&TableConfig::default()));
 }
 
@@ -47,7 +54,7 @@ fn cell(source: &str, destination: &str) -> Cell {
 }
 
 fn fast(slot: u32) -> Verdict {
-    Verdict::Fast { slot: Slot(slot), probe_destination: false, probe_source: false }
+    Verdict::Fast { slot: Slot(slot), probes: Probes::default() }
 }
 
 fn set(table: &mut impl OffloadTable, cells: Vec<(Cell, Option<Verdict>)>) -> Result<(), TableError> {
@@ -173,7 +180,7 @@ fn host_cell(family: Family, number: u32) -> Cell {
 }
 
 fn as_many_cells_as_were_asked_for_fit(mut table: impl OffloadTable, family: Family) {
-    let cells = u32::try_from(table.capacity().cells).expect("a small table");
+    let cells = u32::try_from(table.capacity().cells_v4).expect("a small table");
     let all = (0..cells).map(|n| (host_cell(family, n), Some(fast(n % 64)))).collect();
     set(&mut table, all).expect("as many as were asked for");
     for n in 0..cells {
@@ -203,24 +210,190 @@ fn too_many_tuples_are_an_error(mut table: impl OffloadTable, family: Family) {
     assert!(matches!(error, TableError::Full { .. }), "{error}");
 }
 
-fn too_many_exceptions_are_an_error(mut table: impl OffloadTable) {
-    let exception = Exception {
-        cell: cell("0.0.0.0/0", "0.0.0.0/0"),
-        protocol: 17,
-        source_port: fastswan::policy::PortMatch::default(),
-        destination_port: fastswan::policy::PortMatch::exactly(500),
+fn too_many_exceptions_are_an_error(mut table: impl OffloadTable, family: Family) {
+    let exception = |number| (exception(host_cell(family, number), 17, 0, 500), true);
+    let with = |numbers: std::ops::Range<u32>| TableUpdate {
+        exceptions: numbers.map(exception).collect(),
+        ..TableUpdate::default()
     };
-    let limit = table.capacity().exceptions;
-    let with = |count| TableUpdate { exceptions: Some(vec![exception; count]), ..TableUpdate::default() };
-    table.apply(&with(limit)).expect("as many as it says");
-    let error = table.apply(&with(limit + 1)).expect_err("one too many");
+    let limit = u32::try_from(table.capacity().exceptions).expect("a small table");
+    table.apply(&with(0..limit)).expect("as many as it says");
+    for Cell { destination, .. } in (0..limit).map(|number| host_cell(family, number)) {
+        let address = destination.addr();
+        assert!(table.is_exception(address, address, 17, Some((1, 500))), "{destination}");
+        assert!(table.is_exception(address, address, 17, None), "{destination}");
+    }
+    let error = table.apply(&with(limit..100 * limit)).expect_err("a hundred times as many");
     assert!(matches!(error, TableError::Full { .. }), "{error}");
+}
+
+fn too_many_tuples_of_exceptions_are_an_error(mut table: impl OffloadTable, family: Family) {
+    let everything = Cell { source: family.everything(), destination: family.everything() };
+    let with = |shifts: std::ops::Range<u32>| TableUpdate {
+        exceptions: shifts
+            .map(|shift| {
+                let destination_port = PortMatch { port: 0, mask: u16::MAX << (shift % 16) };
+                let source_port = PortMatch { port: 0, mask: u16::MAX << (shift / 16) };
+                let protocol = 17;
+                (Exception { cell: everything, protocol, source_port, destination_port }, true)
+            })
+            .collect(),
+        ..TableUpdate::default()
+    };
+    let limit = u32::try_from(table.capacity().exception_tuples).expect("not many");
+    table.apply(&with(0..limit)).expect("as many as it says");
+    let error = table.apply(&with(limit..limit + 1)).expect_err("one more");
+    assert!(matches!(error, TableError::Full { limit: 64, .. }), "{error}");
+}
+
+fn exception(cell: Cell, protocol: u8, source_port: u16, destination_port: u16) -> Exception {
+    let port = |port| if port == 0 { PortMatch::default() } else { PortMatch::exactly(port) };
+    Exception { cell, protocol, source_port: port(source_port), destination_port: port(destination_port) }
+}
+
+/// Different exceptions may share an entry: by bits of ports that do not count, or, for packets whose ports
+/// cannot be read, by everything but ports.
+fn an_exception_stays_while_another_one_needs_its_entry(mut table: impl OffloadTable) {
+    let (source, destination) = ("10.1.0.1".parse().expect("v4"), "10.2.0.1".parse().expect("v4"));
+    let like = |port, mask| Exception {
+        source_port: PortMatch { port, mask },
+        ..exception(cell("10.1.0.0/16", "10.2.0.0/16"), 6, 0, 0)
+    };
+    let all = [like(0x1201, 0xff00), like(0x1202, 0xff00), like(0x1300, 0xff00)];
+    let mut apply = |changes: &[(Exception, bool)]| {
+        table.apply(&TableUpdate { exceptions: changes.to_vec(), ..TableUpdate::default() }).expect("room");
+        let is = |protocol, ports| table.is_exception(source, destination, protocol, ports);
+        assert!(
+            !is(17, None) && !is(6, Some((0x1400, 1))) && !table.is_exception(destination, source, 6, None)
+        );
+        (is(6, Some((0x1234, 1))), is(6, Some((0x1334, 1))), is(6, None))
+    };
+    assert_eq!(apply(&[]), (false, false, false));
+    assert_eq!(apply(&all.map(|exception| (exception, true))), (true, true, true));
+    assert_eq!(apply(&all.map(|exception| (exception, true))), (true, true, true), "they were there");
+    assert_eq!(apply(&[(all[0], false)]), (true, true, true));
+    assert_eq!(apply(&[(all[0], false)]), (true, true, true), "it was gone");
+    assert_eq!(apply(&[(all[1], false)]), (false, true, true));
+    assert_eq!(apply(&[(all[2], false)]), (false, false, false));
+}
+
+/// After any sequence of changes a packet is an exception if and only if one of them matches it.
+fn exceptions_agree_with_a_scan_of_all(mut table: impl OffloadTable, family: Family) {
+    let mut random = SmallRng::seed_from_u64(11);
+    let mut model: BTreeSet<Exception> = BTreeSet::new();
+    let protocols = [0, 6, 17, 50];
+    for round in 0..400 {
+        let mut port = || PortMatch {
+            port: random.random_range(0..4) << 8 | 1,
+            mask: *[0, 0xff00].get(random.random_range(0..2)).expect("in range"),
+        };
+        let (source_port, destination_port) = (port(), port());
+        let exception = Exception {
+            cell: Cell {
+                destination: random_prefix(&mut random, family),
+                source: random_prefix(&mut random, family),
+            },
+            protocol: protocols[random.random_range(0..4)],
+            source_port,
+            destination_port,
+        };
+        // Few enough that most packets are none.
+        let change = if model.len() < 4 || model.len() < 24 && random.random() {
+            model.insert(exception);
+            (exception, true)
+        } else {
+            let gone = *model.iter().nth(random.random_range(0..model.len())).expect("in range");
+            model.remove(&gone);
+            (gone, false)
+        };
+        let update = TableUpdate { exceptions: vec![change], ..TableUpdate::default() };
+        table.apply(&update).expect("room");
+        for _ in 0..50 {
+            let source = random_address(&mut random, family);
+            let destination = random_address(&mut random, family);
+            let protocol = protocols[random.random_range(1..4)];
+            let ports = (random.random_range(0..4_u16) << 8, random.random_range(0..4_u16) << 8);
+            let about = |exception: &&Exception| {
+                exception.cell.destination.contains(&destination)
+                    && exception.cell.source.contains(&source)
+                    && (exception.protocol == 0 || exception.protocol == protocol)
+            };
+            let matches = |exception: &Exception| {
+                exception.source_port.matches(ports.0) && exception.destination_port.matches(ports.1)
+            };
+            let context = || format!("{source} → {destination}, {protocol}, {ports:?}, round {round}");
+            assert_eq!(
+                table.is_exception(source, destination, protocol, Some(ports)),
+                model.iter().filter(about).any(matches),
+                "{}",
+                context()
+            );
+            assert_eq!(
+                table.is_exception(source, destination, protocol, None),
+                model.iter().any(|exception| about(&exception)),
+                "{}",
+                context()
+            );
+        }
+    }
+}
+
+fn a_guard_is_about_all_sources_inside_it(mut table: impl OffloadTable) {
+    let guards = ["10.1.0.0/16", "10.1.2.0/24", "2001:db8:1::/48"];
+    let mut apply = |changes: &[(&str, bool)]| {
+        let guards = changes.iter().map(|(guard, there)| (net(guard), *there)).collect();
+        table.apply(&TableUpdate { guards, ..TableUpdate::default() }).expect("room");
+        ["10.1.2.1", "10.1.3.1", "10.2.0.1", "2001:db8:1::1", "2001:db8:2::1"]
+            .map(|source| table.is_guarded(source.parse().expect("an address")))
+    };
+    assert_eq!(apply(&[]), [false; 5]);
+    assert_eq!(apply(&guards.map(|guard| (guard, true))), [true, true, false, true, false]);
+    assert_eq!(apply(&[(guards[0], true)]), [true, true, false, true, false], "it was there");
+    assert_eq!(apply(&[(guards[0], false)]), [true, false, false, true, false]);
+    assert_eq!(apply(&[(guards[1], false)]), [false, false, false, true, false]);
+}
+
+fn a_slot_tells_how_its_packets_leave_or_why_not(mut table: impl OffloadTable) {
+    let mut set = |standing| {
+        table
+            .apply(&TableUpdate { slots: vec![(Slot(5), standing)], ..TableUpdate::default() })
+            .expect("room");
+        assert_eq!(table.standing(Slot(5)), standing);
+        assert_eq!(table.standing(Slot(6)), None);
+    };
+    let rewrite = Some((MacAddr([2, 0, 0, 0, 0, 1]), MacAddr([0, 0, 0, 0, 0, 2])));
+    set(None);
+    set(Some(Ok(Forwarding { ifindex: 1, max_length: u16::MAX, rewrite })));
+    set(Some(Ok(Forwarding { ifindex: 1, max_length: 1, rewrite: None })));
+    for reason in PassReason::ALL {
+        set(Some(Err(*reason)));
+    }
+    set(None);
+    assert_eq!(table.standing(Slot(u32::MAX)), None);
+}
+
+/// What does not fit costs nothing that was there before.
+fn a_full_table_keeps_what_it_has(mut table: impl OffloadTable, family: Family) {
+    let verdict = |number| fast(number % 64);
+    let mut fitted = 0;
+    let error = loop {
+        match set(&mut table, vec![(host_cell(family, fitted), Some(verdict(fitted)))]) {
+            Ok(()) => fitted += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, TableError::Full { .. }), "{error}");
+    assert!(fitted as usize >= table.capacity().cells_v4);
+    for number in 0..fitted {
+        let address = host_cell(family, number).destination.addr();
+        assert_eq!(table.verdict(address, address), Some(verdict(number)), "{number} of {fitted}");
+    }
 }
 
 fn a_slot_beyond_the_end_is_an_error(mut table: impl OffloadTable) {
     let forwarding = Forwarding { ifindex: 1, max_length: 1500, rewrite: None };
-    let forwardings = vec![(Slot(64), Some(forwarding))];
-    let error = table.apply(&TableUpdate { forwardings, ..TableUpdate::default() }).expect_err("64 slots");
+    let slots = vec![(Slot(64), Some(Ok(forwarding)))];
+    let error = table.apply(&TableUpdate { slots, ..TableUpdate::default() }).expect_err("64 slots");
     assert!(matches!(error, TableError::NoSuchSlot { limit: 64, .. }), "{error}");
 }
 

@@ -13,7 +13,7 @@ use fastswan_testkit::lab::{self, Namespace};
 const UNPRIVILEGED: &str = "FASTSWAN_TEST_UNPRIVILEGED";
 
 fn forwarder() -> XdpForwarder {
-    XdpForwarder::load(&TableConfig { cells: 64, slots: 4 }).unwrap().0
+    XdpForwarder::load(&TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 }).unwrap().0
 }
 
 /// A veth port whose sender is said to complete its frames.
@@ -132,7 +132,8 @@ fn a_driver_without_native_xdp_is_refused_or_replaced_by_the_generic_way() {
 fn a_process_without_privileges_is_told_which_ones_it_lacks() {
     if std::env::var_os(UNPRIVILEGED).is_some() {
         nix::unistd::setuid(65534.into()).unwrap();
-        let error = XdpForwarder::load(&TableConfig { cells: 64, slots: 4 }).unwrap_err();
+        let error = XdpForwarder::load(&TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 })
+            .unwrap_err();
         assert!(matches!(error, ForwarderError::NotPermitted { .. }), "{error}");
         says(&error, &["BPF", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "root"]);
         return;

@@ -13,7 +13,8 @@ use fastswan::{
     forwarder::{AttachConfig, AttachMode},
     policy::PortMatch,
     table::{
-        Cell, Exception, Forwarding, Forwards, Port, ReversePath, Slot, TableConfig, TableUpdate, Verdict,
+        Cell, Exception, Forwarding, Forwards, Port, Probes, ReversePath, Slot, TableConfig, TableUpdate,
+        Verdict,
     },
 };
 use fastswan_testkit::{
@@ -48,7 +49,8 @@ fn fast_path(site: &Site, mode: AttachMode) -> FastPath {
 }
 
 fn fast_path_between(lan: u32, out: u32, mode: AttachMode) -> FastPath {
-    let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig { cells: 64, slots: 4 }).unwrap();
+    let (mut forwarder, mut table) =
+        XdpForwarder::load(&TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 }).unwrap();
     let port = |ifindex, address| Port {
         ifindex,
         vlan: 0,
@@ -62,10 +64,10 @@ fn fast_path_between(lan: u32, out: u32, mode: AttachMode) -> FastPath {
     }
     let fast = |source: &str, destination: &str, slot| {
         let cell = Cell { source: source.parse().unwrap(), destination: destination.parse().unwrap() };
-        (cell, Some(Verdict::Fast { slot, probe_destination: false, probe_source: false }))
+        (cell, Some(Verdict::Fast { slot, probes: Probes::default() }))
     };
     let leave = |slot, ifindex, source, destination| {
-        (slot, Some(Forwarding { ifindex, max_length: 1500, rewrite: Some((source, destination)) }))
+        (slot, Some(Ok(Forwarding { ifindex, max_length: 1500, rewrite: Some((source, destination)) })))
     };
     table
         .apply(&TableUpdate {
@@ -76,7 +78,7 @@ fn fast_path_between(lan: u32, out: u32, mode: AttachMode) -> FastPath {
                 fast("2001:db8:2::/48", "2001:db8:1::/48", TO_CLIENT),
                 fast("10.1.0.0/16", "10.3.0.0/16", HAIRPIN),
             ],
-            forwardings: vec![
+            slots: vec![
                 leave(TO_PEER, out, OUT, PEER),
                 leave(TO_CLIENT, lan, LAN, CLIENT),
                 leave(HAIRPIN, lan, LAN, CLIENT),
@@ -240,7 +242,7 @@ fn what_is_not_fast_is_the_kernels_to_forward() {
             source_port: PortMatch::default(),
             destination_port: PortMatch::exactly(2001),
         };
-        let update = TableUpdate { exceptions: Some(vec![exception]), ..TableUpdate::default() };
+        let update = TableUpdate { exceptions: vec![(exception, true)], ..TableUpdate::default() };
         fast_path.table.apply(&update).unwrap();
         let client = socket(&site.client, "10.1.0.5:1000");
         for (to, by_kernel) in [("10.2.0.9:2000", 0), ("10.2.0.9:2001", 1)] {

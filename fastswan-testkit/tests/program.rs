@@ -7,8 +7,8 @@ use fastswan::{
     forwarder::RunAction,
     policy::{MacAddr, PortMatch},
     table::{
-        Cell, Exception, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot, TableConfig, TableUpdate,
-        Verdict,
+        Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, Standing,
+        TableConfig, TableUpdate, Verdict,
     },
 };
 use fastswan_testkit::{
@@ -30,9 +30,10 @@ const TRANSMIT: Slot = Slot(0);
 const REDIRECT: Slot = Slot(1);
 const NO_DEVICE: Slot = Slot(2);
 const FREE: Slot = Slot(3);
+const NO_ASSOCIATION: Slot = Slot(4);
 
 fn config() -> TableConfig {
-    TableConfig { cells: 1024, slots: 16 }
+    TableConfig { cells_v4: 1024, cells_v6: 1024, exceptions: 64, slots: 16 }
 }
 
 fn cell(source: &str, destination: &str) -> Cell {
@@ -40,7 +41,7 @@ fn cell(source: &str, destination: &str) -> Cell {
 }
 
 fn fast(slot: Slot) -> Verdict {
-    Verdict::Fast { slot, probe_destination: false, probe_source: false }
+    Verdict::Fast { slot, probes: Probes::default() }
 }
 
 fn port() -> Port {
@@ -59,7 +60,9 @@ fn port() -> Port {
 fn with_policies(egress: u32) -> ProgRun {
     let mut program = ProgRun::new(&config()).unwrap();
     let forwarding = |ifindex| Forwarding { ifindex, max_length: 1400, rewrite: Some((OWN, PEER)) };
-    let probing = Verdict::Fast { slot: TRANSMIT, probe_destination: true, probe_source: true };
+    let probes = Probes { destination: true, source: true, guards: false };
+    let probing = Verdict::Fast { slot: TRANSMIT, probes };
+    let guarded = Verdict::Fast { slot: TRANSMIT, probes: Probes { guards: true, ..Probes::default() } };
     let mut cells = vec![
         (cell("10.1.0.0/16", "10.2.0.0/16"), fast(TRANSMIT)),
         (cell("2001:db8:1::/48", "2001:db8:2::/48"), fast(TRANSMIT)),
@@ -67,6 +70,9 @@ fn with_policies(egress: u32) -> ProgRun {
         (cell("10.1.0.0/16", "10.4.0.0/16"), fast(NO_DEVICE)),
         (cell("10.1.0.0/16", "10.5.0.0/16"), fast(FREE)),
         (cell("10.0.0.0/8", "10.6.0.0/16"), probing),
+        (cell("10.0.0.0/8", "10.8.0.0/16"), guarded),
+        (cell("2001:db8::/32", "2001:db8:8::/48"), guarded),
+        (cell("10.1.0.0/16", "10.9.0.0/16"), fast(NO_ASSOCIATION)),
     ];
     for (third, reason) in CELL_REASONS.iter().enumerate() {
         cells.push((cell("10.1.0.0/16", &format!("10.7.{third}.0/24")), Verdict::Pass(*reason)));
@@ -84,12 +90,16 @@ fn with_policies(egress: u32) -> ProgRun {
             ]
             .map(|(side, prefix, fact)| ((side, prefix.parse().unwrap()), Some(fact)))
             .to_vec(),
-            forwardings: vec![
-                (TRANSMIT, Some(Forwarding { rewrite: None, ..forwarding(INGRESS) })),
-                (REDIRECT, Some(forwarding(egress))),
-                (NO_DEVICE, Some(forwarding(egress))),
+            guards: [("10.1.7.0/24", true), ("2001:db8:1:7::/64", true)]
+                .map(|(guard, there)| (guard.parse().unwrap(), there))
+                .to_vec(),
+            slots: vec![
+                (TRANSMIT, Some(Ok(Forwarding { rewrite: None, ..forwarding(INGRESS) }))),
+                (REDIRECT, Some(Ok(forwarding(egress)))),
+                (NO_DEVICE, Some(Ok(forwarding(egress)))),
+                (NO_ASSOCIATION, Some(Err(PassReason::NoSa))),
             ],
-            exceptions: Some(vec![
+            exceptions: [
                 Exception {
                     cell: cell("0.0.0.0/0", "0.0.0.0/0"),
                     protocol: 17,
@@ -102,7 +112,21 @@ fn with_policies(egress: u32) -> ProgRun {
                     source_port: PortMatch::exactly(8),
                     destination_port: PortMatch::default(),
                 },
-            ]),
+                Exception {
+                    cell: cell("10.1.0.0/16", "10.2.2.0/24"),
+                    protocol: 0,
+                    source_port: PortMatch { port: 0x1234, mask: 0xff00 },
+                    destination_port: PortMatch::default(),
+                },
+                Exception {
+                    cell: cell("2001:db8:1::/48", "2001:db8:2::8/128"),
+                    protocol: 17,
+                    source_port: PortMatch::default(),
+                    destination_port: PortMatch::exactly(4500),
+                },
+            ]
+            .map(|exception| (exception, true))
+            .to_vec(),
         })
         .unwrap();
     program.table.set_port(&port()).unwrap();
@@ -282,11 +306,82 @@ fn a_slot_that_gets_another_policy_counts_from_zero() {
     with_program(|program, _| {
         run(program, v4());
         let forwarding = Forwarding { ifindex: INGRESS, max_length: 1400, rewrite: None };
-        for (forwarding, packets) in [(None, 1), (Some(forwarding), 0)] {
-            let update = TableUpdate { forwardings: vec![(TRANSMIT, forwarding)], ..TableUpdate::default() };
-            program.table.apply(&update).unwrap();
-            assert_eq!(program.traffic(TRANSMIT).packets, packets);
+        let mut set = |standings: &[Option<Standing>]| {
+            let slots = standings.iter().map(|standing| (TRANSMIT, *standing)).collect();
+            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+            program.traffic(TRANSMIT).packets
+        };
+        assert_eq!(set(&[None]), 1);
+        assert_eq!(set(&[Some(Ok(forwarding))]), 0);
+        run(program, v4());
+        let mut set = |standings: &[Option<Standing>]| {
+            let slots = standings.iter().map(|standing| (TRANSMIT, *standing)).collect();
+            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+            program.traffic(TRANSMIT).packets
+        };
+        assert_eq!(set(&[Some(Err(PassReason::NoSa))]), 1, "it is still the same policy's");
+        assert_eq!(set(&[None, Some(Ok(forwarding))]), 0, "handed over in one update");
+        run(program, v4());
+        assert_eq!(program.traffic(TRANSMIT).packets, 1);
+    });
+}
+
+#[test]
+fn a_slot_that_passes_for_a_reason_does_so_for_all_of_its_cells() {
+    with_program(|program, _| {
+        for reason in PassReason::ALL {
+            let slots = vec![(TRANSMIT, Some(Err(*reason)))];
+            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+            assert_eq!(program.table.standing(TRANSMIT), Some(Err(*reason)));
+            passes(program, v4(), *reason);
+            passes(program, v6(), *reason);
         }
+        let forwarding = Forwarding { ifindex: INGRESS, max_length: 1400, rewrite: Some((OWN, PEER)) };
+        let slots = vec![(TRANSMIT, Some(Ok(forwarding)))];
+        program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+        assert_eq!(program.table.standing(TRANSMIT), Some(Ok(forwarding)));
+        assert_eq!(run(program, v4()).action, RunAction::Transmit);
+    });
+}
+
+#[test]
+fn packets_from_a_guard_pass_where_a_cell_is_guarded_and_nowhere_else() {
+    with_program(|program, _| {
+        let v4 = |source, destination| Frame::v4(source, destination).macs(SENDER, PORT);
+        let v6 = |source, destination| Frame::v6(source, destination).macs(SENDER, PORT).payload(8);
+        passes(program, v4("10.1.7.1", "10.8.0.1"), PassReason::Guarded);
+        passes(program, v6("2001:db8:1:7::1", "2001:db8:8::1"), PassReason::Guarded);
+        for frame in [
+            v4("10.1.6.1", "10.8.0.1"),
+            v4("10.1.7.1", "10.2.0.9"),
+            v6("2001:db8:1:6::1", "2001:db8:8::1"),
+            v6("2001:db8:1:7::1", "2001:db8:2::9"),
+        ] {
+            assert_eq!(run(program, frame).action, RunAction::Transmit);
+        }
+        let guards = vec![("10.1.7.0/24".parse().unwrap(), false)];
+        program.table.apply(&TableUpdate { guards, ..TableUpdate::default() }).unwrap();
+        assert_eq!(run(program, v4("10.1.7.1", "10.8.0.1")).action, RunAction::Transmit);
+    });
+}
+
+#[test]
+fn a_device_that_went_away_is_reachable_again_when_its_slots_say_so() {
+    with_program(|program, namespace| {
+        let to = || Frame::v4("10.1.0.5", "10.3.0.9").macs(SENDER, PORT);
+        assert_eq!(run(program, to()).action, RunAction::Redirect);
+        let index = namespace.ifindex("out0").unwrap();
+        namespace.ip("link del out0").unwrap();
+        passes(program, to(), PassReason::EgressUnavailable);
+        let end = |device, mac| End { namespace, device, mac, addresses: &[] };
+        lab::join_with_index(Some(index), end("out0", OWN), end("out1", PEER), 1500).unwrap();
+        let mut set = |standing| {
+            let slots = vec![(REDIRECT, Some(standing)), (NO_DEVICE, Some(standing))];
+            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+        };
+        set(Err(PassReason::NoPath));
+        set(Ok(Forwarding { ifindex: index, max_length: 1400, rewrite: None }));
+        assert_eq!(run(program, to()).action, RunAction::Redirect);
     });
 }
 
@@ -294,6 +389,7 @@ fn a_slot_that_gets_another_policy_counts_from_zero() {
 fn exceptions_hit_what_their_policy_matches_and_nothing_else() {
     with_program(|program, _| {
         let to = |destination| Frame::v4("10.1.0.5", destination).macs(SENDER, PORT);
+        let v6_to = |destination| Frame::v6("2001:db8:1::5", destination).macs(SENDER, PORT);
         passes(program, to("10.2.0.9").udp(1, 4500), PassReason::Exception);
         passes(program, to("10.2.1.9").icmp(8, 0), PassReason::Exception);
         for frame in [
@@ -301,9 +397,23 @@ fn exceptions_hit_what_their_policy_matches_and_nothing_else() {
             to("10.2.0.9").tcp(1, 4500),
             to("10.2.0.9").icmp(8, 0),
             to("10.2.1.9").icmp(0, 0),
-            Frame::v6("2001:db8:1::5", "2001:db8:2::9").macs(SENDER, PORT).udp(1, 4500),
+            // No ports, not unknown ones.
+            to("10.2.2.9").protocol(50).payload(8),
+            to("10.2.2.9").tcp(0x1334, 1),
+            v6_to("2001:db8:2::9").udp(1, 4500),
+            v6_to("2001:db8:2::8").udp(4500, 1),
         ] {
             assert_eq!(run(program, frame).action, RunAction::Transmit);
+        }
+        passes(program, to("10.2.2.9").tcp(0x1299, 1), PassReason::Exception);
+        passes(program, v6_to("2001:db8:2::8").udp(1, 4500), PassReason::Exception);
+        // DCCP, GRE and mobility headers have ports where not every kernel looks.
+        for protocol in [33, 47, 135] {
+            passes(program, to("10.2.2.9").protocol(protocol).payload(8), PassReason::Exception);
+            assert_eq!(
+                run(program, to("10.2.0.9").protocol(protocol).payload(8)).action,
+                RunAction::Transmit
+            );
         }
         // Ports that cannot be read may be any.
         passes(program, to("10.2.0.9").protocol(17).payload(3).padding(9), PassReason::Exception);
@@ -380,6 +490,8 @@ fn every_reason_is_reached_and_leaves_the_frame_untouched() {
         for (third, reason) in CELL_REASONS.iter().enumerate() {
             check(program, v4_to("10.1.0.5", &format!("10.7.{third}.1")), *reason);
         }
+        check(program, v4_to("10.1.7.5", "10.8.0.1"), PassReason::Guarded);
+        check(program, v4_to("10.1.0.5", "10.9.0.1"), PassReason::NoSa);
         check(program, v4_to("10.1.0.5", "10.6.9.1"), PassReason::DeniedDestination);
         check(program, v4_to("10.1.0.5", "10.6.8.1"), PassReason::RouteElsewhere);
         check(program, v4_to("10.1.9.5", "10.6.0.1"), PassReason::DeniedSource);

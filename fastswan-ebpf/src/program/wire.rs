@@ -14,8 +14,10 @@ const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const DCCP: u8 = 33;
+const GRE: u8 = 47;
 const ICMPV6: u8 = 58;
 const SCTP: u8 = 132;
+const MOBILITY: u8 = 135;
 const UDP_LITE: u8 = 136;
 
 #[repr(C, packed)]
@@ -103,23 +105,6 @@ pub(super) fn checksum_after_ttl_decrement(checksum: u16) -> u16 {
     (sum + u32::from(sum >= 0xffff)) as u16
 }
 
-/// This network, loopback, link-local, multicast, reserved and limited broadcast, RFC 6890. Host order.
-///
-/// Some of them the kernel forwards; passing them is as right, and they are rare.
-#[inline(always)]
-pub(super) fn is_special_v4(address: u32) -> bool {
-    address >> 24 == 0 || address >> 24 == 127 || address >> 16 == 0xa9fe || address >= 0xe000_0000
-}
-
-/// Unspecified, loopback, IPv4-compatible and -mapped, link-local, site-local and multicast (RFC 4291), from
-/// the two halves in host order. Likewise.
-#[inline(always)]
-pub(super) fn is_special_v6(address: [u64; 2]) -> bool {
-    (address[0] == 0 && matches!(address[1] >> 32, 0 | 0xffff))
-        || address[0] >> 55 == 0xfe80 >> 7
-        || address[0] >> 56 == 0xff
-}
-
 /// Whether an IPv6 next header is an extension header or anything else that is not the packet's last header.
 #[inline(always)]
 pub(super) fn is_extension_header(next_header: u8) -> bool {
@@ -134,15 +119,18 @@ pub(super) enum Ports {
     Ports,
     /// ICMP type and code are the first two.
     TypeAndCode,
-    /// Elsewhere or nowhere.
+    /// Nowhere: both are 0.
+    Zero,
+    /// Elsewhere, or not in all kernels.
     Unknown,
 }
 
 #[inline(always)]
 pub(super) fn ports_of(protocol: u8) -> Ports {
     match protocol {
-        TCP | UDP | DCCP | SCTP | UDP_LITE => Ports::Ports,
+        TCP | UDP | SCTP | UDP_LITE => Ports::Ports,
         ICMP | ICMPV6 => Ports::TypeAndCode,
-        _ => Ports::Unknown,
+        DCCP | GRE | MOBILITY => Ports::Unknown,
+        _ => Ports::Zero,
     }
 }

@@ -78,14 +78,15 @@ fn run_as_root() -> anyhow::Result<()> {
 /// Attaches the program, sends for some time, deletes a policy half-way.
 async fn story(tunnels: &Tunnels, duration: Duration) -> anyhow::Result<Outcome> {
     let host = HostFacts::read()?;
-    let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig { cells: 1024, slots: 64 })?;
+    let (mut forwarder, mut table) =
+        XdpForwarder::load(&TableConfig { cells_v4: 1024, cells_v6: 1024, exceptions: 64, slots: 64 })?;
     let attachment = forwarder.attach(&AttachConfig::new(INGRESS).complete_frames(true))?;
     for port in host.ports(attachment.ifindex) {
         table.set_port(&port)?;
     }
     let device = host.ifindex(EGRESS).context("the egress device is gone")?;
     let source = Promote::new(NetlinkSource::open()?, device, Tunnels::next_hop(), |_| true);
-    let mut gateway = Gateway::new(source, table, host);
+    let mut gateway = Gateway::new(source, table, &host);
     let all_fast =
         |gateway: &Gateway<_, _>| rows(&gateway.report(), None).iter().all(|row| row.state == FAST);
     wait(&mut gateway, "policies did not become fast", |gateway| {

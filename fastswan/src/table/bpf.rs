@@ -1,8 +1,7 @@
 //! A table in the maps of the XDP program.
 
 use std::{
-    collections::{BTreeSet, HashMap},
-    fmt, io,
+    fmt,
     net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
     time::Duration,
@@ -10,32 +9,28 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{
-        Map, MapData, MapError,
-        xdp::{DevMapHash, XdpMapError},
-    },
+    maps::{Map, MapError},
 };
-use fastswan_ebpf::{PORT_SLOTS, PassReason, Shared};
+use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, PassReason, Shared};
 use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
-    Capacity, Fact, OffloadTable, Port, Side, Slot, TableConfig, TableError, TableUpdate, Traffic, Verdict,
+    Capacity, Fact, OffloadTable, Port, Side, Slot, Standing, TableConfig, TableError, TableUpdate, Traffic,
+    Verdict,
+    devices::Devices,
     mmap::Region,
-    redirect::takes_redirected_frames,
     store::{Regions, Store},
 };
-use crate::sys::monotonic_coarse_nanoseconds;
+use crate::{policy::Family, sys::monotonic_coarse_nanoseconds};
 
 /// The table that the XDP program of an [`XdpForwarder`](crate::XdpForwarder) reads.
 ///
-/// Writing to it takes no system call, but for the devices of new policies, and for slots that are used
+/// Writing to it takes no system call, but for devices that no other slot uses, and for slots that are used
 /// again: before a slot gets another policy, the kernel is asked for a grace period (`membarrier(2)`), so
 /// that no packet is counted for the wrong one.
 pub struct BpfTable {
     store: Store,
-    devices: DevMapHash<MapData>,
-    /// Which device each slot uses.
-    device_of: HashMap<Slot, u32>,
+    devices: Devices,
     /// What to add to `CLOCK_MONOTONIC_COARSE` here to get the program's time: a time namespace shifts the
     /// one and not the other.
     clock_offset: i64,
@@ -61,10 +56,12 @@ pub(crate) enum MapsError {
 
 impl BpfTable {
     /// The lengths that the maps must be created with.
-    pub(crate) fn map_lengths(config: &TableConfig, cpus: u32) -> [(&'static str, u32); 5] {
+    pub(crate) fn map_lengths(config: &TableConfig, cpus: u32) -> [(&'static str, u32); 7] {
         [
-            ("CELLS_V4", config.buckets()),
-            ("CELLS_V6", config.buckets()),
+            ("CELLS_V4", config.cell_buckets(Family::V4)),
+            ("CELLS_V6", config.cell_buckets(Family::V6)),
+            ("EXCEPTIONS_V4", config.exception_buckets()),
+            ("EXCEPTIONS_V6", config.exception_buckets()),
             ("FORWARDINGS", config.slots),
             ("TRAFFIC", config.slots.saturating_mul(cpus)),
             ("PASSES", cpus),
@@ -78,17 +75,20 @@ impl BpfTable {
         cpus: u32,
         clock_offset: i64,
     ) -> Result<Self, MapsError> {
-        let buckets = config.buckets() as usize;
+        let buckets = |family| config.cell_buckets(family) as usize;
+        let exception_buckets = config.exception_buckets() as usize;
         let slots = config.slots as usize;
         let cpus = cpus as usize;
         let regions = Regions {
             control: map(ebpf, "CONTROL", 1)?,
-            cells_v4: map(ebpf, "CELLS_V4", buckets)?,
-            cells_v6: map(ebpf, "CELLS_V6", buckets)?,
-            tuples_v4: map(ebpf, "TUPLES_V4", 3)?,
-            tuples_v6: map(ebpf, "TUPLES_V6", 3)?,
-            exceptions_v4: map(ebpf, "EXCEPTIONS_V4", 1)?,
-            exceptions_v6: map(ebpf, "EXCEPTIONS_V6", 1)?,
+            cells_v4: map(ebpf, "CELLS_V4", buckets(Family::V4))?,
+            cells_v6: map(ebpf, "CELLS_V6", buckets(Family::V6))?,
+            tuples_v4: map(ebpf, "TUPLES_V4", LISTS)?,
+            tuples_v6: map(ebpf, "TUPLES_V6", LISTS)?,
+            exceptions_v4: map(ebpf, "EXCEPTIONS_V4", exception_buckets)?,
+            exceptions_v6: map(ebpf, "EXCEPTIONS_V6", exception_buckets)?,
+            exception_tuples_v4: map(ebpf, "UPPER_TUPLES_V4", EXCEPTION_LISTS)?,
+            exception_tuples_v6: map(ebpf, "UPPER_TUPLES_V6", EXCEPTION_LISTS)?,
             forwardings: map(ebpf, "FORWARDINGS", slots)?,
             ports: map(ebpf, "PORTS", PORT_SLOTS)?,
             traffic: map(ebpf, "TRAFFIC", slots * cpus)?,
@@ -97,59 +97,9 @@ impl BpfTable {
         let devices = ebpf.take_map("DEVICES").ok_or(MapsError::Missing("DEVICES"))?;
         Ok(Self {
             store: Store::new(regions, config),
-            devices: devices.try_into()?,
-            device_of: HashMap::new(),
+            devices: Devices::new(devices.try_into()?),
             clock_offset,
         })
-    }
-
-    /// Makes the devices of an update reachable before packets are sent there.
-    fn add_devices(&mut self, update: &TableUpdate) -> Result<(), TableError> {
-        let mut devices = BTreeSet::new();
-        for (slot, forwarding) in &update.forwardings {
-            let Some(forwarding) = forwarding else { continue };
-            self.device_of.insert(*slot, forwarding.ifindex);
-            devices.insert(forwarding.ifindex);
-        }
-        for ifindex in devices {
-            self.add_device(ifindex)?;
-        }
-        Ok(())
-    }
-
-    /// Lets packets be redirected to a device, unless they would be lost on the way.
-    fn add_device(&mut self, ifindex: u32) -> Result<(), TableError> {
-        let reason = match takes_redirected_frames(ifindex) {
-            Ok(true) => {
-                // Even if it is there: the kernel drops devices that unregister.
-                return self
-                    .devices
-                    .insert(ifindex, ifindex, None, 0)
-                    .map_err(|error| TableError::Device { ifindex, error: io_error(error) });
-            }
-            Ok(false) => "its driver takes none; a veth device does when its peer has GRO on".to_owned(),
-            Err(error) => error.to_string(),
-        };
-        tracing::warn!(
-            ifindex,
-            reason,
-            "no packet is redirected to a device: only what arrives there is fast"
-        );
-        let _ = self.devices.remove(ifindex);
-        Ok(())
-    }
-
-    fn remove_devices(&mut self, update: &TableUpdate) {
-        for (slot, forwarding) in &update.forwardings {
-            if forwarding.is_some() {
-                continue;
-            }
-            let Some(ifindex) = self.device_of.remove(slot) else { continue };
-            if !self.device_of.values().any(|&used| used == ifindex) {
-                // It is gone already if the device is.
-                let _ = self.devices.remove(ifindex);
-            }
-        }
     }
 }
 
@@ -157,13 +107,6 @@ fn map<T: Shared>(ebpf: &mut Ebpf, name: &'static str, length: usize) -> Result<
     let Some(Map::Array(data)) = ebpf.map(name) else { return Err(MapsError::Missing(name)) };
     let fd: BorrowedFd<'_> = data.fd().as_fd();
     Region::map(fd, length).map_err(|error| MapsError::Mmap { name, error })
-}
-
-fn io_error(error: XdpMapError) -> io::Error {
-    match error {
-        XdpMapError::MapError(MapError::SyscallError(error)) => error.io_error,
-        other => io::Error::other(other),
-    }
 }
 
 /// Returns when every packet that was in the program at the call has left it.
@@ -178,13 +121,13 @@ fn grace_period() {
 
 impl OffloadTable for BpfTable {
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
-        if let Err(error) = self.add_devices(update) {
+        let reachable = self.devices.enter(&update.slots);
+        if reachable.is_err() {
             self.store.set_enabled(false);
-            return Err(error);
         }
-        self.store.apply(update, grace_period)?;
-        self.remove_devices(update);
-        Ok(())
+        let applied = reachable.and_then(|()| self.store.apply(update, grace_period));
+        self.devices.leave();
+        applied
     }
 
     fn set_enabled(&mut self, enabled: bool) {
@@ -204,6 +147,10 @@ impl OffloadTable for BpfTable {
         self.store.remove_port(ifindex, vlan);
     }
 
+    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+        self.store.port(ifindex, vlan)
+    }
+
     fn capacity(&self) -> Capacity {
         self.store.capacity()
     }
@@ -214,6 +161,24 @@ impl OffloadTable for BpfTable {
 
     fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
         self.store.fact(side, address)
+    }
+
+    fn is_guarded(&self, source: IpAddr) -> bool {
+        self.store.is_guarded(source)
+    }
+
+    fn is_exception(
+        &self,
+        source: IpAddr,
+        destination: IpAddr,
+        protocol: u8,
+        ports: Option<(u16, u16)>,
+    ) -> bool {
+        self.store.is_exception(source, destination, protocol, ports)
+    }
+
+    fn standing(&self, slot: Slot) -> Option<Standing> {
+        self.store.standing(slot)
     }
 
     fn traffic(&self, slot: Slot) -> Traffic {

@@ -2,13 +2,15 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use fastswan_ebpf::{PORT_SLOTS, PassReason};
+use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, PassReason};
 
 use super::{
-    Capacity, Fact, OffloadTable, Port, Side, Slot, TableConfig, TableError, TableUpdate, Traffic, Verdict,
+    Capacity, Fact, OffloadTable, Port, Side, Slot, Standing, TableConfig, TableError, TableUpdate, Traffic,
+    Verdict,
     mmap::Region,
     store::{Regions, Store},
 };
+use crate::policy::Family;
 
 /// A table that no program reads: for tests, simulation and answers to "what would happen".
 ///
@@ -22,16 +24,19 @@ impl MemoryTable {
     /// An empty table.
     #[must_use]
     pub fn new(config: &TableConfig) -> Self {
-        let buckets = config.buckets() as usize;
+        let buckets = |family| config.cell_buckets(family) as usize;
+        let exception_buckets = config.exception_buckets() as usize;
         let slots = config.slots as usize;
         let regions = Regions {
             control: Region::allocate(1),
-            cells_v4: Region::allocate(buckets),
-            cells_v6: Region::allocate(buckets),
-            tuples_v4: Region::allocate(3),
-            tuples_v6: Region::allocate(3),
-            exceptions_v4: Region::allocate(1),
-            exceptions_v6: Region::allocate(1),
+            cells_v4: Region::allocate(buckets(Family::V4)),
+            cells_v6: Region::allocate(buckets(Family::V6)),
+            tuples_v4: Region::allocate(LISTS),
+            tuples_v6: Region::allocate(LISTS),
+            exceptions_v4: Region::allocate(exception_buckets),
+            exceptions_v6: Region::allocate(exception_buckets),
+            exception_tuples_v4: Region::allocate(EXCEPTION_LISTS),
+            exception_tuples_v6: Region::allocate(EXCEPTION_LISTS),
             forwardings: Region::allocate(slots),
             ports: Region::allocate(PORT_SLOTS),
             traffic: Region::allocate(slots),
@@ -60,6 +65,10 @@ impl OffloadTable for MemoryTable {
         self.store.remove_port(ifindex, vlan);
     }
 
+    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+        self.store.port(ifindex, vlan)
+    }
+
     fn capacity(&self) -> Capacity {
         self.store.capacity()
     }
@@ -70,6 +79,24 @@ impl OffloadTable for MemoryTable {
 
     fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
         self.store.fact(side, address)
+    }
+
+    fn is_guarded(&self, source: IpAddr) -> bool {
+        self.store.is_guarded(source)
+    }
+
+    fn is_exception(
+        &self,
+        source: IpAddr,
+        destination: IpAddr,
+        protocol: u8,
+        ports: Option<(u16, u16)>,
+    ) -> bool {
+        self.store.is_exception(source, destination, protocol, ports)
+    }
+
+    fn standing(&self, slot: Slot) -> Option<Standing> {
+        self.store.standing(slot)
     }
 
     fn traffic(&self, slot: Slot) -> Traffic {

@@ -10,16 +10,19 @@
 
 use std::{fmt, io, net::IpAddr, time::Duration};
 
-use fastswan_ebpf::{MAX_EXCEPTIONS, MAX_TUPLES, PassReason};
+use fastswan_ebpf::{MAX_TUPLES, PassReason};
 use ipnet::IpNet;
 
 pub use self::{bpf::BpfTable, memory::MemoryTable};
 use crate::policy::{Family, MacAddr, PortMatch};
 
 mod bpf;
+mod devices;
 mod memory;
 mod mmap;
 mod redirect;
+mod space;
+mod split;
 mod store;
 
 /// A region of the plane of addresses: the packets from `source` to `destination`.
@@ -53,11 +56,20 @@ pub enum Verdict {
     Fast {
         /// Whose packets they are.
         slot: Slot,
-        /// Host facts about destinations inside the cell differ: look the destination up first.
-        probe_destination: bool,
-        /// Host facts about sources inside the cell differ: look the source up first.
-        probe_source: bool,
+        /// What is looked up before.
+        probes: Probes,
     },
+}
+
+/// What must be looked up for each packet of a fast cell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Probes {
+    /// Host facts about destinations inside the cell differ.
+    pub destination: bool,
+    /// Host facts about sources inside the cell differ.
+    pub source: bool,
+    /// Guards lie inside the cell's source, or it inside one: a packet from a guard passes.
+    pub guards: bool,
 }
 
 /// Which address of a packet a host fact is about.
@@ -75,8 +87,7 @@ pub enum Side {
 /// port asks for the reverse path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fact {
-    /// An address that is the host's own, broadcast, unroutable or the like, or a source that a forward or sub
-    /// policy is about: never fast.
+    /// An address that is the host's own, broadcast, unroutable or the like: never fast.
     Denied,
     /// Routed to a device, by its interface index. For sources, 0 is a device that does not matter: packets from
     /// there are routed back somehow.
@@ -107,60 +118,92 @@ pub struct Forwarding {
     pub rewrite: Option<(MacAddr, MacAddr)>,
 }
 
-/// A batch of changes. Keys that are not named stay as they are.
+/// How a slot's packets leave, or why they pass.
+pub type Standing = Result<Forwarding, PassReason>;
+
+/// A batch of changes. Keys that are not named stay as they are; what is there already may be set again, and
+/// what is not there may be removed. Each key is named once, but a slot may be freed and then filled.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TableUpdate {
     /// Cells to set, or to remove.
     pub cells: Vec<(Cell, Option<Verdict>)>,
     /// Host facts to set, or to remove. Prefixes are without host bits.
     pub facts: Vec<((Side, IpNet), Option<Fact>)>,
+    /// Guards to add (`true`) or to remove: sources that a forward or sub policy, or another one that is not
+    /// part of the cells, is about. Prefixes are without host bits.
+    pub guards: Vec<(IpNet, bool)>,
+    /// Exceptions to add (`true`) or to remove.
+    pub exceptions: Vec<(Exception, bool)>,
     /// Slots to fill, or to free. A slot that was freed and is filled again starts with counters at zero.
-    pub forwardings: Vec<(Slot, Option<Forwarding>)>,
-    /// All exceptions of both families, if they changed.
-    pub exceptions: Option<Vec<Exception>>,
+    pub slots: Vec<(Slot, Option<Standing>)>,
 }
 
 impl TableUpdate {
+    /// How many changes it names.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.cells.len() + self.facts.len() + self.guards.len() + self.exceptions.len() + self.slots.len()
+    }
+
     /// Whether it changes nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.cells.is_empty()
-            && self.facts.is_empty()
-            && self.forwardings.is_empty()
-            && self.exceptions.is_none()
+        self.len() == 0
     }
 }
 
 /// How much a table holds. Beyond these limits the [`Compiler`](crate::Compiler) lets regions pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
-    /// Cells and host facts together, of each family.
-    pub cells: usize,
+    /// Cells, host facts and guards together, of IPv4.
+    pub cells_v4: usize,
+    /// The same of IPv6.
+    pub cells_v6: usize,
     /// Different pairs of prefix lengths of cells, of each family.
     pub tuples: usize,
     /// Different prefix lengths of host facts, of each family and side.
     pub fact_lengths: usize,
+    /// Different prefix lengths of guards, of each family.
+    pub guard_lengths: usize,
     /// Exceptions, of each family.
     pub exceptions: usize,
+    /// Different combinations of prefix lengths, "any protocol" or one, and port masks of exceptions, of each
+    /// family.
+    pub exception_tuples: usize,
     /// Slots.
     pub slots: usize,
 }
 
+impl Capacity {
+    /// Cells, host facts and guards together, of a family.
+    #[must_use]
+    pub fn cells(&self, family: Family) -> usize {
+        match family {
+            Family::V4 => self.cells_v4,
+            Family::V6 => self.cells_v6,
+        }
+    }
+}
+
 /// How large a table is made.
 ///
-/// The default takes about 14 MiB, and 256 KiB for each CPU.
+/// The default takes about 16 MiB, and 256 KiB for each CPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableConfig {
-    /// Cells and host facts together, of each family. Takes 32 bytes each for IPv4 and 80 for IPv6, after
-    /// rounding up to a power of two.
-    pub cells: u32,
+    /// Cells, host facts and guards together, of IPv4. Takes 32 bytes each, after rounding up to a power of two.
+    pub cells_v4: u32,
+    /// The same of IPv6. Takes 80 bytes each, after rounding up to a power of two.
+    pub cells_v6: u32,
+    /// Exceptions, of each family. Takes 96 bytes each for IPv4 and 192 for IPv6, after rounding up to a power
+    /// of two.
+    pub exceptions: u32,
     /// Policies that can be fast at the same time. Takes 32 bytes each, and 16 for each CPU.
     pub slots: u32,
 }
 
 impl Default for TableConfig {
     fn default() -> Self {
-        Self { cells: 131_072, slots: 16_384 }
+        Self { cells_v4: 131_072, cells_v6: 131_072, exceptions: 4096, slots: 16_384 }
     }
 }
 
@@ -169,18 +212,33 @@ impl TableConfig {
     #[must_use]
     pub fn capacity(&self) -> Capacity {
         Capacity {
-            cells: self.cells as usize,
+            cells_v4: self.cells_v4 as usize,
+            cells_v6: self.cells_v6 as usize,
             tuples: MAX_TUPLES,
             fact_lengths: MAX_TUPLES,
-            exceptions: MAX_EXCEPTIONS,
+            guard_lengths: MAX_TUPLES,
+            exceptions: self.exceptions as usize,
+            exception_tuples: MAX_TUPLES,
             slots: self.slots as usize,
         }
     }
 
-    /// Two entries for each bucket of four, so that there is nearly always room in one of two buckets.
-    fn buckets(&self) -> u32 {
-        self.cells.max(4).div_ceil(2).next_power_of_two()
+    fn cell_buckets(&self, family: Family) -> u32 {
+        buckets_for(match family {
+            Family::V4 => self.cells_v4,
+            Family::V6 => self.cells_v6,
+        })
     }
+
+    /// Each exception has an entry in two lists.
+    fn exception_buckets(&self) -> u32 {
+        buckets_for(self.exceptions.saturating_mul(2))
+    }
+}
+
+/// Two entries for each bucket of four, so that there is nearly always room in one of two buckets.
+fn buckets_for(entries: u32) -> u32 {
+    entries.clamp(4, 1 << 31).div_ceil(2).next_power_of_two()
 }
 
 /// An (interface, VLAN) pair from which packets may be fast.
@@ -259,6 +317,9 @@ pub trait OffloadTable: Send {
     /// Removes a port; its frames pass from now on.
     fn remove_port(&mut self, ifindex: u32, vlan: u16);
 
+    /// The port of an (interface, VLAN), if there is one.
+    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port>;
+
     /// How much it holds.
     fn capacity(&self) -> Capacity;
 
@@ -267,6 +328,23 @@ pub trait OffloadTable: Send {
 
     /// The host fact for an address, as the data path finds it.
     fn fact(&self, side: Side, address: IpAddr) -> Option<Fact>;
+
+    /// Whether a guard is about a source, as the data path finds it.
+    fn is_guarded(&self, source: IpAddr) -> bool;
+
+    /// Whether an exception is about a packet, as the data path finds it. `ports` are those that the kernel
+    /// compares with a selector's: ICMP type and code for ICMP, 0 and 0 for protocols that have none, `None`
+    /// if they cannot be read.
+    fn is_exception(
+        &self,
+        source: IpAddr,
+        destination: IpAddr,
+        protocol: u8,
+        ports: Option<(u16, u16)>,
+    ) -> bool;
+
+    /// How a slot's packets leave, or why they pass; `None` if it is free.
+    fn standing(&self, slot: Slot) -> Option<Standing>;
 
     /// What a slot has forwarded.
     fn traffic(&self, slot: Slot) -> Traffic;

@@ -1,36 +1,34 @@
 //! Writes and reads the layout of `fastswan-ebpf`, wherever it lies.
 //!
 //! A batch is bracketed by [`Control::sequence`]: odd while it is being written. A reader that meets an odd
-//! number, or another one after its lookup than before, passes its packet. So entries may be moved, the hash
-//! may be seeded anew and lists may be shifted without any reader seeing a mixture.
+//! number, or another one after its lookup than before, passes its packet. So a reader sees no mixture of what
+//! was before and what comes after, in whatever order it is written.
 
-// Buckets and slots are indexed by numbers that were masked to the size of what they index.
+// Numbers are packed into words, and unpacked from them.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::{
     collections::HashSet,
-    hash::{BuildHasher, RandomState},
     net::IpAddr,
     sync::atomic::{Ordering, fence},
     time::Duration,
 };
 
 use fastswan_ebpf::{
-    BUCKET_ENTRIES, Bucket, Buckets, Control, ExceptionList, FamilyControl, Forwarding as ForwardingRecord,
-    Hashed, KEY_WORDS_V4, KEY_WORDS_V6, List, MAX_EXCEPTIONS, MAX_TUPLES, PORT_PROBES, PORT_SLOTS,
-    PassReason, Passes, Port as PortRecord, Traffic as TrafficRecord, TupleList, Value, Word, first_hit,
-    hash, packed_mac, port_key, port_slot, upper_layer,
+    Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
+    Forwarding as ForwardingRecord, KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_TUPLES, PORT_PROBES,
+    PORT_SLOTS, PassReason, Passes, Port as PortRecord, Traffic as TrafficRecord, TupleList, Value,
+    packed_mac, port_key, port_slot, unpacked_mac, upper_layer,
 };
 use ipnet::IpNet;
 
 use super::{
-    Capacity, Cell, Exception, Fact, Forwarding, Port, ReversePath, Side, Slot, TableConfig, TableError,
-    TableUpdate, Traffic, Verdict, mmap::Region,
+    Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, Standing,
+    TableConfig, TableError, TableUpdate, Traffic, Verdict,
+    mmap::Region,
+    space::{NoRoom, Pattern, TupleSpace},
 };
-use crate::policy::{Family, PortMatch};
-
-/// A seed is tried this often before the hash counts as full.
-const SEED_ATTEMPTS: u32 = 16;
+use crate::policy::{Family, MacAddr};
 
 /// The memory that a table lies in.
 #[derive(Debug)]
@@ -40,8 +38,10 @@ pub(super) struct Regions {
     pub(super) cells_v6: Region<Bucket<KEY_WORDS_V6>>,
     pub(super) tuples_v4: Region<TupleList<KEY_WORDS_V4>>,
     pub(super) tuples_v6: Region<TupleList<KEY_WORDS_V6>>,
-    pub(super) exceptions_v4: Region<ExceptionList<KEY_WORDS_V4>>,
-    pub(super) exceptions_v6: Region<ExceptionList<KEY_WORDS_V6>>,
+    pub(super) exceptions_v4: Region<Bucket<EXCEPTION_WORDS_V4>>,
+    pub(super) exceptions_v6: Region<Bucket<EXCEPTION_WORDS_V6>>,
+    pub(super) exception_tuples_v4: Region<TupleList<EXCEPTION_WORDS_V4>>,
+    pub(super) exception_tuples_v6: Region<TupleList<EXCEPTION_WORDS_V6>>,
     pub(super) forwardings: Region<ForwardingRecord>,
     pub(super) ports: Region<PortRecord>,
     pub(super) traffic: Region<TrafficRecord>,
@@ -52,13 +52,17 @@ pub(super) struct Regions {
 #[derive(Debug)]
 pub(super) struct Store {
     control: Region<Control>,
-    v4: FamilyStore<KEY_WORDS_V4>,
-    v6: FamilyStore<KEY_WORDS_V6>,
+    v4: TupleSpace<KEY_WORDS_V4, LISTS>,
+    v6: TupleSpace<KEY_WORDS_V6, LISTS>,
+    exceptions_v4: TupleSpace<EXCEPTION_WORDS_V4, EXCEPTION_LISTS>,
+    exceptions_v6: TupleSpace<EXCEPTION_WORDS_V6, EXCEPTION_LISTS>,
     forwardings: Region<ForwardingRecord>,
     ports: Region<PortRecord>,
     traffic: Region<TrafficRecord>,
     passes: Region<Passes>,
     capacity: Capacity,
+    /// Those in the table: different ones may share entries.
+    exceptions: HashSet<Exception>,
     /// Slots that were freed since the last grace period: packets may still be counted for them.
     retired: HashSet<Slot>,
 }
@@ -68,17 +72,19 @@ impl Store {
     pub(super) fn new(regions: Regions, config: &TableConfig) -> Self {
         let store = Self {
             control: regions.control,
-            v4: FamilyStore::new(regions.cells_v4, regions.tuples_v4, regions.exceptions_v4),
-            v6: FamilyStore::new(regions.cells_v6, regions.tuples_v6, regions.exceptions_v6),
+            v4: TupleSpace::new(regions.cells_v4, regions.tuples_v4),
+            v6: TupleSpace::new(regions.cells_v6, regions.tuples_v6),
+            exceptions_v4: TupleSpace::new(regions.exceptions_v4, regions.exception_tuples_v4),
+            exceptions_v6: TupleSpace::new(regions.exceptions_v6, regions.exception_tuples_v6),
             forwardings: regions.forwardings,
             ports: regions.ports,
             traffic: regions.traffic,
             passes: regions.passes,
             capacity: config.capacity(),
+            exceptions: HashSet::new(),
             retired: HashSet::new(),
         };
-        store.v4.publish(&store.control[0].v4);
-        store.v6.publish(&store.control[0].v6);
+        store.publish();
         store
     }
 
@@ -87,22 +93,27 @@ impl Store {
     }
 
     /// Applies a batch. `grace_period` returns when every packet that was being looked up at its call is done.
-    pub(super) fn apply(
-        &mut self,
-        update: &TableUpdate,
-        grace_period: impl FnOnce(),
-    ) -> Result<(), TableError> {
-        let refilled = |(slot, forwarding): &(Slot, Option<Forwarding>)| {
-            forwarding.is_some() && self.retired.contains(slot)
-        };
-        if update.forwardings.iter().any(refilled) {
+    pub(super) fn apply(&mut self, update: &TableUpdate, grace_period: impl Fn()) -> Result<(), TableError> {
+        let refilled =
+            |(slot, standing): &(Slot, Option<Standing>)| standing.is_some() && self.retired.contains(slot);
+        if update.slots.iter().any(refilled) {
             grace_period();
             for slot in self.retired.drain() {
                 clear_traffic(&self.traffic, self.capacity.slots, slot);
             }
         }
+        let handed_over = handed_over(&update.slots);
         self.begin();
+        if !handed_over.is_empty() {
+            // Packets pass meanwhile, since the slots are still the old policies'. It takes a full table to
+            // get here.
+            grace_period();
+            for slot in handed_over {
+                clear_traffic(&self.traffic, self.capacity.slots, slot);
+            }
+        }
         let result = self.write(update);
+        self.publish();
         if result.is_err() {
             self.set_enabled(false);
         }
@@ -122,8 +133,18 @@ impl Store {
                 self.set_fact(*side, prefix, None)?;
             }
         }
-        for (slot, forwarding) in &update.forwardings {
-            self.set_forwarding(*slot, forwarding.as_ref())?;
+        for (guard, there) in &update.guards {
+            if !there {
+                self.set_guard(guard, false)?;
+            }
+        }
+        for (exception, there) in &update.exceptions {
+            if !there {
+                self.set_exception(exception, false)?;
+            }
+        }
+        for (slot, standing) in &update.slots {
+            self.set_slot(*slot, standing.as_ref())?;
         }
         for (cell, verdict) in &update.cells {
             if let Some(verdict) = verdict {
@@ -135,73 +156,106 @@ impl Store {
                 self.set_fact(*side, prefix, Some(stored_fact(*fact)))?;
             }
         }
-        if let Some(exceptions) = &update.exceptions {
-            self.set_exceptions(exceptions)?;
+        for (guard, there) in &update.guards {
+            if *there {
+                self.set_guard(guard, true)?;
+            }
         }
-        let control = &self.control[0];
-        self.v4.publish(&control.v4);
-        self.v6.publish(&control.v6);
+        for (exception, there) in &update.exceptions {
+            if *there {
+                self.set_exception(exception, true)?;
+            }
+        }
         Ok(())
     }
 
+    fn publish(&self) {
+        let control = &self.control[0];
+        self.v4.publish(&control.v4);
+        self.v6.publish(&control.v6);
+        self.exceptions_v4.publish(&control.exceptions_v4);
+        self.exceptions_v6.publish(&control.exceptions_v6);
+    }
+
     fn set_cell(&mut self, cell: &Cell, value: Option<Value>) -> Result<(), TableError> {
-        match Pattern::of_cell(cell) {
-            Some(AnyPattern::V4(pattern)) => self.v4.set(List::Cells, &pattern, value),
-            Some(AnyPattern::V6(pattern)) => self.v6.set(List::Cells, &pattern, value),
-            None => Err(NoRoom::MixedFamilies),
-        }
-        .map_err(|no_room| self.full(no_room, Family::of(&cell.destination)))
+        let pattern = AnyPattern::of_cell(cell).ok_or(TableError::MixedFamilies)?;
+        self.set(List::Cells, &pattern, value)
     }
 
     fn set_fact(&mut self, side: Side, prefix: &IpNet, value: Option<Value>) -> Result<(), TableError> {
-        let list = match side {
-            Side::Destination => List::Destinations,
-            Side::Source => List::Sources,
+        self.set(list_of(side), &AnyPattern::of_side(side, prefix), value)
+    }
+
+    fn set_guard(&mut self, prefix: &IpNet, there: bool) -> Result<(), TableError> {
+        let pattern = AnyPattern::of_side(Side::Source, prefix);
+        self.set(List::Guards, &pattern, there.then(|| Value::present(1)))
+    }
+
+    fn set(&mut self, list: List, pattern: &AnyPattern, value: Option<Value>) -> Result<(), TableError> {
+        let (result, family) = match pattern {
+            AnyPattern::V4(pattern) => (self.v4.set(list as usize, pattern, value), Family::V4),
+            AnyPattern::V6(pattern) => (self.v6.set(list as usize, pattern, value), Family::V6),
         };
-        match Pattern::of_side(side, prefix) {
-            AnyPattern::V4(pattern) => self.v4.set(list, &pattern, value),
-            AnyPattern::V6(pattern) => self.v6.set(list, &pattern, value),
-        }
-        .map_err(|no_room| self.full(no_room, Family::of(prefix)))
+        let what = ("an entry", "a pair of prefix lengths");
+        result.map_err(|no_room| full(no_room, family, self.capacity.cells(family), what))
     }
 
-    fn set_exceptions(&mut self, exceptions: &[Exception]) -> Result<(), TableError> {
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        for exception in exceptions {
-            match Pattern::of_cell(&exception.cell) {
-                Some(AnyPattern::V4(pattern)) => v4.push((pattern, exception)),
-                Some(AnyPattern::V6(pattern)) => v6.push((pattern, exception)),
-                None => {
-                    return Err(self.full(NoRoom::MixedFamilies, Family::of(&exception.cell.destination)));
-                }
+    fn set_exception(&mut self, exception: &Exception, there: bool) -> Result<(), TableError> {
+        if self.exceptions.contains(exception) == there {
+            return Ok(());
+        }
+        let pattern = AnyPattern::of_cell(&exception.cell).ok_or(TableError::MixedFamilies)?;
+        let (result, family) = match pattern {
+            AnyPattern::V4(Pattern { key: [key], mask: [mask] }) => {
+                let patterns = upper_layers(exception)
+                    .map(|(upper, upper_mask)| Pattern { key: [key, upper], mask: [mask, upper_mask] });
+                (count(&mut self.exceptions_v4, &patterns, there), Family::V4)
             }
+            AnyPattern::V6(Pattern { key: [d0, d1, s0, s1], mask: [e0, e1, t0, t1] }) => {
+                let patterns = upper_layers(exception).map(|(upper, upper_mask)| Pattern {
+                    key: [d0, d1, s0, s1, upper],
+                    mask: [e0, e1, t0, t1, upper_mask],
+                });
+                (count(&mut self.exceptions_v6, &patterns, there), Family::V6)
+            }
+        };
+        let what = ("an exception", "a combination of prefix lengths and ports");
+        result.map_err(|no_room| full(no_room, family, self.capacity.exceptions, what))?;
+        if there {
+            self.exceptions.insert(*exception);
+        } else {
+            self.exceptions.remove(exception);
         }
-        let v4 = self.v4.set_exceptions(&v4).map_err(|no_room| (no_room, Family::V4));
-        v4.and_then(|()| self.v6.set_exceptions(&v6).map_err(|no_room| (no_room, Family::V6)))
-            .map_err(|(no_room, family)| self.full(no_room, family))
+        Ok(())
     }
 
-    fn set_forwarding(&mut self, slot: Slot, forwarding: Option<&Forwarding>) -> Result<(), TableError> {
+    fn set_slot(&mut self, slot: Slot, standing: Option<&Standing>) -> Result<(), TableError> {
         let Some(record) = self.forwardings.get(slot.0 as usize) else {
             return Err(TableError::NoSuchSlot { slot, limit: self.capacity.slots });
         };
-        let Some(forwarding) = forwarding else {
-            record.device_and_length.store(0);
+        match standing {
+            Some(Ok(forwarding)) => {
+                let (source, destination) = forwarding.rewrite.unwrap_or_default();
+                record.destination.store(packed_mac(destination.0));
+                record.source.store(packed_mac(source.0));
+                let length = u64::from(forwarding.max_length) << 32;
+                record.device_and_length.store(u64::from(forwarding.ifindex) | length);
+            }
+            Some(Err(reason)) => record.device_and_length.store((*reason as u64 + 1) << 32),
+            None => record.device_and_length.store(0),
+        }
+        if standing.is_some() {
+            self.retired.remove(&slot);
+        } else {
             self.retired.insert(slot);
-            return Ok(());
-        };
-        let (source, destination) = forwarding.rewrite.unwrap_or_default();
-        record.destination.store(packed_mac(destination.0));
-        record.source.store(packed_mac(source.0));
-        let length = u64::from(forwarding.max_length) << 32;
-        record.device_and_length.store(u64::from(forwarding.ifindex) | length);
+        }
         Ok(())
     }
 
     pub(super) fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
         let key = port_key(port.ifindex, port.vlan);
         let free = || self.port_candidates(key).find(|record| record.key.load() == 0);
-        let Some(record) = self.port(key).or_else(free) else {
+        let Some(record) = self.port_record(key).or_else(free) else {
             return Err(TableError::TooManyPorts {
                 ifindex: port.ifindex,
                 vlan: port.vlan,
@@ -228,14 +282,34 @@ impl Store {
     }
 
     pub(super) fn remove_port(&mut self, ifindex: u32, vlan: u16) {
-        if let Some(record) = self.port(port_key(ifindex, vlan)) {
+        if let Some(record) = self.port_record(port_key(ifindex, vlan)) {
             self.begin();
             record.key.store(0);
             self.end();
         }
     }
 
-    fn port(&self, key: u64) -> Option<&PortRecord> {
+    pub(super) fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+        let record = self.port_record(port_key(ifindex, vlan))?;
+        let flags_and_receiver = record.flags_and_receiver.load();
+        let is_set = |flag: u64| flags_and_receiver & flag != 0;
+        Some(Port {
+            ifindex,
+            vlan,
+            receiver: (flags_and_receiver >> 32) as u32,
+            address: MacAddr(unpacked_mac(record.address.load())),
+            forwards: Forwards { v4: is_set(PortRecord::FORWARDS_V4), v6: is_set(PortRecord::FORWARDS_V6) },
+            reverse_path: if is_set(PortRecord::REVERSE_PATH_STRICT) {
+                ReversePath::Strict
+            } else if is_set(PortRecord::REVERSE_PATH_LOOSE) {
+                ReversePath::Loose
+            } else {
+                ReversePath::Off
+            },
+        })
+    }
+
+    fn port_record(&self, key: u64) -> Option<&PortRecord> {
         self.port_candidates(key).find(|record| record.key.load() == key)
     }
 
@@ -259,33 +333,73 @@ impl Store {
 
     pub(super) fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
         let cell = Cell { destination: destination.into(), source: source.into() };
-        let value = match Pattern::of_cell(&cell)? {
-            AnyPattern::V4(pattern) => self.v4.first_hit(List::Cells, &pattern.key),
-            AnyPattern::V6(pattern) => self.v6.first_hit(List::Cells, &pattern.key),
-        }?;
+        let value = self.first_hit(List::Cells, &AnyPattern::of_cell(&cell)?)?;
         match value.kind() {
             Value::FAST => Some(Verdict::Fast {
                 slot: Slot(value.payload()),
-                probe_destination: value.probes_destination(),
-                probe_source: value.probes_source(),
+                probes: Probes {
+                    destination: value.probes_destination(),
+                    source: value.probes_source(),
+                    guards: value.probes_guards(),
+                },
             }),
             _ => PassReason::from_index(value.payload()).map(Verdict::Pass),
         }
     }
 
     pub(super) fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
-        let list = match side {
-            Side::Destination => List::Destinations,
-            Side::Source => List::Sources,
-        };
-        let value = match Pattern::of_side(side, &address.into()) {
-            AnyPattern::V4(pattern) => self.v4.first_hit(list, &pattern.key),
-            AnyPattern::V6(pattern) => self.v6.first_hit(list, &pattern.key),
-        }?;
+        let value = self.first_hit(list_of(side), &AnyPattern::of_side(side, &address.into()))?;
         match value.kind() {
             Value::VIA => Some(Fact::Via(value.payload())),
             _ => Some(Fact::Denied),
         }
+    }
+
+    pub(super) fn is_guarded(&self, source: IpAddr) -> bool {
+        self.first_hit(List::Guards, &AnyPattern::of_side(Side::Source, &source.into())).is_some()
+    }
+
+    pub(super) fn is_exception(
+        &self,
+        source: IpAddr,
+        destination: IpAddr,
+        protocol: u8,
+        ports: Option<(u16, u16)>,
+    ) -> bool {
+        let list = if ports.is_some() { ExceptionList::Ports } else { ExceptionList::Protocols };
+        let (source_port, destination_port) = ports.unwrap_or_default();
+        let upper = upper_layer(protocol, source_port, destination_port);
+        let cell = Cell { destination: destination.into(), source: source.into() };
+        match AnyPattern::of_cell(&cell) {
+            Some(AnyPattern::V4(Pattern { key: [key], .. })) => {
+                self.exceptions_v4.first_hit(list as usize, &[key, upper]).is_some()
+            }
+            Some(AnyPattern::V6(Pattern { key: [d0, d1, s0, s1], .. })) => {
+                self.exceptions_v6.first_hit(list as usize, &[d0, d1, s0, s1, upper]).is_some()
+            }
+            None => false,
+        }
+    }
+
+    fn first_hit(&self, list: List, pattern: &AnyPattern) -> Option<Value> {
+        match pattern {
+            AnyPattern::V4(pattern) => self.v4.first_hit(list as usize, &pattern.key),
+            AnyPattern::V6(pattern) => self.v6.first_hit(list as usize, &pattern.key),
+        }
+    }
+
+    pub(super) fn standing(&self, slot: Slot) -> Option<Standing> {
+        let record = self.forwardings.get(slot.0 as usize)?;
+        let word = record.device_and_length.load();
+        let (ifindex, rest) = (word as u32, (word >> 32) as u32);
+        if ifindex == 0 {
+            return PassReason::from_index(rest.checked_sub(1)?).map(Err);
+        }
+        let (source, destination) = (record.source.load(), record.destination.load());
+        let rewrite = (source, destination) != (0, 0);
+        let mac = |packed| MacAddr(unpacked_mac(packed));
+        let rewrite = rewrite.then(|| (mac(source), mac(destination)));
+        Some(Ok(Forwarding { ifindex, max_length: rest as u16, rewrite }))
     }
 
     pub(super) fn traffic(&self, slot: Slot) -> Traffic {
@@ -316,23 +430,65 @@ impl Store {
         // Whoever sees the even number sees all writes of the batch.
         sequence.store(sequence.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
     }
+}
 
-    fn full(&self, no_room: NoRoom, family: Family) -> TableError {
-        let (what, limit) = match no_room {
-            NoRoom::Entries => ("an entry", self.capacity.cells),
-            NoRoom::Tuples => ("a pair of prefix lengths", MAX_TUPLES),
-            NoRoom::Exceptions => ("an exception", MAX_EXCEPTIONS),
-            NoRoom::MixedFamilies => return TableError::MixedFamilies,
-        };
-        TableError::Full { what, family, limit }
+/// Slots that are freed and then filled in one batch.
+fn handed_over(slots: &[(Slot, Option<Standing>)]) -> HashSet<Slot> {
+    let mut freed = HashSet::new();
+    let mut handed_over = HashSet::new();
+    for (slot, standing) in slots {
+        if standing.is_none() {
+            freed.insert(*slot);
+        } else if freed.contains(slot) {
+            handed_over.insert(*slot);
+        }
+    }
+    handed_over
+}
+
+/// Counts one exception more, or one less, for the entries of both lists that it has.
+fn count<const K: usize>(
+    space: &mut TupleSpace<K, EXCEPTION_LISTS>,
+    patterns: &[Pattern<K>; EXCEPTION_LISTS],
+    more: bool,
+) -> Result<(), NoRoom> {
+    space.count(0, &patterns[0], more)?;
+    let second = space.count(1, &patterns[1], more);
+    if second.is_err() {
+        space.count(0, &patterns[0], !more)?;
+    }
+    second
+}
+
+/// What an exception asks of the upper layer, and the mask of it: by [`ExceptionList`].
+fn upper_layers(exception: &Exception) -> [(u64, u64); EXCEPTION_LISTS] {
+    let protocol_mask = if exception.protocol == 0 { 0 } else { u8::MAX };
+    let (source, destination) = (exception.source_port, exception.destination_port);
+    let ports_mask = upper_layer(protocol_mask, source.mask, destination.mask);
+    let upper = upper_layer(exception.protocol, source.port, destination.port);
+    [ports_mask, upper_layer(protocol_mask, 0, 0)].map(|mask| (upper & mask, mask))
+}
+
+fn list_of(side: Side) -> List {
+    match side {
+        Side::Destination => List::Destinations,
+        Side::Source => List::Sources,
+    }
+}
+
+/// `what` names an entry, of which there may be `limit`, and what its tuple is.
+fn full(no_room: NoRoom, family: Family, limit: usize, what: (&'static str, &'static str)) -> TableError {
+    match no_room {
+        NoRoom::Entries => TableError::Full { what: what.0, family, limit },
+        NoRoom::Tuples => TableError::Full { what: what.1, family, limit: MAX_TUPLES },
     }
 }
 
 fn stored_verdict(verdict: Verdict) -> Value {
     match verdict {
         Verdict::Pass(reason) => Value::pass(reason),
-        Verdict::Fast { slot, probe_destination, probe_source } => {
-            Value::fast(slot.0, probe_destination, probe_source)
+        Verdict::Fast { slot, probes: Probes { destination, source, guards } } => {
+            Value::fast(slot.0, destination, source, guards)
         }
     }
 }
@@ -359,42 +515,23 @@ fn clear_traffic(traffic: &Region<TrafficRecord>, slots: usize, slot: Slot) {
     }
 }
 
-/// Why an entry could not be stored.
-#[derive(Clone, Copy, Debug)]
-enum NoRoom {
-    Entries,
-    Tuples,
-    Exceptions,
-    MixedFamilies,
-}
-
-/// What entries of one tuple have in common, and the key of one of them.
-#[derive(Clone, Copy, Debug)]
-struct Pattern<const K: usize> {
-    key: [u64; K],
-    mask: [u64; K],
-    /// Prefix lengths of destination and source.
-    lengths: (u8, u8),
-}
-
+/// Addresses as keys and masks.
 enum AnyPattern {
     V4(Pattern<KEY_WORDS_V4>),
     V6(Pattern<KEY_WORDS_V6>),
 }
 
-impl Pattern<0> {
+impl AnyPattern {
     /// `None` if the prefixes are of different families.
-    fn of_cell(cell: &Cell) -> Option<AnyPattern> {
-        let lengths = (cell.destination.prefix_len(), cell.source.prefix_len());
+    fn of_cell(cell: &Cell) -> Option<Self> {
         match (cell.destination, cell.source) {
             (IpNet::V4(destination), IpNet::V4(source)) => {
                 let word = |destination, source| {
                     [u64::from(u32::from(destination)) << 32 | u64::from(u32::from(source))]
                 };
-                Some(AnyPattern::V4(Pattern {
+                Some(Self::V4(Pattern {
                     key: word(destination.network(), source.network()),
                     mask: word(destination.netmask(), source.netmask()),
-                    lengths,
                 }))
             }
             (IpNet::V6(destination), IpNet::V6(source)) => {
@@ -403,325 +540,26 @@ impl Pattern<0> {
                     let [s0, s1] = halves(u128::from(source));
                     [d0, d1, s0, s1]
                 };
-                Some(AnyPattern::V6(Pattern {
+                Some(Self::V6(Pattern {
                     key: words(destination.network(), source.network()),
                     mask: words(destination.netmask(), source.netmask()),
-                    lengths,
                 }))
             }
             _ => None,
         }
     }
 
-    fn of_side(side: Side, prefix: &IpNet) -> AnyPattern {
+    fn of_side(side: Side, prefix: &IpNet) -> Self {
         let everything = Family::of(prefix).everything();
         let cell = match side {
             Side::Destination => Cell { destination: *prefix, source: everything },
             Side::Source => Cell { destination: everything, source: *prefix },
         };
         // Both prefixes are of one family by construction; the fallback can only name the empty prefix.
-        Self::of_cell(&cell).unwrap_or(AnyPattern::V4(Pattern { key: [0], mask: [0], lengths: (0, 0) }))
+        Self::of_cell(&cell).unwrap_or(Self::V4(Pattern { key: [0], mask: [0] }))
     }
 }
 
 fn halves(bits: u128) -> [u64; 2] {
     [(bits >> 64) as u64, bits as u64]
-}
-
-/// The tables of one family.
-#[derive(Debug)]
-struct FamilyStore<const K: usize> {
-    cells: Region<Bucket<K>>,
-    tuples: Region<TupleList<K>>,
-    exceptions: Region<ExceptionList<K>>,
-    exception_count: usize,
-    seed: u64,
-    /// The lists as they are in `tuples`.
-    lists: [Vec<TupleState<K>>; 3],
-}
-
-/// A tuple that has entries.
-#[derive(Clone, Copy, Debug)]
-struct TupleState<const K: usize> {
-    lengths: (u8, u8),
-    mask: [u64; K],
-    number: u8,
-    entries: usize,
-}
-
-struct BucketSlice<'a, const K: usize>(&'a [Bucket<K>]);
-
-impl<const K: usize> Buckets<K> for BucketSlice<'_, K> {
-    fn bucket(&self, index: u64) -> Option<&Bucket<K>> {
-        self.0.get(usize::try_from(index).ok()?)
-    }
-}
-
-/// An entry as it lies in the hash.
-#[derive(Clone, Copy)]
-struct Entry<const K: usize> {
-    key: [u64; K],
-    number: u8,
-    value: Value,
-}
-
-impl<const K: usize> FamilyStore<K> {
-    fn new(
-        cells: Region<Bucket<K>>,
-        tuples: Region<TupleList<K>>,
-        exceptions: Region<ExceptionList<K>>,
-    ) -> Self {
-        Self {
-            cells,
-            tuples,
-            exceptions,
-            exception_count: 0,
-            seed: random(),
-            lists: [const { Vec::new() }; 3],
-        }
-    }
-
-    fn bucket_mask(&self) -> u64 {
-        self.cells.len() as u64 - 1
-    }
-
-    /// Writes what the program needs to know to read the tables.
-    fn publish(&self, control: &FamilyControl) {
-        control.seed.store(self.seed);
-        control.bucket_mask.store(self.bucket_mask());
-        control.exceptions.store(self.exception_count as u64);
-        for (length, list) in control.tuples.iter().zip(&self.lists) {
-            length.store(list.len() as u64);
-        }
-    }
-
-    fn first_hit(&self, list: List, key: &[u64; K]) -> Option<Value> {
-        let length = self.lists[list as usize].len() as u64;
-        let tuples = &self.tuples[list as usize];
-        first_hit(&BucketSlice(&self.cells), tuples, length, key, self.seed, self.bucket_mask())
-    }
-
-    fn set(&mut self, list: List, pattern: &Pattern<K>, value: Option<Value>) -> Result<(), NoRoom> {
-        let position = self.lists[list as usize].iter().position(|tuple| tuple.lengths == pattern.lengths);
-        let Some(value) = value else {
-            if let Some(position) = position {
-                self.remove(list, position, pattern);
-            }
-            return Ok(());
-        };
-        let position = match position {
-            Some(position) => position,
-            None => self.insert_tuple(list, pattern)?,
-        };
-        let number = self.lists[list as usize][position].number;
-        let entry = Entry { key: pattern.key, number, value };
-        if let Some(place) = self.find(&entry.key, number) {
-            self.put(place, &entry);
-            return Ok(());
-        }
-        self.insert(entry)?;
-        self.lists[list as usize][position].entries += 1;
-        Ok(())
-    }
-
-    fn remove(&mut self, list: List, position: usize, pattern: &Pattern<K>) {
-        let tuple = &mut self.lists[list as usize][position];
-        let number = tuple.number;
-        if let Some(place) = self.find(&pattern.key, number) {
-            self.clear(place);
-            let tuple = &mut self.lists[list as usize][position];
-            tuple.entries -= 1;
-            if tuple.entries == 0 {
-                self.lists[list as usize].remove(position);
-                self.write_list(list);
-            }
-        }
-    }
-
-    fn insert_tuple(&mut self, list: List, pattern: &Pattern<K>) -> Result<usize, NoRoom> {
-        if self.lists[list as usize].len() == MAX_TUPLES {
-            return Err(NoRoom::Tuples);
-        }
-        let taken: HashSet<u8> = self.lists.iter().flatten().map(|tuple| tuple.number).collect();
-        let number = (0..=u8::MAX).find(|number| !taken.contains(number)).ok_or(NoRoom::Tuples)?;
-        let tuples = &mut self.lists[list as usize];
-        // Longest destination first, then longest source.
-        let position = tuples.partition_point(|tuple| tuple.lengths > pattern.lengths);
-        let tuple = TupleState { lengths: pattern.lengths, mask: pattern.mask, number, entries: 0 };
-        tuples.insert(position, tuple);
-        self.write_list(list);
-        Ok(position)
-    }
-
-    fn write_list(&self, list: List) {
-        for (record, tuple) in self.tuples[list as usize].0.iter().zip(&self.lists[list as usize]) {
-            store_words(&record.mask, &tuple.mask);
-            record.number.store(u64::from(tuple.number));
-        }
-    }
-
-    fn hashed(&self, key: &[u64; K], number: u8) -> Hashed {
-        hash(key, u64::from(number), self.seed, self.bucket_mask())
-    }
-
-    fn find(&self, key: &[u64; K], number: u8) -> Option<Place> {
-        let hashed = self.hashed(key, number);
-        [hashed.primary, hashed.secondary].into_iter().find_map(|bucket| {
-            let place = |entry| Place { bucket: bucket as usize, entry };
-            (0..BUCKET_ENTRIES).map(place).find(|&place| {
-                let identity = Value::identity_of(self.value_at(place).load());
-                identity == Some(hashed.identity) && self.key_at(place) == *key
-            })
-        })
-    }
-
-    /// Stores an entry that is not there yet.
-    fn insert(&mut self, entry: Entry<K>) -> Result<(), NoRoom> {
-        if self.place(&entry) {
-            return Ok(());
-        }
-        let mut entries = self.entries();
-        entries.push(entry);
-        for _ in 0..SEED_ATTEMPTS {
-            self.seed = random();
-            for bucket in self.cells.iter() {
-                bucket.values.iter().for_each(|value| value.store(0));
-            }
-            if entries.iter().all(|entry| self.place(entry)) {
-                return Ok(());
-            }
-        }
-        Err(NoRoom::Entries)
-    }
-
-    /// Stores an entry in one of its buckets, if need be after moving another one into its other bucket.
-    fn place(&self, entry: &Entry<K>) -> bool {
-        let hashed = self.hashed(&entry.key, entry.number);
-        let (primary, secondary) = (hashed.primary as usize, hashed.secondary as usize);
-        let identity = hashed.identity;
-        let place = self
-            .free_place(primary, identity)
-            .or_else(|| self.free_place(secondary, identity))
-            .or_else(|| self.make_room(primary, identity))
-            .or_else(|| self.make_room(secondary, identity));
-        let Some(place) = place else { return false };
-        if place.bucket != primary {
-            self.mark_spilled(primary);
-        }
-        self.put(place, entry);
-        true
-    }
-
-    /// A free place in a bucket, unless the bucket has an entry that looks the same before its key is
-    /// compared: a lookup compares one key only.
-    fn free_place(&self, bucket: usize, identity: u64) -> Option<Place> {
-        let mut free = None;
-        for entry in 0..BUCKET_ENTRIES {
-            let place = Place { bucket, entry };
-            match Value::identity_of(self.value_at(place).load()) {
-                None => free = free.or(Some(place)),
-                Some(other) if other == identity => return None,
-                Some(_) => {}
-            }
-        }
-        free
-    }
-
-    /// Moves an entry out of a full bucket into its other one.
-    fn make_room(&self, bucket: usize, identity: u64) -> Option<Place> {
-        let places = || (0..BUCKET_ENTRIES).map(move |entry| Place { bucket, entry });
-        let looks_the_same = |place| Value::identity_of(self.value_at(place).load()) == Some(identity);
-        if places().any(looks_the_same) {
-            return None;
-        }
-        places().find_map(|place| {
-            let entry = self.entry_at(place)?;
-            let hashed = self.hashed(&entry.key, entry.number);
-            let (primary, secondary) = (hashed.primary as usize, hashed.secondary as usize);
-            let other = if bucket == primary { secondary } else { primary };
-            let free = self.free_place(other, hashed.identity)?;
-            if other == secondary {
-                self.mark_spilled(primary);
-            }
-            self.put(free, &entry);
-            self.clear(place);
-            Some(place)
-        })
-    }
-
-    fn entries(&self) -> Vec<Entry<K>> {
-        let places = (0..self.cells.len())
-            .flat_map(|bucket| (0..BUCKET_ENTRIES).map(move |entry| Place { bucket, entry }));
-        places.filter_map(|place| self.entry_at(place)).collect()
-    }
-
-    fn entry_at(&self, place: Place) -> Option<Entry<K>> {
-        let stored = self.value_at(place).load();
-        Value::identity_of(stored)?;
-        Some(Entry { key: self.key_at(place), number: Value::number(stored), value: Value(stored) })
-    }
-
-    fn put(&self, place: Place, entry: &Entry<K>) {
-        let identity = self.hashed(&entry.key, entry.number).identity;
-        store_words(&self.cells[place.bucket].keys[place.entry], &entry.key);
-        self.store_value(place, entry.value.stored(identity));
-    }
-
-    fn clear(&self, place: Place) {
-        self.store_value(place, 0);
-    }
-
-    /// The bucket's mark lies in a value but does not belong to it.
-    fn store_value(&self, place: Place, stored: u64) {
-        let value = self.value_at(place);
-        value.store(stored | value.load() & Value::SPILLED);
-    }
-
-    fn mark_spilled(&self, bucket: usize) {
-        let value = &self.cells[bucket].values[0];
-        value.store(value.load() | Value::SPILLED);
-    }
-
-    fn value_at(&self, place: Place) -> &Word {
-        &self.cells[place.bucket].values[place.entry]
-    }
-
-    fn key_at(&self, place: Place) -> [u64; K] {
-        self.cells[place.bucket].keys[place.entry].each_ref().map(Word::load)
-    }
-
-    fn set_exceptions(&mut self, exceptions: &[(Pattern<K>, &Exception)]) -> Result<(), NoRoom> {
-        if exceptions.len() > MAX_EXCEPTIONS {
-            return Err(NoRoom::Exceptions);
-        }
-        for (record, (pattern, exception)) in self.exceptions[0].0.iter().zip(exceptions) {
-            let protocol_mask = if exception.protocol == 0 { 0 } else { u8::MAX };
-            let PortMatch { port: source, mask: source_mask } = exception.source_port;
-            let PortMatch { port: destination, mask: destination_mask } = exception.destination_port;
-            store_words(&record.key, &pattern.key);
-            store_words(&record.mask, &pattern.mask);
-            record.upper.store(upper_layer(exception.protocol, source, destination));
-            record.upper_mask.store(upper_layer(protocol_mask, source_mask, destination_mask));
-        }
-        self.exception_count = exceptions.len();
-        Ok(())
-    }
-}
-
-/// Where an entry lies.
-#[derive(Clone, Copy)]
-struct Place {
-    bucket: usize,
-    entry: usize,
-}
-
-fn store_words<const K: usize>(words: &[Word; K], values: &[u64; K]) {
-    for (word, value) in words.iter().zip(values) {
-        word.store(*value);
-    }
-}
-
-/// A number that nobody can foresee: the standard library seeds its hashers from the system's randomness.
-fn random() -> u64 {
-    RandomState::new().hash_one(0_u64)
 }

@@ -1,0 +1,153 @@
+//! The devices that packets are redirected to.
+
+use std::{collections::HashMap, io};
+
+use aya::maps::{
+    MapData, MapError,
+    xdp::{DevMapHash, XdpMapError},
+};
+
+use super::{Slot, Standing, TableError, redirect::takes_redirected_frames};
+
+/// The device map, and who needs what in it.
+///
+/// The kernel is asked about a device when the first slot that forwards to it comes. So it is asked again about
+/// one that went away, once the slots that forwarded to it say that they no longer do.
+pub(super) struct Devices {
+    map: DevMapHash<MapData>,
+    users: Users,
+}
+
+impl Devices {
+    pub(super) fn new(map: DevMapHash<MapData>) -> Self {
+        Self { map, users: Users::default() }
+    }
+
+    /// Makes the devices of an update's slots reachable. Those that its slots leave still are, until
+    /// [`Self::leave`].
+    pub(super) fn enter(&mut self, slots: &[(Slot, Option<Standing>)]) -> Result<(), TableError> {
+        for (slot, standing) in slots {
+            let device = standing.and_then(Result::ok).map(|forwarding| forwarding.ifindex);
+            if let Some(ifindex) = device.filter(|ifindex| !self.users.has(*ifindex)) {
+                self.add(ifindex)?;
+            }
+            self.users.enter(*slot, device);
+        }
+        Ok(())
+    }
+
+    /// Takes the devices out that no slot uses any longer.
+    pub(super) fn leave(&mut self) {
+        for ifindex in self.users.leave() {
+            // It is gone already if the device is.
+            let _ = self.map.remove(ifindex);
+        }
+    }
+
+    /// Lets packets be redirected to a device, unless they would be lost on the way.
+    fn add(&mut self, ifindex: u32) -> Result<(), TableError> {
+        let reason = match takes_redirected_frames(ifindex) {
+            Ok(true) => {
+                // Even if it is there: the kernel drops devices that unregister.
+                return self
+                    .map
+                    .insert(ifindex, ifindex, None, 0)
+                    .map_err(|error| TableError::Device { ifindex, error: io_error(error) });
+            }
+            Ok(false) => "its driver takes none; a veth device does when its peer has GRO on".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(
+            ifindex,
+            reason,
+            "no packet is redirected to a device: only what arrives there is fast"
+        );
+        let _ = self.map.remove(ifindex);
+        Ok(())
+    }
+}
+
+fn io_error(error: XdpMapError) -> io::Error {
+    match error {
+        XdpMapError::MapError(MapError::SyscallError(error)) => error.io_error,
+        other => io::Error::other(other),
+    }
+}
+
+/// Which device each slot uses, and how many slots each device has.
+#[derive(Debug, Default)]
+struct Users {
+    device_of: HashMap<Slot, u32>,
+    slots: HashMap<u32, usize>,
+    /// Devices that slots have left, once for each slot.
+    left: Vec<u32>,
+}
+
+impl Users {
+    fn has(&self, device: u32) -> bool {
+        self.slots.contains_key(&device)
+    }
+
+    /// Notes the device that a slot uses from now on.
+    fn enter(&mut self, slot: Slot, device: Option<u32>) {
+        let before = match device {
+            Some(device) => self.device_of.insert(slot, device),
+            None => self.device_of.remove(&slot),
+        };
+        self.left.extend(before);
+        if let Some(device) = device {
+            *self.slots.entry(device).or_default() += 1;
+        }
+    }
+
+    /// The devices that have no slot any longer.
+    fn leave(&mut self) -> Vec<u32> {
+        let mut unused = Vec::new();
+        for device in self.left.drain(..) {
+            if let Some(slots) = self.slots.get_mut(&device) {
+                *slots -= 1;
+                if *slots == 0 {
+                    self.slots.remove(&device);
+                    unused.push(device);
+                }
+            }
+        }
+        unused
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_new_with_its_first_slot_and_unused_with_its_last() {
+        let mut users = Users::default();
+        assert!(!users.has(7));
+        users.enter(Slot(0), Some(7));
+        users.enter(Slot(1), Some(7));
+        assert!(users.has(7));
+        users.enter(Slot(0), None);
+        assert_eq!(users.leave(), []);
+        users.enter(Slot(1), None);
+        assert!(users.has(7), "until all of the update is written");
+        assert_eq!(users.leave(), [7]);
+        assert!(!users.has(7));
+        users.enter(Slot(1), None);
+        assert_eq!(users.leave(), [], "a slot that was free already leaves nothing");
+    }
+
+    #[test]
+    fn a_slot_that_is_written_again_or_handed_over_keeps_its_device() {
+        let mut users = Users::default();
+        users.enter(Slot(0), Some(7));
+        users.enter(Slot(0), Some(7));
+        assert_eq!(users.leave(), []);
+        users.enter(Slot(0), None);
+        users.enter(Slot(0), Some(7));
+        assert_eq!(users.leave(), []);
+        users.enter(Slot(0), Some(8));
+        assert_eq!(users.leave(), [7]);
+        assert!(users.has(8) && !users.has(7));
+    }
+}

@@ -1,0 +1,340 @@
+//! Tuple spaces as the writer sees them: a bucketed hash, and the lists of tuples that its entries belong to.
+//!
+//! The store brackets changes with the sequence number, so entries may be moved, the hash may be seeded anew
+//! and lists may be shifted without any reader seeing a mixture.
+
+// Buckets are indexed by numbers that were masked to the size of what they index.
+#![allow(clippy::cast_possible_truncation)]
+
+use std::{
+    collections::HashSet,
+    hash::{BuildHasher, RandomState},
+};
+
+use fastswan_ebpf::{
+    BUCKET_ENTRIES, Bucket, Buckets, Hashed, MAX_TUPLES, SpaceControl, TupleList, Value, Word, first_hit,
+    hash,
+};
+
+use super::mmap::Region;
+
+/// A seed is tried this often before the hash counts as full.
+const SEED_ATTEMPTS: u32 = 16;
+
+/// Why an entry could not be stored.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum NoRoom {
+    Entries,
+    Tuples,
+}
+
+/// What entries of one tuple have in common, and the key of one of them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pattern<const K: usize> {
+    /// Masked.
+    pub(super) key: [u64; K],
+    pub(super) mask: [u64; K],
+}
+
+/// Entries with `K` words of key, and `L` lists of their tuples.
+#[derive(Debug)]
+pub(super) struct TupleSpace<const K: usize, const L: usize> {
+    buckets: Region<Bucket<K>>,
+    tuples: Region<TupleList<K>>,
+    seed: u64,
+    /// The lists as they are in `tuples`.
+    lists: [Vec<TupleState<K>>; L],
+}
+
+/// A tuple that has entries.
+#[derive(Clone, Copy, Debug)]
+struct TupleState<const K: usize> {
+    mask: [u64; K],
+    number: u8,
+    entries: usize,
+}
+
+/// An entry as it lies in the hash.
+#[derive(Clone, Copy)]
+struct Entry<const K: usize> {
+    key: [u64; K],
+    number: u8,
+    value: Value,
+}
+
+/// Where an entry lies.
+#[derive(Clone, Copy)]
+struct Place {
+    bucket: usize,
+    entry: usize,
+}
+
+struct BucketSlice<'a, const K: usize>(&'a [Bucket<K>]);
+
+impl<const K: usize> Buckets<K> for BucketSlice<'_, K> {
+    fn bucket(&self, index: u64) -> Option<&Bucket<K>> {
+        self.0.get(usize::try_from(index).ok()?)
+    }
+}
+
+impl<const K: usize, const L: usize> TupleSpace<K, L> {
+    /// Takes over memory that is all zero: a power of two of buckets, and `L` lists of tuples.
+    pub(super) fn new(buckets: Region<Bucket<K>>, tuples: Region<TupleList<K>>) -> Self {
+        Self { buckets, tuples, seed: random(), lists: [const { Vec::new() }; L] }
+    }
+
+    /// Writes what the program needs to know to search it.
+    pub(super) fn publish(&self, control: &SpaceControl<L>) {
+        control.seed.store(self.seed);
+        control.bucket_mask.store(self.bucket_mask());
+        for (length, list) in control.tuples.iter().zip(&self.lists) {
+            length.store(list.len() as u64);
+        }
+    }
+
+    /// What the first tuple of a list with a matching entry has for a packet's key.
+    pub(super) fn first_hit(&self, list: usize, key: &[u64; K]) -> Option<Value> {
+        let length = self.lists[list].len() as u64;
+        first_hit(&BucketSlice(&self.buckets), &self.tuples[list], length, key, self.seed, self.bucket_mask())
+    }
+
+    /// Sets or removes the entry of one list with this key and mask. If it does not fit, all is as before.
+    pub(super) fn set(
+        &mut self,
+        list: usize,
+        pattern: &Pattern<K>,
+        value: Option<Value>,
+    ) -> Result<(), NoRoom> {
+        let position = self.position(list, pattern);
+        let Some(value) = value else {
+            if let Some(position) = position {
+                self.remove(list, position, pattern);
+            }
+            return Ok(());
+        };
+        let position = match position {
+            Some(position) => position,
+            None => self.insert_tuple(list, pattern)?,
+        };
+        let number = self.lists[list][position].number;
+        let entry = Entry { key: pattern.key, number, value };
+        if let Some(place) = self.find(&entry.key, number) {
+            self.put(place, &entry);
+            return Ok(());
+        }
+        let inserted = self.insert(entry);
+        self.lists[list][position].entries += usize::from(inserted.is_ok());
+        self.drop_if_empty(list, position);
+        inserted
+    }
+
+    /// Counts one more, or one less, who asks for the entry of one list to be there. If it does not fit, all is
+    /// as before.
+    pub(super) fn count(&mut self, list: usize, pattern: &Pattern<K>, more: bool) -> Result<(), NoRoom> {
+        let count = self.get(list, pattern).map_or(0, Value::payload);
+        let count = if more { count.saturating_add(1) } else { count.saturating_sub(1) };
+        self.set(list, pattern, (count > 0).then(|| Value::present(count)))
+    }
+
+    /// The value of the entry of one list with this key and mask.
+    fn get(&self, list: usize, pattern: &Pattern<K>) -> Option<Value> {
+        let number = self.lists[list][self.position(list, pattern)?].number;
+        let place = self.find(&pattern.key, number)?;
+        Some(Value(self.value_at(place).load()))
+    }
+
+    fn bucket_mask(&self) -> u64 {
+        self.buckets.len() as u64 - 1
+    }
+
+    fn position(&self, list: usize, pattern: &Pattern<K>) -> Option<usize> {
+        self.lists[list].iter().position(|tuple| tuple.mask == pattern.mask)
+    }
+
+    fn remove(&mut self, list: usize, position: usize, pattern: &Pattern<K>) {
+        if let Some(place) = self.find(&pattern.key, self.lists[list][position].number) {
+            self.clear(place);
+            self.lists[list][position].entries -= 1;
+            self.drop_if_empty(list, position);
+        }
+    }
+
+    fn insert_tuple(&mut self, list: usize, pattern: &Pattern<K>) -> Result<usize, NoRoom> {
+        if self.lists[list].len() == MAX_TUPLES {
+            return Err(NoRoom::Tuples);
+        }
+        let taken: HashSet<u8> = self.lists.iter().flatten().map(|tuple| tuple.number).collect();
+        let number = (0..=u8::MAX).find(|number| !taken.contains(number)).ok_or(NoRoom::Tuples)?;
+        let tuples = &mut self.lists[list];
+        // A longer prefix has a greater mask: longest destination first, then longest source.
+        let position = tuples.partition_point(|tuple| tuple.mask > pattern.mask);
+        tuples.insert(position, TupleState { mask: pattern.mask, number, entries: 0 });
+        self.write_list(list);
+        Ok(position)
+    }
+
+    fn drop_if_empty(&mut self, list: usize, position: usize) {
+        if self.lists[list][position].entries == 0 {
+            self.lists[list].remove(position);
+            self.write_list(list);
+        }
+    }
+
+    fn write_list(&self, list: usize) {
+        for (record, tuple) in self.tuples[list].0.iter().zip(&self.lists[list]) {
+            store_words(&record.mask, &tuple.mask);
+            record.number.store(u64::from(tuple.number));
+        }
+    }
+
+    fn hashed(&self, key: &[u64; K], number: u8) -> Hashed {
+        hash(key, u64::from(number), self.seed, self.bucket_mask())
+    }
+
+    fn find(&self, key: &[u64; K], number: u8) -> Option<Place> {
+        let hashed = self.hashed(key, number);
+        [hashed.primary, hashed.secondary].into_iter().find_map(|bucket| {
+            let place = |entry| Place { bucket: bucket as usize, entry };
+            (0..BUCKET_ENTRIES).map(place).find(|&place| {
+                let identity = Value::identity_of(self.value_at(place).load());
+                identity == Some(hashed.identity) && self.key_at(place) == *key
+            })
+        })
+    }
+
+    /// Stores an entry that is not there yet.
+    fn insert(&mut self, entry: Entry<K>) -> Result<(), NoRoom> {
+        if self.place(&entry) {
+            return Ok(());
+        }
+        let before = (self.seed, self.contents());
+        let mut entries: Vec<_> = self.places().filter_map(|place| self.entry_at(place)).collect();
+        entries.push(entry);
+        for _ in 0..SEED_ATTEMPTS {
+            self.seed = random();
+            for bucket in self.buckets.iter() {
+                bucket.values.iter().for_each(|value| value.store(0));
+            }
+            if entries.iter().all(|entry| self.place(entry)) {
+                return Ok(());
+            }
+        }
+        self.seed = before.0;
+        for (place, (value, key)) in self.places().zip(before.1) {
+            self.value_at(place).store(value);
+            store_words(&self.buckets[place.bucket].keys[place.entry], &key);
+        }
+        Err(NoRoom::Entries)
+    }
+
+    /// Stores an entry in one of its buckets, if need be after moving another one into its other bucket.
+    fn place(&self, entry: &Entry<K>) -> bool {
+        let hashed = self.hashed(&entry.key, entry.number);
+        let (primary, secondary) = (hashed.primary as usize, hashed.secondary as usize);
+        let identity = hashed.identity;
+        let place = self
+            .free_place(primary, identity)
+            .or_else(|| self.free_place(secondary, identity))
+            .or_else(|| self.make_room(primary, identity))
+            .or_else(|| self.make_room(secondary, identity));
+        let Some(place) = place else { return false };
+        if place.bucket != primary {
+            self.mark_spilled(primary);
+        }
+        self.put(place, entry);
+        true
+    }
+
+    /// A free place in a bucket, unless the bucket has an entry that looks the same before its key is
+    /// compared: a lookup compares one key only.
+    fn free_place(&self, bucket: usize, identity: u64) -> Option<Place> {
+        let mut free = None;
+        for entry in 0..BUCKET_ENTRIES {
+            let place = Place { bucket, entry };
+            match Value::identity_of(self.value_at(place).load()) {
+                None => free = free.or(Some(place)),
+                Some(other) if other == identity => return None,
+                Some(_) => {}
+            }
+        }
+        free
+    }
+
+    /// Moves an entry out of a full bucket into its other one.
+    fn make_room(&self, bucket: usize, identity: u64) -> Option<Place> {
+        let places = || (0..BUCKET_ENTRIES).map(move |entry| Place { bucket, entry });
+        let looks_the_same = |place| Value::identity_of(self.value_at(place).load()) == Some(identity);
+        if places().any(looks_the_same) {
+            return None;
+        }
+        places().find_map(|place| {
+            let entry = self.entry_at(place)?;
+            let hashed = self.hashed(&entry.key, entry.number);
+            let (primary, secondary) = (hashed.primary as usize, hashed.secondary as usize);
+            let other = if bucket == primary { secondary } else { primary };
+            let free = self.free_place(other, hashed.identity)?;
+            if other == secondary {
+                self.mark_spilled(primary);
+            }
+            self.put(free, &entry);
+            self.clear(place);
+            Some(place)
+        })
+    }
+
+    fn places(&self) -> impl Iterator<Item = Place> + use<K, L> {
+        (0..self.buckets.len())
+            .flat_map(|bucket| (0..BUCKET_ENTRIES).map(move |entry| Place { bucket, entry }))
+    }
+
+    /// Values and keys of all places.
+    fn contents(&self) -> Vec<(u64, [u64; K])> {
+        self.places().map(|place| (self.value_at(place).load(), self.key_at(place))).collect()
+    }
+
+    fn entry_at(&self, place: Place) -> Option<Entry<K>> {
+        let stored = self.value_at(place).load();
+        Value::identity_of(stored)?;
+        Some(Entry { key: self.key_at(place), number: Value::number(stored), value: Value(stored) })
+    }
+
+    fn put(&self, place: Place, entry: &Entry<K>) {
+        let identity = self.hashed(&entry.key, entry.number).identity;
+        store_words(&self.buckets[place.bucket].keys[place.entry], &entry.key);
+        self.store_value(place, entry.value.stored(identity));
+    }
+
+    fn clear(&self, place: Place) {
+        self.store_value(place, 0);
+    }
+
+    /// The bucket's mark lies in a value but does not belong to it.
+    fn store_value(&self, place: Place, stored: u64) {
+        let value = self.value_at(place);
+        value.store(stored | value.load() & Value::SPILLED);
+    }
+
+    fn mark_spilled(&self, bucket: usize) {
+        let value = &self.buckets[bucket].values[0];
+        value.store(value.load() | Value::SPILLED);
+    }
+
+    fn value_at(&self, place: Place) -> &Word {
+        &self.buckets[place.bucket].values[place.entry]
+    }
+
+    fn key_at(&self, place: Place) -> [u64; K] {
+        self.buckets[place.bucket].keys[place.entry].each_ref().map(Word::load)
+    }
+}
+
+fn store_words<const K: usize>(words: &[Word; K], values: &[u64; K]) {
+    for (word, value) in words.iter().zip(values) {
+        word.store(*value);
+    }
+}
+
+/// A number that nobody can foresee: the standard library seeds its hashers from the system's randomness.
+fn random() -> u64 {
+    RandomState::new().hash_one(0_u64)
+}
