@@ -6,7 +6,7 @@ use std::{future::Future, time::Duration};
 use fastswan::{
     BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
     PolicySource, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
-    compiler::PolicyState,
+    compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::GatewayError,
     policy::{Egress, NextHop},
@@ -85,12 +85,14 @@ impl Host {
 
     /// A gateway with what this host looks like now.
     fn gateway<S: PolicySource>(&self, source: S) -> (Program, Gateway<S, BpfTable>) {
-        let (forwarder, mut table) = XdpForwarder::load(&TableConfig { cells: 256, slots: 16 }).unwrap();
+        let (forwarder, mut table) =
+            XdpForwarder::load(&TableConfig { cells_v4: 256, cells_v6: 256, exceptions: 64, slots: 16 })
+                .unwrap();
         let facts = HostFacts::read().unwrap();
         for port in facts.ports(self.lan) {
             table.set_port(&port).unwrap();
         }
-        let gateway = Gateway::new(source, table, facts).with_lease(LEASE);
+        let gateway = Gateway::new(source, table, &facts).with_lease(LEASE);
         (Program { forwarder, lan: self.lan }, gateway)
     }
 }
@@ -172,6 +174,42 @@ fn a_shadowing_bypass_policy_keeps_the_packet_in_the_kernel() {
 
         host.namespace().ip(&format!("xfrm policy delete {bypass}")).unwrap();
         program.until(&mut gateway, "10.2.5.1", RunAction::Redirect).await;
+    });
+}
+
+#[test]
+fn an_explanation_tells_what_the_program_does() {
+    story("explaining packets", async |host| {
+        for (policy, priority) in [(POLICY, 100), ("src 10.1.0.0/16 dst 10.2.5.0/24 dir out", 1)] {
+            let add = format!("xfrm policy add {policy} priority {priority} {TUNNEL}");
+            host.namespace().ip(&add).unwrap();
+        }
+        let (program, mut gateway) = host.gateway(host.kernel());
+        let explain = |gateway: &Gateway<_, BpfTable>, destination: &str| {
+            let flow = Flow::between("10.1.0.5".parse().unwrap(), destination.parse().unwrap());
+            gateway.explain(&Flow { ingress: Some((host.lan, 0)), protocol: 17, ..flow })
+        };
+        let Explanation::Pass { reason, .. } = explain(&gateway, INSIDE) else {
+            panic!("nothing is known yet")
+        };
+        assert_eq!(reason, program.reason(&gateway, INSIDE));
+
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        let Explanation::Fast { policy, sas, forwarding } = explain(&gateway, INSIDE) else { panic!() };
+        assert_eq!((policy.to_string(), sas.len()), ("out 10.1.0.0/16 → 10.2.0.0/16".to_owned(), 1));
+        assert_eq!(forwarding.ifindex, host.out);
+        for destination in ["10.2.5.1", "192.0.2.2", "172.16.0.1", "10.1.0.1", "224.0.0.1"] {
+            let Explanation::Pass { reason, .. } = explain(&gateway, destination) else {
+                panic!("{destination}")
+            };
+            assert_eq!(reason, program.reason(&gateway, destination), "{destination}");
+        }
+        let elsewhere = Flow {
+            ingress: Some((host.out, 0)),
+            ..Flow::between([10, 1, 0, 5].into(), [10, 2, 0, 9].into())
+        };
+        let explanation = gateway.explain(&elsewhere).to_string();
+        assert!(explanation.starts_with("kernel (unknown_port)"), "{explanation}");
     });
 }
 

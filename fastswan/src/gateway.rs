@@ -10,11 +10,11 @@ use futures::FutureExt as _;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
-    compiler::{Compiler, PolicyReport, PolicyState},
+    compiler::{Compiler, Explanation, Flow, PolicyReport, PolicyState},
     database::Database,
     host::HostFacts,
     source::{PolicyEvent, PolicySource, SourceError},
-    table::{OffloadTable, TableError, Traffic},
+    table::{OffloadTable, TableError, TableUpdate, Traffic},
 };
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
@@ -23,13 +23,15 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 /// Events that are applied before the table is written again.
 const BATCH: usize = 4096;
 
+/// Changes that are written to the table at once.
+const PART: usize = 1024;
+
 /// Keeps a table equal to what a source says. The [crate's documentation](crate) shows one at work.
 #[derive(Debug)]
 pub struct Gateway<S, T: OffloadTable> {
     source: S,
     source_ended: bool,
     table: T,
-    host: HostFacts,
     database: Database,
     compiler: Compiler,
     lease: Duration,
@@ -38,10 +40,11 @@ pub struct Gateway<S, T: OffloadTable> {
 impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     /// Joins a source and a table, which must be empty. Nothing is fast before [`Self::run_until`] runs.
     #[must_use]
-    pub fn new(source: S, table: T, host: HostFacts) -> Self {
-        let compiler = Compiler::new(table.capacity());
+    pub fn new(source: S, table: T, host: &HostFacts) -> Self {
+        let mut compiler = Compiler::new(table.capacity());
+        compiler.set_host(host);
         let database = Database::default();
-        Self { source, source_ended: false, table, host, database, compiler, lease: DEFAULT_LEASE }
+        Self { source, source_ended: false, table, database, compiler, lease: DEFAULT_LEASE }
     }
 
     /// Sets how long the table stays valid without a sign of life of the loop, from 50 ms up. Shorter values
@@ -97,11 +100,26 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             event = next?;
         };
         if self.database.is_current() {
-            let update = self.compiler.compile(&self.database, &self.host);
-            self.table.apply(&update)?;
+            let update = self.compiler.compile(&self.database);
+            self.write(&update)?;
             if caught_up {
                 self.table.renew_lease(self.lease);
                 self.table.set_enabled(true);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes an update, a little at a time: while something is being written, everything passes.
+    fn write(&mut self, update: &TableUpdate) -> Result<(), TableError> {
+        if update.len() <= PART {
+            return self.table.apply(update);
+        }
+        for part in update.clone().split(PART) {
+            if let Err(error) = self.table.apply(&part) {
+                // There is not enough room for the old and the new together. The kill switch is on now.
+                tracing::debug!(%error, "writing a large update at once");
+                return self.table.apply(update);
             }
         }
         Ok(())
@@ -118,6 +136,13 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
 }
 
 impl<S, T: OffloadTable> Gateway<S, T> {
+    /// Whether a packet is fast, via which policy and association, or why not. Looks at all policies.
+    #[must_use]
+    pub fn explain(&self, flow: &Flow) -> Explanation {
+        let port = flow.ingress.and_then(|(ifindex, vlan)| self.table.port(ifindex, vlan));
+        self.compiler.explain(&self.database, flow, port.as_ref())
+    }
+
     /// What the source has told.
     #[must_use]
     pub fn database(&self) -> &Database {
@@ -132,9 +157,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     /// What became of every packet-offloaded outbound policy, and why packets were passed.
     #[must_use]
     pub fn report(&self) -> Report {
-        let policies = self.compiler.policies().iter().map(|policy| {
+        let policies = self.compiler.policies(&self.database).into_iter().map(|policy| {
             let traffic = policy.slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot));
-            (policy.clone(), traffic)
+            (policy, traffic)
         });
         Report { policies: policies.collect(), passes: self.table.passes() }
     }

@@ -34,7 +34,7 @@
 //! for port in host.ports(attachment.ifindex) {
 //!     table.set_port(&port)?;
 //! }
-//! let mut gateway = Gateway::new(NetlinkSource::open()?, table, host);
+//! let mut gateway = Gateway::new(NetlinkSource::open()?, table, &host);
 //! gateway.run_until(std::future::pending()).await?;
 //! # Ok(())
 //! # }
@@ -55,6 +55,7 @@
 //!
 //! - `serde`: `StaticSource::from_toml`.
 //! - `untrusted-netlink-senders`: for tests only; lets a netlink source believe processes.
+//! - `broken-rules`: for the oracle of the testkit only; lets a compiler break the promise on purpose.
 //!
 //! Needs 64-bit Linux 6.2 or later and, for the forwarder, `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
 

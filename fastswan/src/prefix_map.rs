@@ -43,11 +43,6 @@ impl<V> PrefixMap<V> {
         self.entries.iter().map(|entry| (entry.prefix, &entry.value))
     }
 
-    /// Those that nothing covers.
-    pub(crate) fn outermost(&self) -> impl Iterator<Item = IpNet> {
-        self.entries.iter().filter(|entry| entry.parent.is_none()).map(|entry| entry.prefix)
-    }
-
     /// The prefix itself, if it is there, and those that cover it, longest first.
     pub(crate) fn covering(&self, prefix: IpNet) -> impl Iterator<Item = (IpNet, &V)> {
         // Whatever covers the prefix also covers, or is, the last entry before it.
@@ -95,14 +90,8 @@ mod tests {
             let mut covering: Vec<_> = prefixes.iter().copied().filter(|p| p.contains(&asked)).collect();
             covering.sort_by_key(|prefix| std::cmp::Reverse(prefix.prefix_len()));
             let inside: Vec<_> = prefixes.iter().copied().filter(|p| asked.contains(p)).collect();
-            let outermost: Vec<_> = prefixes
-                .iter()
-                .copied()
-                .filter(|p| !prefixes.iter().any(|q| q != p && q.contains(p)))
-                .collect();
             prop_assert_eq!(map.covering(asked).map(|(p, ())| p).collect::<Vec<_>>(), covering);
             prop_assert_eq!(map.inside(asked).map(|(p, ())| p).collect::<Vec<_>>(), inside);
-            prop_assert_eq!(map.outermost().collect::<Vec<_>>(), outermost);
         }
     }
 

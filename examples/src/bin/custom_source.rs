@@ -45,14 +45,15 @@ fn tunnel(destination: &str) -> Option<StaticPolicy> {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let mut source = Tunnels { lines: BufReader::new(tokio::io::stdin()).lines(), open: Vec::new() };
-    let mut table = MemoryTable::new(&TableConfig { cells: 1024, slots: 64 });
+    let mut table =
+        MemoryTable::new(&TableConfig { cells_v4: 1024, cells_v6: 1024, exceptions: 64, slots: 64 });
     let (mut database, mut compiler) = (Database::default(), Compiler::new(table.capacity()));
     // This embedder answers for its routes itself.
-    let host = HostFacts::vouched();
+    compiler.set_host(&HostFacts::vouched());
     while let Some(event) = source.next_event().await? {
         database.apply(event);
-        table.apply(&compiler.compile(&database, &host))?;
-        println!("{} fast policies", compiler.fast_policies());
+        table.apply(&compiler.compile(&database))?;
+        println!("{} fast policies", compiler.fast_policies(&database));
         println!("  10.1.0.5 to 10.2.0.9: {:?}", table.verdict("10.1.0.5".parse()?, "10.2.0.9".parse()?));
     }
     Ok(())

@@ -14,7 +14,12 @@ use tokio::time::sleep;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let host = HostFacts::read()?;
-    let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig { cells: 65_536, slots: 4096 })?;
+    let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig {
+        cells_v4: 65_536,
+        cells_v6: 65_536,
+        exceptions: 1024,
+        slots: 4096,
+    })?;
     for interface in std::env::args().skip(1) {
         let attachment = forwarder.attach(&AttachConfig::new(interface))?;
         println!("{}: {:?}", attachment.interface, attachment.mode);
@@ -33,7 +38,7 @@ async fn main() -> anyhow::Result<()> {
         })
         .filter(move |policy| policy.id.selector.source != customer);
 
-    let mut gateway = Gateway::new(source, table, host);
+    let mut gateway = Gateway::new(source, table, &host);
     loop {
         // Any future can end a run: here, the time until the next report.
         gateway.run_until(sleep(Duration::from_secs(10))).await?;

@@ -5,9 +5,11 @@
 
 use std::{future::Future, time::Duration};
 
+use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use fastswan::{
     Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder,
+    compiler::Flow,
     forwarder::{AttachConfig, AttachMode},
     table::TableConfig,
 };
@@ -29,15 +31,35 @@ struct Arguments {
     /// The interfaces are software ports (veth, tap) whose senders complete every frame.
     #[arg(long)]
     complete_frames: bool,
-    /// Cells and host facts that fit, of each family.
-    #[arg(long, default_value_t = TableConfig::default().cells)]
-    cells: u32,
+    /// Cells, host facts and guards of IPv4 that fit.
+    #[arg(long, default_value_t = TableConfig::default().cells_v4)]
+    cells_v4: u32,
+    /// The same of IPv6.
+    #[arg(long, default_value_t = TableConfig::default().cells_v6)]
+    cells_v6: u32,
     /// Policies that can be fast at the same time.
     #[arg(long, default_value_t = TableConfig::default().slots)]
     policies: u32,
     /// Seconds between two reports; 0 for none but the last.
     #[arg(long, default_value_t = 60)]
     report: u64,
+    /// A packet to explain in each report: why it is fast, or why not. As in
+    /// "10.1.0.5 10.2.0.9 17 1000 2000": addresses, and if need be protocol number and ports.
+    #[arg(long, value_parser = flow)]
+    explain: Vec<Flow>,
+}
+
+fn flow(text: &str) -> anyhow::Result<Flow> {
+    let mut words = text.split_whitespace();
+    let mut address = || words.next().context("two addresses are needed").and_then(|word| Ok(word.parse()?));
+    let mut flow = Flow::between(address()?, address()?);
+    if let Some(protocol) = words.next() {
+        flow.protocol = protocol.parse().context("the protocol is a number: 6 is TCP, 17 is UDP")?;
+    }
+    for port in [&mut flow.source_port, &mut flow.destination_port] {
+        *port = words.next().map_or(Ok(0), str::parse)?;
+    }
+    Ok(flow)
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -59,7 +81,12 @@ async fn main() -> anyhow::Result<()> {
     };
 
     let host = HostFacts::read()?;
-    let config = TableConfig { cells: arguments.cells, slots: arguments.policies };
+    let config = TableConfig {
+        cells_v4: arguments.cells_v4,
+        cells_v6: arguments.cells_v6,
+        slots: arguments.policies,
+        ..TableConfig::default()
+    };
     let (mut forwarder, mut table) = XdpForwarder::load(&config)?;
     for interface in &arguments.interfaces {
         let config = AttachConfig::new(interface).mode(mode).complete_frames(arguments.complete_frames);
@@ -69,7 +96,7 @@ async fn main() -> anyhow::Result<()> {
         }
     }
 
-    let mut gateway = Gateway::new(NetlinkSource::open()?, table, host);
+    let mut gateway = Gateway::new(NetlinkSource::open()?, table, &host);
     let mut stopped = std::pin::pin!(stop_signal()?);
     let mut ended = false;
     while !ended {
@@ -88,6 +115,9 @@ async fn main() -> anyhow::Result<()> {
             })
             .await?;
         print!("{}", gateway.report());
+        for flow in &arguments.explain {
+            println!("{} to {}: {}", flow.source, flow.destination, gateway.explain(flow));
+        }
     }
     Ok(())
 }

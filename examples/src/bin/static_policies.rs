@@ -23,7 +23,7 @@ async fn main() -> anyhow::Result<()> {
             table.set_port(&port)?;
         }
     }
-    let mut gateway = Gateway::new(source, table, host);
+    let mut gateway = Gateway::new(source, table, &host);
     gateway.run_until(async { drop(tokio::signal::ctrl_c().await) }).await?;
     print!("{}", gateway.report());
     Ok(())

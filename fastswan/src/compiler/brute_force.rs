@@ -6,7 +6,7 @@ use fastswan_ebpf::PassReason;
 use ipnet::IpNet;
 
 use super::{
-    Compiler,
+    Compiler, Explanation, Flow,
     model::{AMPLE, LAN, Model, NIC, Packet, association, template, to, tunnel},
 };
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
         SecurityAssociation, Template,
     },
     source::{PolicyEvent, Snapshot, StaleCause},
-    table::{Capacity, ReversePath},
+    table::{Capacity, ReversePath, Slot, TableUpdate},
 };
 
 /// A change of what the compiler reads.
@@ -150,7 +150,7 @@ impl Choices<'_> {
     pub(super) fn capacity(&mut self) -> Capacity {
         let (what, some) = (self.next() % 13, usize::from(self.next()));
         match what {
-            0..4 => Capacity { cells: some % 10, ..AMPLE },
+            0..4 => Capacity { cells_v4: some % 10, cells_v6: some % 10, ..AMPLE },
             4..8 => Capacity { tuples: some % 5, ..AMPLE },
             8..10 => Capacity { fact_lengths: some % 3, ..AMPLE },
             10..12 => Capacity { exceptions: some % 2, ..AMPLE },
@@ -186,7 +186,7 @@ impl World {
         };
         let mut database = Database::default();
         database.apply(PolicyEvent::Snapshot(Snapshot::default()));
-        Self {
+        let mut world = Self {
             database,
             host: HostFacts {
                 links: vec![link(NIC, "nic"), link(LAN, "lan")],
@@ -196,17 +196,26 @@ impl World {
             compiler: Compiler::new(capacity),
             table: Model::default(),
             capacity,
-        }
+        };
+        world.compiler.set_host(&world.host);
+        world
     }
 
     pub(super) fn take(&mut self, step: Step) {
+        let update = self.compile(step);
+        self.table.apply(&update);
+        self.table.assert_fits(self.capacity);
+    }
+
+    /// What the table has to be told after a step.
+    pub(super) fn compile(&mut self, step: Step) -> TableUpdate {
         match step {
             Step::Policy(policy) => self.database.apply(PolicyEvent::Policy(*policy)),
             Step::RemovePolicy(position) => {
-                let count = self.database.policies().count().max(1);
-                let id = self.database.policies().nth(position % count).map(|policy| policy.id.clone());
-                if let Some(id) = id {
-                    self.database.apply(PolicyEvent::PolicyRemoved(id));
+                let mut policies = self.database.snapshot().policies;
+                if !policies.is_empty() {
+                    let policy = policies.swap_remove(position % policies.len());
+                    self.database.apply(PolicyEvent::PolicyRemoved(policy.id));
                 }
             }
             Step::Sa(sa) => self.database.apply(PolicyEvent::Sa(*sa)),
@@ -219,15 +228,20 @@ impl World {
                 let outer = ("192.0.2.0/24".parse().unwrap(), via(NIC));
                 let route = |(destination, kind)| Route { table: 254, destination, metric: 0, kind };
                 self.host.routes = routes.into_iter().chain([outer]).map(route).collect();
+                self.compiler.set_host(&self.host);
             }
             Step::Flush => self.database.apply(PolicyEvent::PoliciesFlushed(PolicyType::Sub)),
             Step::Stale => self.database.apply(PolicyEvent::Stale(StaleCause::Overrun)),
             Step::Resync => self.database.apply(PolicyEvent::Snapshot(self.database.snapshot())),
         }
-        let update = self.compiler.compile(&self.database, &self.host);
-        self.table.apply(&update);
-        self.table.assert_fits(self.capacity);
-        assert!(self.compiler.compile(&self.database, &self.host).is_empty(), "nothing has changed");
+        let update = self.compiler.compile(&self.database);
+        assert_eq!(self.compiler.compile(&self.database), TableUpdate::default(), "nothing has changed");
+        update
+    }
+
+    fn judge(&self) -> Judge<'_> {
+        let Snapshot { policies, sas, default_policy } = self.database.snapshot();
+        Judge { world: self, policies, sas, default_policy }
     }
 
     /// The kind of the longest route.
@@ -236,8 +250,26 @@ impl World {
         routes.max_by_key(|route| route.destination.prefix_len()).map(|route| route.kind)
     }
 
+    /// Whether a forward or sub policy is about the packet's source.
+    pub(super) fn is_guarded(&self, packet: &Packet) -> bool {
+        self.database.policies().any(|policy| {
+            (policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub)
+                && policy.id.selector.source.contains(&packet.source)
+        })
+    }
+}
+
+/// The rule, applied to one packet at a time.
+struct Judge<'a> {
+    world: &'a World,
+    policies: Vec<Policy>,
+    sas: Vec<SecurityAssociation>,
+    default_policy: DefaultPolicy,
+}
+
+impl Judge<'_> {
     fn matching(&self, packet: &Packet) -> impl Iterator<Item = &Policy> {
-        self.database.policies().filter(|policy| {
+        self.policies.iter().filter(|policy| {
             let selector = &policy.id.selector;
             policy.id.direction != Direction::In
                 && selector.source.contains(&packet.source)
@@ -250,25 +282,16 @@ impl World {
 
     /// Whether a policy asks for the packet's protocol or ports.
     fn is_exception(&self, packet: &Packet) -> bool {
-        self.database.is_current()
+        self.world.database.is_current()
             && self.matching(packet).any(|policy| policy.id.selector.looks_at_upper_layer())
-    }
-
-    /// Whether a forward or sub policy is about the packet's source.
-    pub(super) fn is_guarded(&self, packet: &Packet) -> bool {
-        self.database.policies().any(|policy| {
-            (policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub)
-                && policy.id.selector.source.contains(&packet.source)
-        })
     }
 
     /// The policy that the kernel is certain to choose and that the fast path can stand in for.
     fn rule(&self, packet: &Packet) -> Option<&Policy> {
         let family = if packet.source.is_ipv4() { Family::V4 } else { Family::V6 };
-        let snapshot = self.database.snapshot();
-        if !self.database.is_current()
-            || snapshot.default_policy.forward == Action::Block
-            || snapshot.default_policy.outbound == Action::Block
+        if !self.world.database.is_current()
+            || self.default_policy.forward == Action::Block
+            || self.default_policy.outbound == Action::Block
         {
             return None;
         }
@@ -279,16 +302,13 @@ impl World {
         if matching.iter().any(passes) {
             return None;
         }
-        let highest = self
-            .database
-            .policies()
-            .filter(|policy| policy.id.direction == Direction::Out && policy.is_packet_offloaded())
-            .filter(|policy| policy.id.selector.family() == family)
-            .map(|policy| policy.priority)
-            .max()?;
+        let database = &self.world.database;
+        let highest = database.highest_offloaded_priority(family)?;
         let best = *matching.iter().min_by_key(|policy| policy.priority)?;
         for other in matching.iter().filter(|other| other.id != best.id) {
-            if other.priority <= best.priority || other.is_packet_offloaded() || other.priority < highest {
+            let is_order_known = database.key_of(&best.id).is_some_and(|key| database.is_order_known(key));
+            let certain = other.priority > highest && is_order_known;
+            if !certain || other.priority <= best.priority || other.is_packet_offloaded() {
                 return None;
             }
         }
@@ -306,9 +326,9 @@ impl World {
                 && sa.reqid == best.templates[0].reqid
                 && sa.offload.is_some_and(|offload| offload.ifindex == device)
         };
-        let routed = self.route(packet.destination) == Some(via(device))
-            && matches!(self.route(packet.source), None | Some(RouteKind::Unicast { .. }));
-        (plain && device == NIC && snapshot.sas.iter().any(is_live) && routed).then_some(best)
+        let routed = self.world.route(packet.destination) == Some(via(device))
+            && matches!(self.world.route(packet.source), None | Some(RouteKind::Unicast { .. }));
+        (plain && device == NIC && self.sas.iter().any(is_live) && routed).then_some(best)
     }
 }
 
@@ -332,24 +352,48 @@ pub(super) fn packets() -> impl Iterator<Item = Packet> {
 /// against the rule, and returns how many are fast. Exceptions pass, and so may packets from where a forward or sub policy is about.
 pub(super) fn check(world: &World, exact: bool) -> usize {
     let mut fast = 0;
+    let judge = world.judge();
     for packet in packets() {
-        let allowed = world.rule(&packet).map(|policy| &policy.id);
+        let allowed = judge.rule(&packet).map(|policy| &policy.id);
         let found = world.table.decide(&packet);
+        if world.database.is_current() {
+            assert_explained(world, &packet, found);
+        }
         if let Ok(slot) = found {
-            assert!(!exact || !world.is_exception(&packet), "{packet:?}");
+            assert!(!exact || !judge.is_exception(&packet), "{packet:?}");
             fast += 1;
-            let slot_of_allowed = allowed.and_then(|policy| world.compiler.slot(policy));
+            let slot_of_allowed = allowed.and_then(|policy| world.compiler.slot(&world.database, policy));
             assert_eq!(Some(slot), slot_of_allowed, "{packet:?}: {allowed:?}");
-        } else if exact && world.is_exception(&packet) {
+        } else if exact && judge.is_exception(&packet) {
             assert_eq!(found, Err(PassReason::Exception), "{packet:?}");
-        } else if exact && !(found == Err(PassReason::DeniedSource) && world.is_guarded(&packet)) {
+        } else if exact && !(found == Err(PassReason::Guarded) && world.is_guarded(&packet)) {
             assert_eq!(allowed, None, "{packet:?}: {found:?}");
         }
     }
     fast
 }
 
-/// Lets a fuzzer choose what happens: panics if the compiler goes against the rule.
+/// Asserts that the compiler explains a packet as the table treats it.
+fn assert_explained(world: &World, packet: &Packet, found: Result<Slot, PassReason>) {
+    let flow = Flow {
+        protocol: packet.protocol,
+        source_port: packet.source_port,
+        destination_port: packet.destination_port,
+        ..Flow::between(packet.source, packet.destination)
+    };
+    let explanation = world.compiler.explain(&world.database, &flow, None);
+    let explained = match &explanation {
+        Explanation::Fast { policy, sas, .. } => {
+            assert!(!sas.is_empty(), "{packet:?}: {explanation}");
+            world.compiler.slot(&world.database, policy).ok_or(PassReason::NoPolicy)
+        }
+        Explanation::Pass { reason, .. } => Err(*reason),
+    };
+    assert_eq!(explained, found, "{packet:?}: {explanation}");
+}
+
+/// Lets a fuzzer choose what happens: panics if the compiler goes against the rule in the end. Whatever it does
+/// against it on the way is the end of a shorter input.
 #[cfg(fuzzing)]
 pub fn fuzz(bytes: &[u8]) {
     let mut choices = Choices(bytes);
@@ -358,6 +402,6 @@ pub fn fuzz(bytes: &[u8]) {
     let mut world = World::new(capacity, ReversePath::Off);
     for step in choices.steps() {
         world.take(step);
-        check(&world, exact);
     }
+    check(&world, exact);
 }

@@ -1,37 +1,37 @@
-//! Facts about single addresses: which destinations and sources inside a cell are not to be fast.
+//! Host facts about single addresses: which destinations and sources inside a cell are not to be fast.
 //!
-//! Most are the host's; the sources that cells are [guarded](Region::guarded) against are added. They are not multiplied with the policies. A cell only says that some lie inside it, and then the program
+//! They are not multiplied with the policies. A cell only says that some lie inside it, and then the program
 //! looks the address up.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use fastswan_ebpf::PassReason;
 use ipnet::IpNet;
 
-use super::{cells::Region, path::Paths};
+use super::path::Paths;
 use crate::{
-    host::{HostFacts, RouteKind, routing::Routing},
+    host::{RouteKind, routing::Routing},
     policy::Family,
     prefix_map::PrefixMap,
-    table::{Cell, Fact, ReversePath, Side},
+    table::{Cell, Fact, Port, Probes, ReversePath, Side},
 };
 
 /// Stands for any device where only "there is a route" counts; no interface has this index.
 const SOME_DEVICE: u32 = 0;
 
 /// The facts about the addresses of one family, without those that repeat what the next shorter prefix says.
+#[derive(Debug)]
 pub(super) struct AddressFacts {
     destinations: Destinations,
-    /// What the host says about sources. One that no fact is about may be fast, if no reverse path is asked for.
+    /// A source that no fact is about may be fast, if no reverse path is asked for.
     sources: PrefixMap<Fact>,
     /// Those of the sources that are denied.
     denied_sources: PrefixMap<()>,
-    /// The same with the sources that cells are guarded against.
-    guarded_sources: PrefixMap<Fact>,
     /// A port may ask for the reverse path.
     reverse_path: bool,
 }
 
+#[derive(Debug)]
 enum Destinations {
     /// Nothing is known.
     Unknown,
@@ -41,30 +41,8 @@ enum Destinations {
     Known(PrefixMap<Fact>),
 }
 
-/// What the program must look up for the packets of a cell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Probes {
-    pub(super) destination: bool,
-    pub(super) source: bool,
-}
-
-impl Probes {
-    pub(super) fn on(self, side: Side) -> bool {
-        match side {
-            Side::Destination => self.destination,
-            Side::Source => self.source,
-        }
-    }
-}
-
 impl AddressFacts {
-    /// What the host says, and that nothing from `guards` is fast where a cell is guarded against them.
-    pub(super) fn new(
-        host: &HostFacts,
-        paths: &Paths<'_>,
-        family: Family,
-        guards: impl Iterator<Item = IpNet>,
-    ) -> Self {
+    pub(super) fn new(paths: &Paths, family: Family) -> Self {
         let none = PrefixMap::new(Vec::new());
         let (destinations, routes) = match paths.routing(family) {
             Routing::Unknown => (Destinations::Unknown, &none),
@@ -72,72 +50,101 @@ impl AddressFacts {
             Routing::Known(routes) => (Destinations::Known(by_destination(routes, paths, family)), routes),
         };
         // IPv6 has no reverse path filter.
-        let reverse_path =
-            family == Family::V4 && host.links.iter().any(|link| link.reverse_path != ReversePath::Off);
+        let reverse_path = family == Family::V4 && paths.filters_by_reverse_path();
         let otherwise = (!reverse_path).then_some(Fact::Via(SOME_DEVICE));
-        let sources: Vec<_> =
-            routes.iter().map(|(prefix, route)| (prefix, by_source(*route, reverse_path))).collect();
-
-        let guards = PrefixMap::new(guards.map(|guard| (guard, Fact::Denied)).collect());
-        let inside_a_guard = |prefix: IpNet| guards.covering(prefix).next().is_some();
-        let outside = sources.iter().filter(|(prefix, _)| !inside_a_guard(*prefix)).copied();
-        let guarded =
-            PrefixMap::new(outside.chain(guards.iter().map(|(guard, fact)| (guard, *fact))).collect());
-
-        let sources = distinct(sources.into_iter(), otherwise);
+        let sources = routes.iter().map(|(prefix, route)| (prefix, by_source(*route, reverse_path)));
+        let sources = distinct(sources, otherwise);
         let denied = sources.iter().filter(|(_, fact)| **fact == Fact::Denied);
-        Self {
-            destinations,
-            denied_sources: PrefixMap::new(denied.map(|(prefix, _)| (prefix, ())).collect()),
-            guarded_sources: distinct(guarded.iter().map(|(prefix, fact)| (prefix, *fact)), otherwise),
-            sources,
-            reverse_path,
-        }
+        let denied_sources = PrefixMap::new(denied.map(|(prefix, _)| (prefix, ())).collect());
+        Self { destinations, sources, denied_sources, reverse_path }
     }
 
-    /// Whether packets of a cell may leave through a device, and what must be looked up for each.
-    pub(super) fn admit(&self, region: &Region, device: u32) -> Result<Probes, PassReason> {
+    /// Whether packets of a cell may leave through a device, and which addresses must be looked up for each.
+    pub(super) fn admit(&self, cell: &Cell, device: u32) -> Result<Probes, PassReason> {
         let destination = match &self.destinations {
             Destinations::Unknown => return Err(PassReason::NoPath),
             Destinations::Vouched => false,
-            Destinations::Known(facts) => match answer(facts, region.cell.destination) {
+            Destinations::Known(facts) => match answer(facts, cell.destination) {
                 (Some(Fact::Via(ifindex)), true) if ifindex == device => false,
                 (Some(Fact::Via(_)), true) => return Err(PassReason::RouteElsewhere),
                 (Some(Fact::Denied) | None, true) => return Err(PassReason::DeniedDestination),
                 (_, false) => true,
             },
         };
-        let source = match answer(&self.sources, region.cell.source) {
+        let source = match answer(&self.sources, cell.source) {
             (Some(Fact::Denied), true) => return Err(PassReason::DeniedSource),
             (Some(Fact::Denied), false) => true,
-            _ => region.guarded || self.denied_sources.inside(region.cell.source).len() > 0,
+            _ => self.denied_sources.inside(cell.source).len() > 0,
         };
-        Ok(Probes { destination, source })
+        Ok(Probes { destination, source, guards: false })
     }
 
-    /// The facts on one side that the program needs for cells that are fast.
-    pub(super) fn needed(
-        &self,
-        side: Side,
-        cells: impl Iterator<Item = (Cell, Probes)>,
-    ) -> BTreeMap<IpNet, Fact> {
-        let probed = cells.filter(|(_, probes)| probes.on(side) || side == Side::Source && self.reverse_path);
-        let (facts, regions): (_, BTreeSet<IpNet>) = match (side, &self.destinations) {
-            (Side::Destination, Destinations::Known(facts)) => {
-                (facts, probed.map(|(cell, _)| cell.destination).collect())
-            }
-            (Side::Destination, _) => return BTreeMap::new(),
-            (Side::Source, _) => (&self.guarded_sources, probed.map(|(cell, _)| cell.source).collect()),
+    /// Whether the program looks up addresses of a fast cell.
+    pub(super) fn probes(&self, side: Side, probes: Probes) -> bool {
+        match side {
+            Side::Destination => probes.destination,
+            Side::Source => probes.source || self.reverse_path,
+        }
+    }
+
+    /// What the program needs to know to look up the addresses of a prefix.
+    pub(super) fn about(&self, side: Side, prefix: IpNet) -> Vec<(IpNet, Fact)> {
+        let facts = match (side, &self.destinations) {
+            (Side::Destination, Destinations::Known(facts)) => facts,
+            (Side::Destination, _) => return Vec::new(),
+            (Side::Source, _) => &self.sources,
         };
-        PrefixMap::new(regions.into_iter().map(|region| (region, ())).collect())
-            .outermost()
-            .flat_map(|region| facts.covering(region).take(1).chain(facts.inside(region)))
-            .map(|(prefix, fact)| (prefix, *fact))
-            .collect()
+        let covering = facts.covering(prefix).take(1).filter(|(covering, _)| *covering != prefix);
+        covering.chain(facts.inside(prefix)).map(|(prefix, fact)| (prefix, *fact)).collect()
     }
 }
 
-fn by_destination(routes: &PrefixMap<RouteKind>, paths: &Paths<'_>, family: Family) -> PrefixMap<Fact> {
+/// Why an address keeps a packet from being fast: the reason, which address, and what is known about it.
+pub(super) type Denial = (PassReason, Side, Option<(IpNet, Fact)>);
+
+impl AddressFacts {
+    /// What the program finds out about the addresses of a packet.
+    pub(super) fn allow(
+        &self,
+        (source, destination): (IpAddr, IpAddr),
+        probes: Probes,
+        device: u32,
+        port: Option<&Port>,
+    ) -> Result<(), Denial> {
+        let known = |facts: &PrefixMap<Fact>, address: IpAddr| {
+            facts.covering(address.into()).next().map(|(prefix, fact)| (prefix, *fact))
+        };
+        if probes.destination
+            && let Destinations::Known(facts) = &self.destinations
+        {
+            let known = known(facts, destination);
+            match known {
+                Some((_, Fact::Via(ifindex))) if ifindex == device => {}
+                Some((_, Fact::Via(_))) => {
+                    return Err((PassReason::RouteElsewhere, Side::Destination, known));
+                }
+                _ => return Err((PassReason::DeniedDestination, Side::Destination, known)),
+            }
+        }
+        let known = known(&self.sources, source);
+        // The kernel has no reverse path filter for IPv6.
+        let port = port.filter(|port| source.is_ipv4() && port.reverse_path != ReversePath::Off);
+        match (known, port) {
+            (Some((_, Fact::Denied)), port) if probes.source || port.is_some() => {
+                Err((PassReason::DeniedSource, Side::Source, known))
+            }
+            (None, Some(_)) => Err((PassReason::ReversePath, Side::Source, None)),
+            (Some((_, Fact::Via(ifindex))), Some(port))
+                if port.reverse_path == ReversePath::Strict && ifindex != port.receiver =>
+            {
+                Err((PassReason::ReversePath, Side::Source, known))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn by_destination(routes: &PrefixMap<RouteKind>, paths: &Paths, family: Family) -> PrefixMap<Fact> {
     let fact = |route| match route {
         // The kernel also refuses packets that are longer than the inner route allows.
         RouteKind::Unicast { ifindex, mtu, .. }

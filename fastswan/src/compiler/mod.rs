@@ -5,23 +5,39 @@
 //! same output. All decisions about precedence and safety are made here:
 //!
 //! - `rule`: when the kernel's choice among policies is certain;
-//! - `cells`: into which cells the policies split the plane of addresses;
+//! - `plane`: into which cells the policies split the plane of addresses;
 //! - `path`: how a policy's packets leave;
-//! - `facts`: which single addresses inside a cell are not to be fast;
-//! - `fit`: what to leave out when a table is too small.
+//! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
+//! - `exceptions`: policies that ask for a protocol or ports;
+//! - `fit`: what to leave out when a table is too small;
+//! - `family`: all of this for one address family.
 //!
-//! Policies that ask for a protocol or for ports are not cells but [exceptions](Exception): packets that they
-//! match pass, and what they do not match is not their business. Inbound policies do not take part, since the
-//! kernel does not ask them about packets that it forwards.
+//! Policies that ask for a protocol or for ports are not cells but [exceptions](crate::table::Exception):
+//! packets that they match pass, and what they do not match is not their business. Inbound policies do not
+//! take part, since the kernel does not ask them about packets that it forwards.
+//!
+//! # What a change costs
+//!
+//! A change of a policy costs a few searches for each pair of prefix lengths that policies have, and as much
+//! for each cell inside the policy's region; a change of an association, as much for each policy that leads
+//! to its peer, and no cell is written. Three things look at every cell: another highest priority of
+//! packet-offloaded policies, other host facts, and every change while the table cannot hold all cells.
 
+mod broken;
 #[cfg(any(test, fuzzing))]
 mod brute_force;
-mod cells;
+mod counts;
+mod exceptions;
+mod explain;
 mod facts;
+mod family;
 mod fit;
 #[cfg(any(test, fuzzing))]
 mod model;
 mod path;
+mod plane;
+mod prefix;
+mod probed;
 #[cfg(test)]
 mod properties;
 mod rule;
@@ -29,52 +45,48 @@ mod slots;
 #[cfg(test)]
 mod stories;
 
+#[cfg(feature = "broken-rules")]
+pub use self::broken::BrokenRule;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub use self::brute_force::fuzz;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeMap;
 
 use fastswan_ebpf::PassReason;
-use ipnet::IpNet;
 
+pub use self::explain::{Cause, Explanation, Flow, Shadow};
 use self::{
-    cells::{Plane, Region},
-    facts::{AddressFacts, Probes},
-    fit::fit,
+    family::{Compiled, FamilyCompiler},
     path::Paths,
-    rule::{Matches, eligible},
+    prefix::Halves,
+    rule::eligible,
     slots::Slots,
 };
 use crate::{
-    database::Database,
+    database::{Change, Database, PolicyKey, Revision},
     host::HostFacts,
     policy::{Action, Direction, Family, Policy, PolicyId},
-    table::{Capacity, Cell, Exception, Fact, Forwarding, Side, Slot, TableUpdate, Verdict},
+    table::{Capacity, Slot, Standing, TableUpdate, Verdict},
 };
 
 /// Compiles a database to a table.
 ///
-/// Each call of [`compile`](Self::compile) looks at everything and returns what has changed since the call
-/// before, so every update must reach the table. When a table is replaced by an empty one, start with a new
-/// compiler.
+/// Each call of [`compile`](Self::compile) returns what has changed since the call before, so every update must
+/// reach the table. When a table is replaced by an empty one, start with a new compiler.
 #[derive(Debug)]
 pub struct Compiler {
     capacity: Capacity,
+    paths: Paths,
     slots: Slots,
-    compiled: Compiled,
-    /// How each slot's packets leave. A policy that is not fast at the moment keeps its entry.
-    forwardings: BTreeMap<Slot, Forwarding>,
-}
-
-/// What a table holds, and why.
-#[derive(Debug, Default)]
-struct Compiled {
-    cells: BTreeMap<Cell, Verdict>,
-    facts: BTreeMap<(Side, IpNet), Fact>,
-    exceptions: Vec<Exception>,
-    policies: Vec<PolicyReport>,
-    highest_offloaded: HashMap<Family, u32>,
+    v4: FamilyCompiler<u32>,
+    v6: FamilyCompiler<Halves>,
+    /// When the database was last looked at; `None` if nothing of it is compiled.
+    revision: Option<Revision>,
+    /// Whose slots are in use.
+    database: Option<u64>,
+    /// How policies' packets leave may have changed.
+    paths_changed: bool,
 }
 
 /// What became of a packet-offloaded outbound policy.
@@ -98,224 +110,228 @@ pub enum PolicyState {
     Pass(PassReason),
 }
 
-/// A cell's outcome, before slots are known.
-type Outcome = Result<Fast, PassReason>;
-
-#[derive(Clone, Copy, Debug)]
-struct Fast {
-    /// Index of the policy.
-    policy: usize,
-    probes: Probes,
+/// What changes leave to be looked at again.
+#[derive(Debug, Default)]
+struct Pending {
+    /// Policies whose packets may leave in another way.
+    standings: Vec<PolicyKey>,
+    freed: Vec<Slot>,
 }
 
 impl Compiler {
-    /// A compiler for a table of this capacity that holds nothing yet.
+    /// A compiler for a table of this capacity that holds nothing yet. Nothing is known about the host, so
+    /// nothing is fast before [`set_host`](Self::set_host).
     #[must_use]
     pub fn new(capacity: Capacity) -> Self {
+        let paths = Paths::new(&HostFacts::default());
         Self {
             capacity,
             slots: Slots::default(),
-            compiled: Compiled::default(),
-            forwardings: BTreeMap::new(),
+            v4: FamilyCompiler::new(Family::V4, &capacity, &paths),
+            v6: FamilyCompiler::new(Family::V6, &capacity, &paths),
+            paths,
+            revision: None,
+            database: None,
+            paths_changed: false,
         }
     }
 
-    /// Looks at everything and returns what has changed since the last call.
+    /// Breaks a rule on purpose: packets will be sent the wrong way. For the oracle of the testkit only.
+    #[cfg(feature = "broken-rules")]
+    #[must_use]
+    pub fn with_broken_rule(mut self, rule: BrokenRule) -> Self {
+        self.v4.set_broken(rule);
+        self.v6.set_broken(rule);
+        self.slots.set_hoarding(rule == BrokenRule::Descendants);
+        self
+    }
+
+    /// Takes up what the host does with addresses. It takes effect at the next [`compile`](Self::compile).
+    pub fn set_host(&mut self, host: &HostFacts) {
+        self.paths = Paths::new(host);
+        self.v4.set_paths(&self.paths);
+        self.v6.set_paths(&self.paths);
+        self.paths_changed = true;
+    }
+
+    /// Returns what has changed since the last call.
     ///
     /// Nothing of a database that is not [current](Database::is_current) is fast. What does not fit into the
     /// table passes; an update always fits. In it, removals come first, then the rest, longest prefixes first.
-    pub fn compile(&mut self, database: &Database, host: &HostFacts) -> TableUpdate {
-        let freed = self.slots.retain(|id| database.policy(id).is_some());
-        let mut forwardings = self.forwardings.clone();
-        for slot in &freed {
-            forwardings.remove(slot);
+    /// The database may be another one than last time.
+    pub fn compile(&mut self, database: &Database) -> TableUpdate {
+        let mut update = TableUpdate::default();
+        if !database.is_current() {
+            if self.revision.take().is_some() {
+                self.v4.clear(&mut update);
+                self.v6.clear(&mut update);
+            }
+            return update;
         }
-        let kept = forwardings.clone();
-
-        let mut compiled = Compiled::default();
-        let paths = Paths::new(host);
-        for family in [Family::V4, Family::V6] {
-            self.compile_family(family, database, host, &paths, &mut compiled, &mut forwardings);
+        let mut pending = Pending::default();
+        let revision = self.revision.replace(database.revision());
+        let changes = revision.and_then(|revision| database.changes_since(revision));
+        let is_followed = changes.is_some();
+        if let Some(changes) = changes {
+            self.follow(changes, database, &mut pending);
         }
+        if !is_followed || self.v4.is_worth_rebuilding() || self.v6.is_worth_rebuilding() {
+            self.rebuild(database, &mut pending);
+        }
+        if std::mem::take(&mut self.paths_changed) {
+            pending.standings.extend(self.slots.owners());
+        }
+        loop {
+            self.settle(database, &mut pending);
+            // A slot that was freed may be one that another policy waits for.
+            let waiting = self.slots.next_waiting();
+            if waiting.is_empty() {
+                break;
+            }
+            for policy in waiting.into_iter().filter_map(|key| database.policy_with_key(key)) {
+                self.v4.touch(policy);
+                self.v6.touch(policy);
+            }
+        }
+        self.v4.finish(&mut update);
+        self.v6.finish(&mut update);
 
-        let update = TableUpdate {
-            cells: difference(&self.compiled.cells, &compiled.cells, |cell| {
-                (cell.destination.prefix_len(), cell.source.prefix_len())
-            }),
-            facts: difference(&self.compiled.facts, &compiled.facts, |(_, prefix)| (prefix.prefix_len(), 0)),
-            forwardings: freed
-                .into_iter()
-                .map(|slot| (slot, None))
-                .chain(difference(&kept, &forwardings, |_| (0, 0)))
-                .collect(),
-            exceptions: (self.compiled.exceptions != compiled.exceptions)
-                .then(|| compiled.exceptions.clone()),
-        };
-        self.compiled = compiled;
-        self.forwardings = forwardings;
+        update.slots.extend(pending.freed.into_iter().map(|slot| (slot, None)));
+        pending.standings.sort_unstable();
+        pending.standings.dedup();
+        let standings = pending.standings.into_iter().filter_map(|key| {
+            let policy = database.policy_with_key(key)?;
+            Some((self.slots.get(key)?, Some(standing(policy, database, &self.paths))))
+        });
+        update.slots.extend(standings);
         update
     }
 
     /// The slot of a policy that is or was fast.
     #[must_use]
-    pub fn slot(&self, policy: &PolicyId) -> Option<Slot> {
-        self.slots.get(policy)
+    pub fn slot(&self, database: &Database, policy: &PolicyId) -> Option<Slot> {
+        self.slots.get(database.key_of(policy)?)
     }
 
-    /// The packet-offloaded outbound policies at the last call, IPv4 first, ordered by identity.
+    /// The packet-offloaded outbound policies of the database that was compiled last, IPv4 first, ordered by
+    /// identity. Looks at all of them.
     #[must_use]
-    pub fn policies(&self) -> &[PolicyReport] {
-        &self.compiled.policies
-    }
-
-    /// How many policies were fast at the last call.
-    #[must_use]
-    pub fn fast_policies(&self) -> usize {
-        self.compiled.policies.iter().filter(|report| report.state == PolicyState::Fast).count()
-    }
-
-    /// The highest priority number of the packet-offloaded outbound policies of a family at the last call: a
-    /// policy that matches besides an offloaded one keeps its packets from being fast unless it has this
-    /// number or a higher one.
-    #[must_use]
-    pub fn highest_offloaded_priority(&self, family: Family) -> Option<u32> {
-        self.compiled.highest_offloaded.get(&family).copied()
-    }
-
-    fn compile_family(
-        &mut self,
-        family: Family,
-        database: &Database,
-        host: &HostFacts,
-        paths: &Paths<'_>,
-        compiled: &mut Compiled,
-        forwardings: &mut BTreeMap<Slot, Forwarding>,
-    ) {
-        let policies: Vec<&Policy> = database
-            .policies()
-            .filter(|policy| policy.id.direction != Direction::In && policy.id.selector.family() == family)
-            .collect();
-        let is_candidate =
-            |policy: &Policy| policy.id.direction == Direction::Out && policy.is_packet_offloaded();
-        let highest =
-            policies.iter().filter(|policy| is_candidate(policy)).map(|policy| policy.priority).max();
-        if let Some(highest) = highest {
-            compiled.highest_offloaded.insert(family, highest);
-        }
-        if !database.is_current() {
-            compiled.policies.extend(policies.iter().filter(|policy| is_candidate(policy)).map(|policy| {
-                PolicyReport {
-                    id: policy.id.clone(),
-                    slot: self.slots.get(&policy.id),
-                    state: PolicyState::Pass(PassReason::Disabled),
-                }
-            }));
-            return;
-        }
-
-        let exceptions = self.exceptions(&policies);
-        let is_widened =
-            |policy: &Policy| exception(policy).is_some_and(|exception| !exceptions.contains(&exception));
-        let is_region = |policy: &Policy| !policy.id.selector.looks_at_upper_layer() || is_widened(policy);
-        let regions = policies
-            .iter()
-            .enumerate()
-            .filter(|(_, policy)| is_region(policy))
-            .map(|(index, policy)| (cell(policy), Matches::one(index, policy, is_widened(policy))));
-        let plane = Plane::new(regions.collect());
-
-        let standings: Vec<Result<Forwarding, PassReason>> = policies
-            .iter()
-            .map(|policy| {
-                if is_widened(policy) { Err(PassReason::Capacity) } else { standing(policy, database, paths) }
+    pub fn policies(&self, database: &Database) -> Vec<PolicyReport> {
+        let candidates = database
+            .keyed_policies()
+            .filter(|(_, policy)| policy.id.direction == Direction::Out && policy.is_packet_offloaded());
+        let mut reports: Vec<_> = candidates
+            .map(|(key, policy)| PolicyReport {
+                id: policy.id.clone(),
+                slot: self.slots.get(key),
+                state: self.state(database, key, policy),
             })
             .collect();
-        let facts = AddressFacts::new(host, paths, family, plane.guards());
-        let outcome = |region: &Region| {
-            let policy = region.matches.ok_or(PassReason::Capacity)?.chosen(highest.unwrap_or(0))?;
-            let probes = facts.admit(region, standings[policy]?.ifindex)?;
-            Ok(Fast { policy, probes })
-        };
-        let mut cells: Vec<(Cell, Outcome)> =
-            plane.cells(self.capacity.cells).iter().map(|region| (region.cell, outcome(region))).collect();
-
-        let sides = self.fit_table(&mut cells, &facts);
-        let mut fast_policies = BTreeSet::new();
-        let mut fast_cells = Vec::new();
-        for (cell, outcome) in cells {
-            let fast = outcome.and_then(|Fast { policy, probes }| {
-                let slot = self.slots.allocate(&policies[policy].id, self.capacity.slots);
-                let slot = slot.ok_or(PassReason::Capacity)?;
-                forwardings.insert(slot, standings[policy]?);
-                fast_policies.insert(policy);
-                fast_cells.push((cell, probes));
-                Ok(Verdict::Fast { slot, probe_destination: probes.destination, probe_source: probes.source })
-            });
-            compiled.cells.insert(cell, fast.unwrap_or_else(Verdict::Pass));
-        }
-        for side in sides {
-            let facts = facts.needed(side, fast_cells.iter().copied());
-            compiled.facts.extend(facts.into_iter().map(|(prefix, fact)| ((side, prefix), fact)));
-        }
-        for (index, policy) in policies.iter().enumerate().filter(|(_, policy)| is_candidate(policy)) {
-            let state = match compiled.cells.get(&cell(policy)) {
-                _ if fast_policies.contains(&index) => PolicyState::Fast,
-                _ if !is_region(policy) => PolicyState::Pass(PassReason::Exception),
-                Some(Verdict::Pass(reason)) => PolicyState::Pass(*reason),
-                Some(Verdict::Fast { .. }) => PolicyState::Pass(PassReason::Shadowed),
-                None => PolicyState::Pass(PassReason::Capacity),
-            };
-            let slot = self.slots.get(&policy.id);
-            compiled.policies.push(PolicyReport { id: policy.id.clone(), slot, state });
-        }
-        compiled.exceptions.extend(exceptions);
-    }
-
-    /// The exceptions that the table has room for: those with the widest regions, which would otherwise keep
-    /// most from being fast.
-    fn exceptions(&self, policies: &[&Policy]) -> BTreeSet<Exception> {
-        let all: BTreeSet<Exception> = policies.iter().filter_map(|policy| exception(policy)).collect();
-        let mut widest: Vec<Exception> = all.into_iter().collect();
-        let length = |exception: &Exception| {
-            u32::from(exception.cell.destination.prefix_len()) + u32::from(exception.cell.source.prefix_len())
-        };
-        widest.sort_by_key(length);
-        widest.truncate(self.capacity.exceptions);
-        widest.into_iter().collect()
-    }
-
-    /// Makes cells pass, or leaves them out, until they and the facts they need fit, and returns the sides that
-    /// facts are kept for.
-    fn fit_table(&self, cells: &mut Vec<(Cell, Outcome)>, facts: &AddressFacts) -> Vec<Side> {
-        let room = self.capacity.cells.saturating_sub(cells.len()).max(self.capacity.cells / 2);
-        let mut used = 0;
-        let mut sides = Vec::new();
-        for side in [Side::Destination, Side::Source] {
-            let fast_cells = cells.iter().filter_map(|(cell, outcome)| Some((*cell, outcome.ok()?.probes)));
-            let needed = facts.needed(side, fast_cells);
-            let lengths: BTreeSet<u8> = needed.keys().map(IpNet::prefix_len).collect();
-            if used + needed.len() <= room && lengths.len() <= self.capacity.fact_lengths {
-                used += needed.len();
-                sides.push(side);
-            } else {
-                for (_, outcome) in cells.iter_mut() {
-                    if outcome.is_ok_and(|fast| fast.probes.on(side)) {
-                        *outcome = Err(PassReason::Capacity);
-                    }
-                }
-            }
-        }
-        fit(cells, self.capacity.cells - used, self.capacity.tuples, |outcome| {
-            if outcome.is_ok() {
-                *outcome = Err(PassReason::Capacity);
-            }
+        reports.sort_by(|one, other| {
+            let order = |report: &PolicyReport| report.id.selector.family();
+            order(one).cmp(&order(other)).then_with(|| one.id.cmp(&other.id))
         });
-        sides
+        reports
+    }
+
+    /// How many policies are fast. Looks at all of them.
+    #[must_use]
+    pub fn fast_policies(&self, database: &Database) -> usize {
+        self.policies(database).iter().filter(|report| report.state == PolicyState::Fast).count()
+    }
+
+    /// Brings the verdicts of cells up to date.
+    fn settle(&mut self, database: &Database, pending: &mut Pending) {
+        let (slots, limit) = (&mut self.slots, self.capacity.slots);
+        let mut slot = |key, policy: &Policy| {
+            eligible(policy)?;
+            let device = policy.offload.ok_or(PassReason::NotOffloaded)?.ifindex;
+            if let Some(slot) = slots.get(key) {
+                return Ok((slot, device));
+            }
+            pending.standings.push(key);
+            let slot = slots.allocate(key, database.generation(key), limit).ok_or(PassReason::Capacity)?;
+            Ok((slot, device))
+        };
+        self.v4.settle(database, &mut slot);
+        self.v6.settle(database, &mut slot);
+    }
+
+    /// Takes up changes one by one.
+    fn follow<'a>(
+        &mut self,
+        changes: impl Iterator<Item = &'a Change>,
+        database: &Database,
+        pending: &mut Pending,
+    ) {
+        // What was known about each policy: the first that is told. What it is now, the database tells.
+        let mut before: BTreeMap<PolicyKey, Option<&Policy>> = BTreeMap::new();
+        for change in changes {
+            match change {
+                Change::Policy { key, before: policy } => {
+                    before.entry(*key).or_insert(policy.as_deref());
+                }
+                Change::Sa(peer) => pending.standings.extend(database.policies_to(*peer)),
+                Change::DefaultPolicy => pending.standings.extend(self.slots.owners()),
+            }
+        }
+        for (key, before) in before {
+            let now = database.policy_with_key(key);
+            pending.freed.extend(self.slots.release(key, now.map(|_| database.generation(key))));
+            pending.standings.push(key);
+            self.v4.replace(key, before, now);
+            self.v6.replace(key, before, now);
+        }
+    }
+
+    /// Takes up everything.
+    fn rebuild(&mut self, database: &Database, pending: &mut Pending) {
+        let is_same =
+            self.database.replace(database.revision().database) == Some(database.revision().database);
+        let owners: Vec<_> = self.slots.owners().collect();
+        for key in owners {
+            let exists = is_same && database.policy_with_key(key).is_some();
+            pending.freed.extend(self.slots.release(key, exists.then(|| database.generation(key))));
+        }
+        pending.standings.extend(self.slots.owners());
+        self.v4.rebuild(database.keyed_policies());
+        self.v6.rebuild(database.keyed_policies());
+    }
+
+    fn family(&self, family: Family) -> &dyn Compiled {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
+    }
+
+    fn state(&self, database: &Database, key: PolicyKey, policy: &Policy) -> PolicyState {
+        if !database.is_current() {
+            return PolicyState::Pass(PassReason::Disabled);
+        }
+        if exceptions::exception(policy).is_some() {
+            return PolicyState::Pass(PassReason::Exception);
+        }
+        let verdicts = self.family(policy.id.selector.family()).verdicts(policy);
+        let slot = self.slots.get(key);
+        let is_own =
+            |verdict: &Verdict| matches!(verdict, Verdict::Fast { slot: own, .. } if Some(*own) == slot);
+        if verdicts.iter().any(is_own) {
+            return match standing(policy, database, &self.paths) {
+                Ok(_) => PolicyState::Fast,
+                Err(reason) => PolicyState::Pass(reason),
+            };
+        }
+        PolicyState::Pass(match verdicts.first() {
+            Some(Verdict::Pass(reason)) => *reason,
+            Some(Verdict::Fast { .. }) => PassReason::Shadowed,
+            None => PassReason::Capacity,
+        })
     }
 }
 
 /// How a policy's packets leave, or why they must not.
-fn standing(policy: &Policy, database: &Database, paths: &Paths<'_>) -> Result<Forwarding, PassReason> {
+fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     let template = eligible(policy)?;
     let Some(device) = policy.offload else { return Err(PassReason::NotOffloaded) };
     let default_policy = database.default_policy();
@@ -328,36 +344,4 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths<'_>) -> Result<F
         return Err(PassReason::NoSa);
     }
     paths.forwarding(policy, device, template, associations).ok_or(PassReason::NoPath)
-}
-
-fn cell(policy: &Policy) -> Cell {
-    let selector = &policy.id.selector;
-    Cell { destination: selector.destination.trunc(), source: selector.source.trunc() }
-}
-
-fn exception(policy: &Policy) -> Option<Exception> {
-    let selector = &policy.id.selector;
-    selector.looks_at_upper_layer().then(|| Exception {
-        cell: cell(policy),
-        protocol: selector.protocol,
-        source_port: selector.source_port,
-        destination_port: selector.destination_port,
-    })
-}
-
-/// What to write so that a table with the old values holds the new ones: removals, then the rest, longest
-/// prefixes first.
-fn difference<K: Copy + Ord, V: Copy + PartialEq>(
-    old: &BTreeMap<K, V>,
-    new: &BTreeMap<K, V>,
-    lengths: impl Fn(&K) -> (u8, u8),
-) -> Vec<(K, Option<V>)> {
-    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| (*key, None));
-    let mut set: Vec<_> = new
-        .iter()
-        .filter(|(key, value)| old.get(key) != Some(value))
-        .map(|(key, value)| (*key, Some(*value)))
-        .collect();
-    set.sort_by_key(|(key, _)| std::cmp::Reverse(lengths(key)));
-    removed.chain(set).collect()
 }

@@ -14,7 +14,7 @@ use crate::{
         Direction, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy, PolicyId,
         SaId, SecurityAssociation, Selector, Template,
     },
-    table::{Capacity, Cell, Exception, Fact, Forwarding, Side, Slot, TableUpdate, Verdict},
+    table::{Capacity, Cell, Exception, Fact, Probes, Side, Slot, Standing, TableUpdate, Verdict},
 };
 
 /// The packet-offload device.
@@ -22,8 +22,16 @@ pub(super) const NIC: u32 = 7;
 /// Another device.
 pub(super) const LAN: u32 = 8;
 
-pub(super) const AMPLE: Capacity =
-    Capacity { cells: 1 << 20, tuples: 1 << 12, fact_lengths: 129, exceptions: 64, slots: 1 << 16 };
+pub(super) const AMPLE: Capacity = Capacity {
+    cells_v4: 1 << 20,
+    cells_v6: 1 << 20,
+    tuples: 1 << 12,
+    fact_lengths: 129,
+    guard_lengths: 129,
+    exceptions: 64,
+    exception_tuples: 1 << 12,
+    slots: 1 << 16,
+};
 
 /// A packet as the rule sees it.
 #[derive(Clone, Copy, Debug)]
@@ -43,12 +51,13 @@ impl Packet {
 }
 
 /// The table that all updates add up to.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Model {
     pub(super) cells: BTreeMap<Cell, Verdict>,
     pub(super) facts: BTreeMap<(Side, IpNet), Fact>,
-    pub(super) forwardings: BTreeMap<Slot, Forwarding>,
-    pub(super) exceptions: Vec<Exception>,
+    pub(super) guards: BTreeSet<IpNet>,
+    pub(super) slots: BTreeMap<Slot, Standing>,
+    pub(super) exceptions: BTreeSet<Exception>,
 }
 
 impl Model {
@@ -56,17 +65,21 @@ impl Model {
     pub(super) fn apply(&mut self, update: &TableUpdate) {
         write(&mut self.cells, &update.cells);
         write(&mut self.facts, &update.facts);
-        for (slot, forwarding) in &update.forwardings {
-            match forwarding {
-                Some(forwarding) => {
-                    assert_ne!(self.forwardings.insert(*slot, *forwarding), Some(*forwarding));
-                }
-                None => assert!(self.forwardings.remove(slot).is_some(), "{slot:?} was not in use"),
+        for (guard, there) in &update.guards {
+            let changed = if *there { self.guards.insert(*guard) } else { self.guards.remove(guard) };
+            assert!(changed, "guard {guard} did not change");
+        }
+        for (slot, standing) in &update.slots {
+            match standing {
+                // A slot may be told again.
+                Some(standing) => drop(self.slots.insert(*slot, *standing)),
+                None => assert!(self.slots.remove(slot).is_some(), "{slot:?} was not in use"),
             }
         }
-        if let Some(exceptions) = &update.exceptions {
-            assert_ne!(&self.exceptions, exceptions);
-            self.exceptions.clone_from(exceptions);
+        for (exception, there) in &update.exceptions {
+            let changed =
+                if *there { self.exceptions.insert(*exception) } else { self.exceptions.remove(exception) };
+            assert!(changed, "{exception:?} did not change");
         }
     }
 
@@ -86,21 +99,24 @@ impl Model {
             .iter()
             .filter(|(cell, _)| holds(cell, packet))
             .max_by_key(|(cell, _)| (cell.destination.prefix_len(), cell.source.prefix_len()));
-        let (slot, probe_destination, probe_source) = match first {
+        let (slot, probes) = match first {
             None => return Err(PassReason::NoPolicy),
             Some((_, Verdict::Pass(reason))) => return Err(*reason),
-            Some((_, Verdict::Fast { slot, probe_destination, probe_source })) => {
-                (*slot, *probe_destination, *probe_source)
-            }
+            Some((_, Verdict::Fast { slot, probes })) => (*slot, *probes),
         };
-        if probe_destination {
+        let device = self.slots.get(&slot).copied().unwrap_or(Err(PassReason::EgressUnavailable))?.ifindex;
+        let Probes { destination, source, guards } = probes;
+        if guards && self.guards.iter().any(|guard| guard.contains(&packet.source)) {
+            return Err(PassReason::Guarded);
+        }
+        if destination {
             match self.fact(Side::Destination, packet.destination) {
-                Some(Fact::Via(ifindex)) if ifindex == self.forwardings[&slot].ifindex => {}
+                Some(Fact::Via(ifindex)) if ifindex == device => {}
                 Some(Fact::Via(_)) => return Err(PassReason::RouteElsewhere),
                 Some(Fact::Denied) | None => return Err(PassReason::DeniedDestination),
             }
         }
-        if probe_source && self.fact(Side::Source, packet.source) == Some(Fact::Denied) {
+        if source && self.fact(Side::Source, packet.source) == Some(Fact::Denied) {
             return Err(PassReason::DeniedSource);
         }
         Ok(slot)
@@ -119,7 +135,8 @@ impl Model {
         for family in [Family::V4, Family::V6] {
             let cells = || self.cells.keys().filter(|cell| Family::of(&cell.destination) == family);
             let facts = || self.facts.keys().filter(|(_, prefix)| Family::of(prefix) == family);
-            assert!(cells().count() + facts().count() <= capacity.cells);
+            let guards = || self.guards.iter().filter(|guard| Family::of(guard) == family);
+            assert!(cells().count() + facts().count() + guards().count() <= capacity.cells(family));
             let tuples: BTreeSet<_> =
                 cells().map(|cell| (cell.destination.prefix_len(), cell.source.prefix_len())).collect();
             assert!(tuples.len() <= capacity.tuples);
@@ -128,11 +145,13 @@ impl Model {
                     facts().filter(|(of, _)| *of == side).map(|(_, prefix)| prefix.prefix_len()).collect();
                 assert!(lengths.len() <= capacity.fact_lengths);
             }
+            let lengths: BTreeSet<u8> = guards().map(IpNet::prefix_len).collect();
+            assert!(lengths.len() <= capacity.guard_lengths);
             let exceptions =
                 self.exceptions.iter().filter(|exception| Family::of(&exception.cell.destination) == family);
             assert!(exceptions.count() <= capacity.exceptions);
         }
-        assert!(self.forwardings.keys().all(|slot| (slot.0 as usize) < capacity.slots));
+        assert!(self.slots.keys().all(|slot| (slot.0 as usize) < capacity.slots));
     }
 }
 

@@ -5,26 +5,27 @@ use std::{collections::HashMap, net::IpAddr};
 use crate::{
     host::{HostFacts, Link, RouteKind, routing::Routing},
     policy::{Family, MacAddr, NextHop, OffloadDev, Policy, SecurityAssociation, Template},
-    table::Forwarding,
+    table::{Forwarding, ReversePath},
 };
 
 /// What the host knows about paths.
-pub(super) struct Paths<'a> {
-    links: HashMap<u32, &'a Link>,
+#[derive(Debug)]
+pub(super) struct Paths {
+    links: HashMap<u32, Link>,
     neighbours: HashMap<(u32, IpAddr), MacAddr>,
     v4: Routing,
     v6: Routing,
     vouched: bool,
 }
 
-impl<'a> Paths<'a> {
-    pub(super) fn new(host: &'a HostFacts) -> Self {
+impl Paths {
+    pub(super) fn new(host: &HostFacts) -> Self {
         let neighbours = host
             .neighbours
             .iter()
             .map(|neighbour| ((neighbour.ifindex, neighbour.destination), neighbour.address));
         Self {
-            links: host.links.iter().map(|link| (link.ifindex, link)).collect(),
+            links: host.links.iter().map(|link| (link.ifindex, link.clone())).collect(),
             neighbours: neighbours.collect(),
             v4: host.routing(Family::V4),
             v6: host.routing(Family::V6),
@@ -39,8 +40,13 @@ impl<'a> Paths<'a> {
         }
     }
 
-    pub(super) fn link(&self, ifindex: u32) -> Option<&'a Link> {
-        self.links.get(&ifindex).copied()
+    pub(super) fn link(&self, ifindex: u32) -> Option<&Link> {
+        self.links.get(&ifindex)
+    }
+
+    /// Whether packets of some link are dropped if their source is not routed back.
+    pub(super) fn filters_by_reverse_path(&self) -> bool {
+        self.links.values().any(|link| link.reverse_path != ReversePath::Off)
     }
 
     /// How a policy's packets leave its device, or `None` if that is not known or not possible.

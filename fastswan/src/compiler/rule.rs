@@ -4,50 +4,87 @@
 //! priority, and stops its scan at the first worse priority (`xfrm_policy_insert_list`,
 //! `__xfrm_policy_eval_candidates`). So the best priority alone does not decide. It does if
 //!
-//! - it is strictly the best, and no other matching policy is offloaded, and
-//! - every other match has a priority number at or above the highest of all offloaded policies of the family:
-//!   none of them can stand before an offloaded one in its chain,
+//! - it is the only one that matches, or
+//! - no other matching policy is offloaded, and all have priority numbers above the highest that an offloaded policy of
+//!   the family has had since this one was added or changed: then none can stand before it in its chain,
 //!
 //! and if no forward policy and no sub policy matches, which the kernel asks besides.
 
 use fastswan_ebpf::PassReason;
 
-use crate::policy::{Action, Direction, IPPROTO_ESP, Mode, Policy, PolicyType, Template};
+use super::broken::{self, BrokenRule};
+use crate::{
+    database::PolicyKey,
+    policy::{Action, Direction, IPPROTO_ESP, Mode, Policy, PolicyType, Template},
+};
 
-/// What the rule needs to know about the policies that match a region.
+/// What the rule needs to know about a policy.
 ///
 /// Marks, interface ids, interfaces, security contexts and users are not looked at: a policy that asks for
 /// one counts as a match. That is safe, because more matches never make a region fast.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Candidate {
+    pub(super) policy: PolicyKey,
+    pub(super) priority: u32,
+    pub(super) role: Role,
+    /// It matches only packets of one protocol or port, but the table has no room to tell them apart.
+    pub(super) widened: bool,
+}
+
+/// What a policy can do to a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// An outbound policy that is packet-offloaded.
+    Offloaded,
+    /// An outbound policy of the kernel's.
+    Software,
+    /// A forward or sub policy: it makes packets pass whatever else matches.
+    Check,
+}
+
+impl Candidate {
+    /// A policy that is not inbound.
+    pub(super) fn of(key: PolicyKey, policy: &Policy, broken: Option<BrokenRule>) -> Self {
+        let chosen_among = policy.id.direction == Direction::Out && policy.id.policy_type == PolicyType::Main;
+        let role = match chosen_among {
+            false => Role::Check,
+            true if policy.is_packet_offloaded() => Role::Offloaded,
+            true => Role::Software,
+        };
+        Self { policy: key, priority: broken::priority(broken, policy), role, widened: false }
+    }
+}
+
+/// What the rule needs to know about all policies that match a region.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Matches {
+    /// Of those that are not checks.
     best: Option<Candidate>,
     /// Best priority number among the others.
     second: Option<u32>,
-    /// How many are packet-offloaded.
-    offloaded: usize,
-    forward_or_sub: bool,
-    /// Some match only packets of one protocol or port, but the table has no room to tell them apart.
+    offloaded: Offloaded,
+    check: bool,
     widened: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    priority: u32,
-    /// Index of the policy.
-    policy: usize,
-    offloaded: bool,
+/// How many policies are packet-offloaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Offloaded {
+    #[default]
+    None,
+    One,
+    Several,
 }
 
 impl Matches {
-    /// One policy, by its index. `widened` tells that its protocol and ports are left out of account.
-    pub(super) fn one(index: usize, policy: &Policy, widened: bool) -> Self {
-        let candidate =
-            Candidate { priority: policy.priority, policy: index, offloaded: policy.is_packet_offloaded() };
-        if policy.id.direction == Direction::Out && policy.id.policy_type == PolicyType::Main {
-            let offloaded = usize::from(candidate.offloaded);
-            Self { best: Some(candidate), offloaded, widened, ..Self::default() }
-        } else {
-            Self { forward_or_sub: true, widened, ..Self::default() }
+    pub(super) fn of(candidate: Candidate) -> Self {
+        let widened = candidate.widened;
+        match candidate.role {
+            Role::Check => Self { check: true, widened, ..Self::default() },
+            Role::Software => Self { best: Some(candidate), widened, ..Self::default() },
+            Role::Offloaded => {
+                Self { best: Some(candidate), offloaded: Offloaded::One, widened, ..Self::default() }
+            }
         }
     }
 
@@ -63,29 +100,42 @@ impl Matches {
         Self {
             best,
             second: losers.into_iter().flatten().min(),
-            offloaded: self.offloaded + other.offloaded,
-            forward_or_sub: self.forward_or_sub || other.forward_or_sub,
+            offloaded: match (self.offloaded, other.offloaded) {
+                (Offloaded::None, count) | (count, Offloaded::None) => count,
+                _ => Offloaded::Several,
+            },
+            check: self.check || other.check,
             widened: self.widened || other.widened,
         }
     }
 
-    /// Whether they are forward and sub policies only, which make packets pass whatever else matches.
-    pub(super) fn only_pass(&self) -> bool {
-        self.best.is_none()
+    /// Whether no outbound main policy loses to another.
+    pub(super) fn is_alone(&self) -> bool {
+        self.second.is_none()
     }
 
-    /// The index of the packet-offloaded policy that the kernel is certain to choose.
+    /// The packet-offloaded policy that the kernel is certain to choose, if it is alone or the order of its chain
+    /// is known.
     ///
-    /// `highest_offloaded` is the highest priority number of all packet-offloaded policies of the family.
-    pub(super) fn chosen(self, highest_offloaded: u32) -> Result<usize, PassReason> {
-        let Some(best) = self.best.filter(|_| !self.forward_or_sub) else {
+    /// `highest_offloaded` is the highest priority number that a packet-offloaded policy of the family has had.
+    pub(super) fn chosen(
+        self,
+        highest_offloaded: u32,
+        broken: Option<BrokenRule>,
+    ) -> Result<PolicyKey, PassReason> {
+        let Some(best) = self.best.filter(|_| !self.check) else {
             return Err(self.blame(PassReason::ForwardOrSubPolicy));
         };
-        if self.offloaded == 0 {
+        if self.offloaded == Offloaded::None {
             return Err(self.blame(PassReason::NotOffloaded));
         }
-        let safe = |loser| loser > best.priority && loser >= highest_offloaded;
-        if best.offloaded && self.offloaded == 1 && self.second.is_none_or(safe) {
+        let is_beaten = |loser: u32| match broken {
+            Some(BrokenRule::Ties) => loser >= best.priority.max(highest_offloaded),
+            Some(BrokenRule::HighestPriority) => loser > best.priority,
+            _ => loser > best.priority.max(highest_offloaded),
+        };
+        let is_only_one = best.role == Role::Offloaded && self.offloaded == Offloaded::One;
+        if is_only_one && self.second.is_none_or(is_beaten) {
             Ok(best.policy)
         } else {
             Err(self.blame(PassReason::Shadowed))

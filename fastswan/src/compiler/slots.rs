@@ -1,50 +1,80 @@
 //! Which policy has which slot of the table.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
-use crate::{policy::PolicyId, table::Slot};
+use crate::{database::PolicyKey, table::Slot};
 
 /// The slots in use. A policy keeps its slot as long as it exists, so that its counters go on.
 #[derive(Debug, Default)]
 pub(super) struct Slots {
-    used: BTreeMap<PolicyId, Slot>,
+    /// By policy key.
+    assigned: Vec<Option<Assigned>>,
     /// Freed slots, the oldest first.
     free: VecDeque<Slot>,
     /// The first slot that was never used.
     fresh: u32,
+    /// Policies that found no slot.
+    waiting: BTreeSet<PolicyKey>,
+    /// Slots are never freed; see [`BrokenRule::Descendants`](super::broken::BrokenRule::Descendants).
+    hoarding: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Assigned {
+    slot: Slot,
+    /// Of the policy's key.
+    generation: u32,
 }
 
 impl Slots {
-    pub(super) fn get(&self, policy: &PolicyId) -> Option<Slot> {
-        self.used.get(policy).copied()
+    pub(super) fn get(&self, policy: PolicyKey) -> Option<Slot> {
+        Some(self.assigned.get(policy.0 as usize)?.as_ref()?.slot)
     }
 
     /// The policy's slot, perhaps a new one; `None` if all `limit` slots are in use.
-    pub(super) fn allocate(&mut self, policy: &PolicyId, limit: usize) -> Option<Slot> {
+    pub(super) fn allocate(&mut self, policy: PolicyKey, generation: u32, limit: usize) -> Option<Slot> {
         if let Some(slot) = self.get(policy) {
             return Some(slot);
         }
         let slot = if (self.fresh as usize) < limit {
             self.fresh += 1;
             Slot(self.fresh - 1)
+        } else if let Some(slot) = self.free.pop_front() {
+            slot
         } else {
-            self.free.pop_front()?
+            self.waiting.insert(policy);
+            return None;
         };
-        self.used.insert(policy.clone(), slot);
+        let index = policy.0 as usize;
+        if self.assigned.len() <= index {
+            self.assigned.resize(index + 1, None);
+        }
+        self.assigned[index] = Some(Assigned { slot, generation });
+        self.waiting.remove(&policy);
         Some(slot)
     }
 
-    /// Frees the slots of policies that no longer exist and returns them.
-    pub(super) fn retain(&mut self, exists: impl Fn(&PolicyId) -> bool) -> Vec<Slot> {
-        let mut freed = Vec::new();
-        self.used.retain(|policy, slot| {
-            let keep = exists(policy);
-            if !keep {
-                freed.push(*slot);
-            }
-            keep
-        });
-        self.free.extend(&freed);
-        freed
+    /// Frees the slot of a key unless it still belongs to the policy of this generation.
+    pub(super) fn release(&mut self, policy: PolicyKey, generation: Option<u32>) -> Option<Slot> {
+        let assigned = self.assigned.get_mut(policy.0 as usize).filter(|_| !self.hoarding)?;
+        let slot = assigned.take_if(|assigned| Some(assigned.generation) != generation)?.slot;
+        self.free.push_back(slot);
+        Some(slot)
+    }
+
+    #[cfg(feature = "broken-rules")]
+    pub(super) fn set_hoarding(&mut self, hoarding: bool) {
+        self.hoarding = hoarding;
+    }
+
+    /// The policies that have slots.
+    pub(super) fn owners(&self) -> impl Iterator<Item = PolicyKey> {
+        let keys = (0..).map(PolicyKey).zip(&self.assigned);
+        keys.filter(|(_, assigned)| assigned.is_some()).map(|(key, _)| key)
+    }
+
+    /// Some policies that wait for a slot, as many as there are free ones. Who is not served must ask again.
+    pub(super) fn next_waiting(&mut self) -> Vec<PolicyKey> {
+        (0..self.free.len()).map_while(|_| self.waiting.pop_first()).collect()
     }
 }

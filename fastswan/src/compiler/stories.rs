@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use fastswan_ebpf::PassReason;
 
 use super::{
-    Compiler, PolicyState,
+    Cause, Compiler, Explanation, Flow, PolicyState,
     model::{AMPLE, LAN, Model, NIC, Packet, association, offloaded, template, to, tunnel},
 };
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
         PolicyId, PolicyType, PortMatch, SecurityAssociation, Template,
     },
     source::{PolicyEvent, Snapshot, StaleCause},
-    table::{Capacity, Fact, Forwarding, ReversePath, Side, Slot},
+    table::{Capacity, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot},
 };
 
 const NIC_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
@@ -82,7 +82,8 @@ impl Scene {
     }
 
     fn compile(&mut self) {
-        let update = self.compiler.compile(&self.database, &self.host);
+        self.compiler.set_host(&self.host);
+        let update = self.compiler.compile(&self.database);
         self.table.apply(&update);
         self.table.assert_fits(self.capacity);
     }
@@ -95,7 +96,8 @@ impl Scene {
     /// Whose slot a packet takes, or why it passes.
     fn fate(&mut self, source: &str, destination: &str) -> Result<PolicyId, PassReason> {
         let slot = self.sends(&packet(source, destination))?;
-        let owner = self.compiler.policies().iter().find(|report| report.slot == Some(slot));
+        let reports = self.compiler.policies(&self.database);
+        let owner = reports.iter().find(|report| report.slot == Some(slot));
         Ok(owner.expect("a slot in use has an owner").id.clone())
     }
 
@@ -138,9 +140,9 @@ fn a_lone_offloaded_policy_with_an_association_is_fast_in_its_own_region_only() 
     assert_eq!(scene.fate("10.1.2.3", "10.2.3.4"), Ok(site().id));
     assert_eq!(scene.reason("10.2.3.4", "10.1.2.3"), PassReason::NoPolicy);
     assert_eq!(scene.reason("10.1.2.3", "10.3.0.1"), PassReason::NoPolicy);
-    assert_eq!(scene.compiler.fast_policies(), 1);
-    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V4), Some(0));
-    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V6), None);
+    assert_eq!(scene.compiler.fast_policies(&scene.database), 1);
+    assert_eq!(scene.database.highest_offloaded_priority(Family::V4), Some(0));
+    assert_eq!(scene.database.highest_offloaded_priority(Family::V6), None);
 }
 
 #[test]
@@ -197,12 +199,44 @@ fn a_loser_better_than_some_offloaded_policy_elsewhere_keeps_the_packet_in_the_k
     let far_away = with_priority(30, offloaded("172.16.0.0/24", "172.16.1.0/24"));
     let mut scene = Scene::new()
         .has(with_priority(10, site()))
-        .has(with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8")))
+        .has(with_priority(30, tunnel("10.0.0.0/8", "10.0.0.0/8")))
         .has(far_away.clone());
-    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V4), None, "nothing is compiled yet");
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
-    assert_eq!(scene.compiler.highest_offloaded_priority(Family::V4), Some(30));
+    assert_eq!(scene.database.highest_offloaded_priority(Family::V4), Some(30));
+    // While it was there, the kernel may have put the loser before the winner.
     scene.after(PolicyEvent::PolicyRemoved(far_away.id));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    // One that is added when no other is offloaded stands before all that are not.
+    scene.after(PolicyEvent::PolicyRemoved(site().id));
+    scene.after(PolicyEvent::Policy(with_priority(10, site())));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn a_loser_that_was_offloaded_itself_keeps_the_packet_in_the_kernel() {
+    // An update leaves it where it stands: at the head, before the older winner.
+    let loser = with_priority(30, offloaded("10.1.0.0/24", "10.2.0.0/24"));
+    let mut scene = Scene::new().has(with_priority(10, site())).has(loser.clone());
+    scene.after(PolicyEvent::Policy(Policy { offload: None, ..loser.clone() }));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    // With a higher number it would have gone behind.
+    scene.after(PolicyEvent::Policy(Policy { offload: None, priority: 31, ..loser }));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn policies_of_a_snapshot_stand_in_an_order_that_nobody_knows() {
+    let loser = with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8"));
+    let mut scene = Scene::new().has(with_priority(10, site())).has(loser.clone());
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::Snapshot(scene.database.snapshot()));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    // A rekey puts it to the head again.
+    scene.after(PolicyEvent::Policy(with_priority(10, site())));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    // Where nothing else matches, the order does not matter.
+    scene.after(PolicyEvent::PolicyRemoved(loser.id));
+    scene.after(PolicyEvent::Snapshot(scene.database.snapshot()));
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
 }
 
@@ -247,8 +281,8 @@ fn a_longer_route_opens_no_hole_in_what_a_forward_policy_is_about() {
         .has(with_direction(Direction::Forward, tunnel("10.1.0.0/16", "10.2.0.0/16")))
         .routes("10.1.5.0/24", via(LAN));
     assert_eq!(scene.fate("10.3.0.1", "10.2.7.1"), Ok(wide.id));
-    assert_eq!(scene.reason("10.1.0.1", "10.2.7.1"), PassReason::DeniedSource);
-    assert_eq!(scene.reason("10.1.5.1", "10.2.7.1"), PassReason::DeniedSource);
+    assert_eq!(scene.reason("10.1.0.1", "10.2.7.1"), PassReason::Guarded);
+    assert_eq!(scene.reason("10.1.5.1", "10.2.7.1"), PassReason::Guarded);
     assert_eq!(scene.reason("10.1.5.1", "10.2.8.1"), PassReason::ForwardOrSubPolicy);
 }
 
@@ -271,7 +305,7 @@ fn without_a_live_association_on_the_device_nothing_is_fast() {
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
     scene.after(PolicyEvent::SasFlushed(0));
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoSa);
-    assert_eq!(scene.compiler.policies()[0].state, PolicyState::Pass(PassReason::NoSa));
+    assert_eq!(scene.compiler.policies(&scene.database)[0].state, PolicyState::Pass(PassReason::NoSa));
 }
 
 #[test]
@@ -338,20 +372,23 @@ fn a_default_of_block_keeps_everything_in_the_kernel() {
 fn a_database_that_is_not_current_compiles_to_nothing_and_keeps_the_slots() {
     let mut scene = Scene::new().has(site());
     scene.compile();
-    let slot = scene.compiler.slot(&site().id);
+    let slot = scene.compiler.slot(&scene.database, &site().id);
     scene.after(PolicyEvent::Stale(StaleCause::Overrun));
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPolicy);
-    assert_eq!(scene.compiler.policies()[0].state, PolicyState::Pass(PassReason::Disabled));
-    assert_eq!((scene.compiler.slot(&site().id), scene.compiler.fast_policies()), (slot, 0));
+    assert_eq!(scene.compiler.policies(&scene.database)[0].state, PolicyState::Pass(PassReason::Disabled));
+    assert_eq!(
+        (scene.compiler.slot(&scene.database, &site().id), scene.compiler.fast_policies(&scene.database)),
+        (slot, 0)
+    );
     let snapshot = scene.database.snapshot();
     scene.after(PolicyEvent::Snapshot(snapshot));
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
-    assert_eq!(scene.compiler.slot(&site().id), slot);
+    assert_eq!(scene.compiler.slot(&scene.database, &site().id), slot);
 
     let mut compiler = Compiler::new(AMPLE);
     let mut unknown = Database::default();
     unknown.apply(PolicyEvent::Policy(site()));
-    assert!(compiler.compile(&unknown, &scene.host).is_empty());
+    assert!(compiler.compile(&unknown).is_empty());
 }
 
 fn ike(port: u16) -> Policy {
@@ -372,7 +409,7 @@ fn a_bypass_for_ike_keeps_ike_in_the_kernel_and_nothing_else() {
     let offloaded_bypass = Policy { offload: Some(to(NIC, OffloadKind::Packet)), ..ike(500) };
     let mut scene = Scene::new().has(with_priority(10, site())).has(offloaded_bypass);
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
-    assert_eq!(scene.compiler.policies()[0].state, PolicyState::Pass(PassReason::Exception));
+    assert_eq!(scene.compiler.policies(&scene.database)[0].state, PolicyState::Pass(PassReason::Exception));
 }
 
 #[test]
@@ -405,9 +442,9 @@ fn a_freed_slot_is_freed_in_the_update_before_it_is_filled_again() {
     let mut scene = Scene::with_capacity(Capacity { slots: 1, ..AMPLE }).has(site());
     scene.compile();
     scene.after(PolicyEvent::PolicyRemoved(site().id)).after(PolicyEvent::Policy(other));
-    let update = scene.compiler.compile(&scene.database, &scene.host);
+    let update = scene.compiler.compile(&scene.database);
     let forwarding = Forwarding { ifindex: NIC, max_length: 1446, rewrite: None };
-    assert_eq!(update.forwardings, [(Slot(0), None), (Slot(0), Some(forwarding))]);
+    assert_eq!(update.slots, [(Slot(0), None), (Slot(0), Some(Ok(forwarding)))]);
 }
 
 #[test]
@@ -418,19 +455,20 @@ fn a_policy_keeps_its_slot_while_it_exists_and_slots_are_reused_oldest_first() {
         scene.after(PolicyEvent::Policy(site.clone()));
     }
     scene.compile();
-    let slots: Vec<_> = sites[..3].iter().map(|site| scene.compiler.slot(&site.id)).collect();
+    let slots: Vec<_> =
+        sites[..3].iter().map(|site| scene.compiler.slot(&scene.database, &site.id)).collect();
     assert_eq!(slots, [Some(Slot(0)), Some(Slot(1)), Some(Slot(2))]);
 
     scene.after(PolicyEvent::SaRemoved(association().id));
     scene.compile();
-    assert_eq!(scene.compiler.slot(&sites[1].id), Some(Slot(1)), "not fast, but there");
+    assert_eq!(scene.compiler.slot(&scene.database, &sites[1].id), Some(Slot(1)), "not fast, but there");
     scene.after(PolicyEvent::Sa(association())).after(PolicyEvent::PolicyRemoved(sites[1].id.clone()));
     scene.compile();
     scene.after(PolicyEvent::PolicyRemoved(sites[0].id.clone()));
     scene.compile();
     scene.after(PolicyEvent::Policy(sites[3].clone()));
     scene.compile();
-    assert_eq!(scene.compiler.slot(&sites[3].id), Some(Slot(1)));
+    assert_eq!(scene.compiler.slot(&scene.database, &sites[3].id), Some(Slot(1)));
 }
 
 #[test]
@@ -454,8 +492,8 @@ fn cells_that_do_not_fit_pass_and_so_do_the_wider_ones_that_would_catch_their_pa
 
 #[test]
 fn sources_of_covering_destinations_that_do_not_fit_let_the_region_pass() {
-    let mut scene =
-        Scene::with_capacity(Capacity { cells: 12, ..AMPLE }).has(offloaded("10.0.0.0/8", "10.2.7.0/24"));
+    let mut scene = Scene::with_capacity(Capacity { cells_v4: 12, cells_v6: 12, ..AMPLE })
+        .has(offloaded("10.0.0.0/8", "10.2.7.0/24"));
     for n in 0..10 {
         scene.after(PolicyEvent::Policy(offloaded(&format!("10.1.{n}.0/24"), "10.2.0.0/16")));
     }
@@ -466,7 +504,7 @@ fn sources_of_covering_destinations_that_do_not_fit_let_the_region_pass() {
 
 #[test]
 fn host_facts_that_do_not_fit_let_the_cells_that_need_them_pass() {
-    for capacity in [Capacity { fact_lengths: 1, ..AMPLE }, Capacity { cells: 3, ..AMPLE }] {
+    for capacity in [Capacity { fact_lengths: 1, ..AMPLE }, Capacity { cells_v4: 3, cells_v6: 3, ..AMPLE }] {
         let clean = offloaded("10.1.0.0/16", "10.9.0.0/16");
         let mut scene = Scene::with_capacity(capacity)
             .has(site())
@@ -601,8 +639,8 @@ fn the_outer_destination_must_be_routed_through_the_policys_device() {
 /// How the packets of the only policy leave.
 fn forwarding(scene: &mut Scene) -> Option<Forwarding> {
     scene.compile();
-    let slot = scene.compiler.slot(&scene.compiler.policies()[0].id)?;
-    scene.table.forwardings.get(&slot).copied()
+    let slot = scene.compiler.slot(&scene.database, &scene.compiler.policies(&scene.database)[0].id)?;
+    scene.table.slots.get(&slot)?.ok()
 }
 
 #[test]
@@ -661,24 +699,134 @@ fn the_next_hop_is_the_devices_the_given_one_or_the_kernels_neighbour() {
 }
 
 #[test]
-fn an_update_says_only_what_changed_removals_first_then_longest_prefixes() {
+fn an_update_says_only_what_changed_removals_first_and_longest_prefixes_first() {
     let narrow = offloaded("10.1.0.0/16", "10.9.7.0/24");
     let mut scene = Scene::new().has(site()).has(narrow.clone()).has(offloaded("10.1.0.0/16", "10.9.0.0/16"));
     scene.compile();
-    assert!(scene.compiler.compile(&scene.database, &scene.host).is_empty());
+    assert!(scene.compiler.compile(&scene.database).is_empty());
 
     scene.after(PolicyEvent::PolicyRemoved(site().id));
     scene.after(PolicyEvent::PolicyRemoved(narrow.id));
     scene.after(PolicyEvent::Policy(offloaded("10.1.0.0/16", "10.8.0.0/16")));
     scene.after(PolicyEvent::Policy(offloaded("10.1.2.0/24", "10.8.0.0/16")));
-    let update = scene.compiler.compile(&scene.database, &scene.host);
+    let update = scene.compiler.compile(&scene.database);
     let changes: Vec<_> =
         update.cells.iter().map(|(cell, verdict)| (cell.to_string(), verdict.is_some())).collect();
     let expected = [
-        ("10.1.0.0/16 → 10.2.0.0/16", false),
         ("10.1.0.0/16 → 10.9.7.0/24", false),
+        ("10.1.0.0/16 → 10.2.0.0/16", false),
         ("10.1.2.0/24 → 10.8.0.0/16", true),
         ("10.1.0.0/16 → 10.8.0.0/16", true),
     ];
     assert_eq!(changes, expected.map(|(cell, set)| (cell.to_owned(), set)));
+}
+
+/// What the compiler says about a packet.
+fn explanation(scene: &mut Scene, source: &str, destination: &str) -> String {
+    scene.compile();
+    let flow = Flow { protocol: 17, ..Flow::between(source.parse().unwrap(), destination.parse().unwrap()) };
+    scene.compiler.explain(&scene.database, &flow, None).to_string()
+}
+
+#[test]
+fn an_explanation_names_the_policy_and_what_stands_in_its_way() {
+    let mut scene = Scene::new().has(with_priority(10, site()));
+    let explain = |scene: &mut Scene| explanation(scene, "10.1.0.1", "10.2.0.1");
+    assert_eq!(
+        explain(&mut scene),
+        "fast: out 10.1.0.0/16 → 10.2.0.0/16, device #7, up to 1446 bytes, SA dst 192.0.2.2 proto 50 spi 0x00000100"
+    );
+    for (other, how) in [
+        (with_priority(5, bypass("10.0.0.0/8", "10.0.0.0/8")), "has a better priority"),
+        (
+            with_priority(10, bypass("10.0.0.0/8", "10.0.0.0/8")),
+            "has the same priority, and which is older is not known",
+        ),
+        (with_priority(20, offloaded("10.0.0.0/8", "10.0.0.0/8")), "is packet-offloaded too"),
+    ] {
+        let mut scene = Scene::new().has(with_priority(10, site())).has(other);
+        assert_eq!(
+            explain(&mut scene),
+            format!(
+                "kernel (shadowed): out 10.1.0.0/16 → 10.2.0.0/16 is shadowed by out 10.0.0.0/8 → 10.0.0.0/8, which {how}"
+            )
+        );
+    }
+    let everything = with_direction(Direction::Forward, tunnel("0.0.0.0/0", "0.0.0.0/0"));
+    assert_eq!(
+        explain(&mut Scene::new().has(site()).has(everything)),
+        "kernel (forward_or_sub_policy): the kernel must check fwd 0.0.0.0/0 → 0.0.0.0/0"
+    );
+    scene.after(PolicyEvent::SaRemoved(association().id));
+    assert_eq!(
+        explain(&mut scene),
+        "kernel (no_sa): out 10.1.0.0/16 → 10.2.0.0/16 has no live outbound packet-offload association on its device"
+    );
+    scene.after(PolicyEvent::Stale(StaleCause::Overrun));
+    assert!(explain(&mut scene).starts_with("kernel (disabled): the source has lost track"));
+}
+
+#[test]
+fn an_explanation_names_the_address_that_the_host_keeps_for_itself() {
+    let mut scene =
+        Scene::new().has(site()).routes("10.2.0.1/32", RouteKind::Local).routes("10.2.9.0/24", via(LAN));
+    assert_eq!(
+        explanation(&mut scene, "10.1.0.1", "10.2.0.1"),
+        "kernel (denied_destination): its destination is the host's own, broadcast, unroutable or unclear (10.2.0.1/32)"
+    );
+    assert_eq!(
+        explanation(&mut scene, "10.1.0.1", "10.2.9.1"),
+        "kernel (route_elsewhere): its destination is routed to device #8 (10.2.9.0/24)"
+    );
+    assert_eq!(explanation(&mut scene, "10.1.0.1", "172.16.0.1"), "kernel (no_policy): no policy matches");
+    assert!(explanation(&mut scene, "127.0.0.1", "10.2.0.1").starts_with("kernel (martian_source)"));
+}
+
+#[test]
+fn an_explanation_heeds_only_guards_that_the_table_has() {
+    let forward = |source, destination| with_direction(Direction::Forward, tunnel(source, destination));
+    let mut scene = Scene::new()
+        .has(offloaded("10.1.0.0/30", "10.2.7.0/24"))
+        .has(forward("10.1.0.1/32", "10.2.0.0/16"))
+        // About a packet's source as well, but elsewhere.
+        .has(forward("10.1.0.0/28", "10.3.0.0/16"));
+    assert_eq!(
+        explanation(&mut scene, "10.1.0.1", "10.2.7.1"),
+        "kernel (guarded): the kernel must check fwd 10.1.0.1/32 → 10.2.0.0/16"
+    );
+    assert!(explanation(&mut scene, "10.1.0.2", "10.2.7.1").starts_with("fast"));
+}
+
+#[test]
+fn an_explanation_heeds_the_port_the_mark_and_the_protocol() {
+    let mut scene = Scene::new().has(with_priority(10, site())).has(ike(500));
+    scene.compile();
+    let flow = Flow {
+        protocol: 17,
+        destination_port: 500,
+        ..Flow::between([10, 1, 0, 1].into(), [10, 2, 0, 1].into())
+    };
+    let reason = |flow: &Flow, port: Option<&Port>| match scene.compiler.explain(&scene.database, flow, port)
+    {
+        Explanation::Pass { reason, cause } => Some((reason, cause)),
+        Explanation::Fast { .. } => None,
+    };
+    assert_eq!(reason(&flow, None), Some((PassReason::Exception, Cause::Exception(ike(500).id))));
+    let flow = Flow { destination_port: 501, ingress: Some((LAN, 0)), ..flow };
+    assert_eq!(reason(&flow, None), Some((PassReason::UnknownPort, Cause::Port)));
+    let port = Port {
+        ifindex: LAN,
+        vlan: 0,
+        receiver: LAN,
+        address: NIC_MAC,
+        forwards: Forwards { v4: true, v6: false },
+        reverse_path: ReversePath::Strict,
+    };
+    assert_eq!(reason(&flow, Some(&port)).map(|(reason, _)| reason), Some(PassReason::ReversePath));
+    let lenient = Port { reverse_path: ReversePath::Off, ..port };
+    assert_eq!(reason(&flow, Some(&lenient)), None);
+    let closed = Port { forwards: Forwards::default(), ..port };
+    assert_eq!(reason(&flow, Some(&closed)).map(|(reason, _)| reason), Some(PassReason::NotForwarding));
+    let marked = Flow { mark: 1, ..flow };
+    assert_eq!(reason(&marked, Some(&lenient)).map(|(_, cause)| cause), Some(Cause::Marked));
 }

@@ -9,10 +9,21 @@ use std::{
     net::IpAddr,
 };
 
+use self::{journal::Journal, policies::Policies};
+pub(crate) use self::{
+    journal::{Change, Revision},
+    policies::PolicyKey,
+};
 use crate::{
-    policy::{DefaultPolicy, Family, IPPROTO_ESP, Policy, PolicyId, SaId, SecurityAssociation, Template},
+    policy::{
+        DefaultPolicy, Direction, Family, IPPROTO_ESP, Mark, Policy, PolicyId, SaId, SecurityAssociation,
+        Template,
+    },
     source::{PolicyEvent, Snapshot, StaleCause},
 };
+
+mod journal;
+mod policies;
 
 /// Whether a database is what the kernel has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -27,14 +38,39 @@ pub enum Freshness {
 }
 
 /// All policies and security associations, and what happens to packets without a policy.
+///
+/// It also remembers what has changed lately, so that a [`Compiler`](crate::Compiler) need not look at everything.
 #[derive(Clone, Debug, Default)]
 pub struct Database {
-    policies: BTreeMap<PolicyId, Policy>,
+    policies: Policies,
+    /// The packet-offloaded outbound policies with one template, by its outer destination.
+    by_peer: BTreeSet<(IpAddr, PolicyKey)>,
     sas: BTreeMap<SaId, SecurityAssociation>,
-    /// The associations by what a template asks for: outer destination and reqid.
-    sas_by_reqid: BTreeMap<(IpAddr, u32), BTreeSet<SaId>>,
+    /// The associations by what a template asks for: outer destination and reqid. SPI, protocol and mark tell
+    /// them apart.
+    sas_by_reqid: BTreeSet<(IpAddr, u32, u32, u8, Mark)>,
     default_policy: DefaultPolicy,
     freshness: Freshness,
+    /// The packet-offloaded outbound policies of each family.
+    offloaded_v4: Offloaded,
+    offloaded_v6: Offloaded,
+    journal: Journal,
+}
+
+/// The packet-offloaded outbound policies of a family.
+#[derive(Clone, Copy, Debug, Default)]
+struct Offloaded {
+    count: usize,
+    /// The highest priority number that one of them, or one that is gone, had since the last snapshot, or since
+    /// there were none.
+    highest: u32,
+}
+
+impl Offloaded {
+    fn add(&mut self, priority: u32) {
+        self.count += 1;
+        self.highest = self.highest.max(priority);
+    }
 }
 
 impl Database {
@@ -42,49 +78,139 @@ impl Database {
     /// and removing what is not there changes nothing.
     pub fn apply(&mut self, event: PolicyEvent) {
         match event {
-            PolicyEvent::Snapshot(snapshot) => {
-                *self = Self {
-                    default_policy: snapshot.default_policy,
-                    freshness: Freshness::Current,
-                    ..Self::default()
-                };
-                for policy in snapshot.policies {
-                    self.policies.insert(policy.id.clone(), policy);
-                }
-                for sa in snapshot.sas {
-                    self.insert_sa(sa);
-                }
-            }
+            PolicyEvent::Snapshot(snapshot) => self.replace(snapshot),
             PolicyEvent::Policy(policy) => {
-                self.policies.insert(policy.id.clone(), policy);
+                let key = self.insert_policy(policy);
+                if self.policies.set_order_known(key) {
+                    let before = self.policies.get(key).cloned().map(Box::new);
+                    self.journal.record(Change::Policy { key, before });
+                }
             }
-            PolicyEvent::PolicyRemoved(id) => {
-                self.policies.remove(&id);
+            PolicyEvent::PolicyRemoved(id) => self.remove_policy(&id),
+            PolicyEvent::PoliciesFlushed(table) => {
+                let flushed = self.policies().filter(|policy| policy.id.policy_type == table);
+                let flushed: Vec<PolicyId> = flushed.map(|policy| policy.id.clone()).collect();
+                for id in &flushed {
+                    self.remove_policy(id);
+                }
             }
-            PolicyEvent::PoliciesFlushed(table) => self.policies.retain(|id, _| id.policy_type != table),
             PolicyEvent::Sa(sa) => self.insert_sa(sa),
             PolicyEvent::SaRemoved(id) => self.remove_sa(&id),
             PolicyEvent::SasFlushed(protocol) => {
                 let every = matches!(protocol, 0 | u8::MAX);
-                let flushed: Vec<_> =
-                    self.sas.keys().filter(|id| every || id.protocol == protocol).copied().collect();
+                let flushed = self.sas.keys().filter(|id| every || id.protocol == protocol);
+                let flushed: Vec<SaId> = flushed.copied().collect();
                 for id in &flushed {
                     self.remove_sa(id);
                 }
             }
-            PolicyEvent::DefaultPolicy(default_policy) => self.default_policy = default_policy,
+            PolicyEvent::DefaultPolicy(default_policy) => self.set_default_policy(default_policy),
             PolicyEvent::Stale(cause) => self.freshness = Freshness::Stale(cause),
+        }
+    }
+
+    /// Makes this what a snapshot says. Policies that stay keep their keys.
+    fn replace(&mut self, snapshot: Snapshot) {
+        self.policies.forget_order();
+        self.policies.reserve(snapshot.policies.len());
+        let mut stays = vec![false; self.policies.end()];
+        for policy in snapshot.policies {
+            let (Ok((key, _)) | Err(key)) = self.policies.insert(policy);
+            // New ones have places that were not there, or that nobody had.
+            if let Some(stays) = stays.get_mut(key.0 as usize) {
+                *stays = true;
+            }
+        }
+        let leaves = |key: PolicyKey| stays.get(key.0 as usize).is_some_and(|stays| !stays);
+        let leaving = self.policies.iter().filter(|(key, _)| leaves(*key));
+        let leaving: Vec<PolicyId> = leaving.map(|(_, policy)| policy.id.clone()).collect();
+        for id in &leaving {
+            self.policies.remove(id);
+        }
+        self.by_peer = self.policies.iter().filter_map(|(key, policy)| Some((peer(policy)?, key))).collect();
+        (self.offloaded_v4, self.offloaded_v6) = Default::default();
+        for policy in self.policies.iter().map(|(_, policy)| policy).filter(|policy| is_candidate(policy)) {
+            let offloaded = match policy.id.selector.family() {
+                Family::V4 => &mut self.offloaded_v4,
+                Family::V6 => &mut self.offloaded_v6,
+            };
+            offloaded.add(policy.priority);
+        }
+        self.sas = snapshot.sas.into_iter().map(|sa| (sa.id, sa)).collect();
+        self.sas_by_reqid = self.sas.values().map(reqid_key).collect();
+        self.default_policy = snapshot.default_policy;
+        self.freshness = Freshness::Current;
+        self.journal.forget();
+    }
+
+    fn insert_policy(&mut self, policy: Policy) -> PolicyKey {
+        let now = peer(&policy);
+        let (family, offloaded) =
+            (policy.id.selector.family(), is_candidate(&policy).then_some(policy.priority));
+        let (key, before) = match self.policies.insert(policy) {
+            Ok(changed) => changed,
+            Err(same) => return same,
+        };
+        if let Some(priority) = offloaded {
+            self.offloaded_mut(family).add(priority);
+        }
+        // Only now, so that the highest number lives on if this was the only one.
+        if let Some(before) = &before {
+            self.forget_offloaded(before);
+        }
+        let was = before.as_ref().and_then(peer);
+        if was != now {
+            if let Some(peer) = was {
+                self.by_peer.remove(&(peer, key));
+            }
+            if let Some(peer) = now {
+                self.by_peer.insert((peer, key));
+            }
+        }
+        self.journal.record(Change::Policy { key, before: before.map(Box::new) });
+        key
+    }
+
+    fn remove_policy(&mut self, id: &PolicyId) {
+        let Some((key, before)) = self.policies.remove(id) else { return };
+        self.forget_offloaded(&before);
+        if let Some(peer) = peer(&before) {
+            self.by_peer.remove(&(peer, key));
+        }
+        self.journal.record(Change::Policy { key, before: Some(Box::new(before)) });
+    }
+
+    /// Takes a policy that is no longer there out of account.
+    fn forget_offloaded(&mut self, old: &Policy) {
+        if is_candidate(old) {
+            let offloaded = self.offloaded_mut(old.id.selector.family());
+            offloaded.count -= 1;
+            if offloaded.count == 0 {
+                offloaded.highest = 0;
+            }
+        }
+    }
+
+    fn offloaded_mut(&mut self, family: Family) -> &mut Offloaded {
+        match family {
+            Family::V4 => &mut self.offloaded_v4,
+            Family::V6 => &mut self.offloaded_v6,
+        }
+    }
+
+    fn set_default_policy(&mut self, default_policy: DefaultPolicy) {
+        if self.default_policy != default_policy {
+            self.default_policy = default_policy;
+            self.journal.record(Change::DefaultPolicy);
         }
     }
 
     /// Everything, ordered by identity: equal databases give equal snapshots.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot {
-            policies: self.policies.values().cloned().collect(),
-            sas: self.sas.values().cloned().collect(),
-            default_policy: self.default_policy,
-        }
+        let mut policies: Vec<Policy> = self.policies().cloned().collect();
+        policies.sort_by(|one, other| one.id.cmp(&other.id));
+        Snapshot { policies, sas: self.sas.values().cloned().collect(), default_policy: self.default_policy }
     }
 
     /// Whether this is what the kernel has. If it is not, nothing may be fast.
@@ -99,15 +225,15 @@ impl Database {
         self.freshness == Freshness::Current
     }
 
-    /// All policies, ordered by identity.
+    /// All policies, in no particular order.
     pub fn policies(&self) -> impl Iterator<Item = &Policy> {
-        self.policies.values()
+        self.policies.iter().map(|(_, policy)| policy)
     }
 
     /// The policy with this identity.
     #[must_use]
     pub fn policy(&self, id: &PolicyId) -> Option<&Policy> {
-        self.policies.get(id)
+        self.policies.get(self.policies.key(id)?)
     }
 
     /// The security association with this identity.
@@ -127,6 +253,27 @@ impl Database {
         self.default_policy
     }
 
+    /// The highest priority number that a packet-offloaded outbound policy of a family had since the last snapshot,
+    /// or since there was none.
+    ///
+    /// Those that are gone count: while they were there, the kernel may have put policies with this number or a lower
+    /// one before others that are offloaded, and that order stays (`xfrm_policy_insert_list` for one that loses its
+    /// offload, `xfrm_policy_inexact_list_reinsert` for others).
+    #[must_use]
+    pub fn highest_offloaded_priority(&self, family: Family) -> Option<u32> {
+        let offloaded = match family {
+            Family::V4 => self.offloaded_v4,
+            Family::V6 => self.offloaded_v6,
+        };
+        (offloaded.count > 0).then_some(offloaded.highest)
+    }
+
+    /// Whether the kernel put a packet-offloaded policy at the head of its chain since the last snapshot: what is
+    /// older than a snapshot stands in an order that nobody knows.
+    pub(crate) fn is_order_known(&self, policy: PolicyKey) -> bool {
+        self.policies.is_order_known(policy)
+    }
+
     /// The associations that a device may use for a step of a policy without a mark, ordered by identity.
     ///
     /// `family` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
@@ -140,15 +287,17 @@ impl Database {
         if_id: u32,
         device: u32,
     ) -> impl Iterator<Item = &SecurityAssociation> {
-        let reqids = match template.reqid {
-            0 => 0..=u32::MAX,
-            reqid => reqid..=reqid,
+        let (least, most) = match template.reqid {
+            0 => (0, u32::MAX),
+            reqid => (reqid, reqid),
         };
-        let (first, last) = ((template.destination, *reqids.start()), (template.destination, *reqids.end()));
+        let (no_mark, every_mark) = (Mark::default(), Mark { value: u32::MAX, mask: u32::MAX });
+        let destination = template.destination;
         self.sas_by_reqid
-            .range(first..=last)
-            .flat_map(|(_, ids)| ids)
-            .filter_map(|id| self.sas.get(id))
+            .range((destination, least, 0, 0, no_mark)..=(destination, most, u32::MAX, u8::MAX, every_mark))
+            .filter_map(|&(destination, _, spi, protocol, mark)| {
+                self.sas.get(&SaId { destination, spi, protocol, mark })
+            })
             .filter(move |sa| {
                 sa.is_outbound_packet_offload()
                     && sa.offload.is_some_and(|offload| offload.ifindex == device)
@@ -167,22 +316,68 @@ impl Database {
             })
     }
 
+    /// When this is.
+    pub(crate) fn revision(&self) -> Revision {
+        self.journal.revision()
+    }
+
+    /// What has changed since then; `None` if that is no longer known.
+    pub(crate) fn changes_since(&self, revision: Revision) -> Option<impl Iterator<Item = &Change>> {
+        self.journal.since(revision)
+    }
+
+    /// All policies with their keys.
+    pub(crate) fn keyed_policies(&self) -> impl Iterator<Item = (PolicyKey, &Policy)> {
+        self.policies.iter()
+    }
+
+    pub(crate) fn policy_with_key(&self, key: PolicyKey) -> Option<&Policy> {
+        self.policies.get(key)
+    }
+
+    pub(crate) fn key_of(&self, policy: &PolicyId) -> Option<PolicyKey> {
+        self.policies.key(policy)
+    }
+
+    /// Tells the policies apart that have had a key one after the other.
+    pub(crate) fn generation(&self, key: PolicyKey) -> u32 {
+        self.policies.generation(key)
+    }
+
+    /// The packet-offloaded outbound policies whose only template leads to an outer destination.
+    pub(crate) fn policies_to(&self, peer: IpAddr) -> impl Iterator<Item = PolicyKey> {
+        self.by_peer.range((peer, PolicyKey(0))..=(peer, PolicyKey(u32::MAX))).map(|(_, key)| *key)
+    }
+
     fn insert_sa(&mut self, sa: SecurityAssociation) {
+        if self.sas.get(&sa.id) == Some(&sa) {
+            return;
+        }
         self.remove_sa(&sa.id);
-        self.sas_by_reqid.entry((sa.id.destination, sa.reqid)).or_default().insert(sa.id);
+        self.sas_by_reqid.insert(reqid_key(&sa));
+        self.journal.record(Change::Sa(sa.id.destination));
         self.sas.insert(sa.id, sa);
     }
 
     fn remove_sa(&mut self, id: &SaId) {
         let Some(sa) = self.sas.remove(id) else { return };
-        let key = (id.destination, sa.reqid);
-        if let Some(ids) = self.sas_by_reqid.get_mut(&key) {
-            ids.remove(id);
-            if ids.is_empty() {
-                self.sas_by_reqid.remove(&key);
-            }
-        }
+        self.sas_by_reqid.remove(&reqid_key(&sa));
+        self.journal.record(Change::Sa(id.destination));
     }
+}
+
+fn reqid_key(sa: &SecurityAssociation) -> (IpAddr, u32, u32, u8, Mark) {
+    (sa.id.destination, sa.reqid, sa.id.spi, sa.id.protocol, sa.id.mark)
+}
+
+/// The outer destination of a policy that may be fast.
+fn peer(policy: &Policy) -> Option<IpAddr> {
+    let [template] = policy.templates[..] else { return None };
+    is_candidate(policy).then_some(template.destination)
+}
+
+fn is_candidate(policy: &Policy) -> bool {
+    policy.id.direction == Direction::Out && policy.is_packet_offloaded()
 }
 
 #[cfg(test)]
@@ -256,7 +451,7 @@ mod tests {
         for policy in [&old, &other_bytes, &new] {
             database.apply(PolicyEvent::Policy(policy.clone()));
         }
-        assert_eq!(database.policies().collect::<Vec<_>>(), [&new, &other_bytes]);
+        assert_eq!(database.snapshot().policies, [new.clone(), other_bytes.clone()]);
         assert_eq!(database.policy(&old.id), Some(&new));
         database.apply(PolicyEvent::PolicyRemoved(old.id.clone()));
         database.apply(PolicyEvent::PolicyRemoved(old.id));

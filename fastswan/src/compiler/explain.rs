@@ -1,0 +1,407 @@
+//! Why a packet is fast, or passes, in terms of the policies.
+//!
+//! The answer comes from what is compiled, so it is the program's; the reasons are looked up in the database.
+
+use std::{fmt, net::IpAddr};
+
+use fastswan_ebpf::PassReason;
+use ipnet::IpNet;
+
+use super::{Compiler, exceptions, rule::eligible, standing};
+use crate::{
+    database::{Database, Freshness},
+    policy::{Direction, Family, OffloadDev, Policy, PolicyId, PolicyType, SaId},
+    table::{Fact, Forwarding, Port, Side, Verdict},
+};
+
+/// A packet that arrives, as far as its fate depends on more than its own shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Flow {
+    /// Interface index and VLAN id (0 for none) that it comes in on; `None` leaves that out of account.
+    pub ingress: Option<(u32, u16)>,
+    /// Source address.
+    pub source: IpAddr,
+    /// Destination address.
+    pub destination: IpAddr,
+    /// Upper-layer protocol.
+    pub protocol: u8,
+    /// Source port, or ICMP type.
+    pub source_port: u16,
+    /// Destination port, or ICMP code.
+    pub destination_port: u16,
+    /// Its mark. Frames have none when XDP sees them: only the kernel marks packets.
+    pub mark: u32,
+}
+
+impl Flow {
+    /// Packets between two addresses, of protocol 0, which no packet has, and without ports.
+    #[must_use]
+    pub fn between(source: IpAddr, destination: IpAddr) -> Self {
+        Self { ingress: None, source, destination, protocol: 0, source_port: 0, destination_port: 0, mark: 0 }
+    }
+}
+
+/// Whether a packet is fast, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Explanation {
+    /// It is forwarded at XDP, if its length is within the limit.
+    Fast {
+        /// The policy that the kernel is certain to choose.
+        policy: PolicyId,
+        /// The associations that the device may use.
+        sas: Vec<SaId>,
+        /// How it leaves.
+        forwarding: Forwarding,
+    },
+    /// It goes to the kernel.
+    Pass {
+        /// As it is counted.
+        reason: PassReason,
+        /// What is behind it.
+        cause: Cause,
+    },
+}
+
+/// Why a packet goes to the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Cause {
+    /// What the source told is not what the kernel has.
+    NotCurrent(Freshness),
+    /// The packet has a mark, so it has been in the kernel already.
+    Marked,
+    /// The two addresses are of different families.
+    MixedFamilies,
+    /// Nobody has declared the port, or it does not forward the family.
+    Port,
+    /// The address is one that is never forwarded: loopback, multicast, link-local and the like.
+    Special(IpAddr),
+    /// A policy is about the packet's protocol or ports.
+    Exception(PolicyId),
+    /// No policy matches.
+    NoPolicy,
+    /// The best policy is the kernel's own work, a bypass or a block.
+    NotOffloaded(PolicyId),
+    /// Another policy makes the kernel's choice uncertain, or another one than this.
+    Shadowed {
+        /// The packet-offloaded policy with the best priority.
+        policy: PolicyId,
+        /// The other one.
+        by: PolicyId,
+        /// How.
+        how: Shadow,
+    },
+    /// A forward policy or a sub policy is about the packet, or about its source.
+    Check(PolicyId),
+    /// The policy asks for what the fast path does not do.
+    Ineligible(PolicyId, &'static str),
+    /// The policy has no live packet-offload association on its device.
+    NoSa(PolicyId),
+    /// The default policy blocks.
+    DefaultBlock,
+    /// The next hop of the policy, its device or its path's length is not known.
+    NoPath(PolicyId),
+    /// The table has no room.
+    Capacity,
+    /// An address is one that the host does not forward to or from, or has no route. The prefix is the one that is
+    /// known about.
+    Address {
+        /// Of the packet.
+        side: Side,
+        /// What is known about, if anything is.
+        prefix: Option<IpNet>,
+        /// What is known.
+        fact: Option<Fact>,
+    },
+}
+
+/// How a policy keeps another one from being fast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Shadow {
+    /// It has a better priority.
+    Better,
+    /// It has the same priority.
+    Tie,
+    /// It is offloaded too.
+    Offloaded,
+    /// It loses, but not to the highest priority number that offloaded policies have had: the kernel may look at it
+    /// first.
+    BelowHighest,
+    /// It loses, but stands in an order that a snapshot does not tell.
+    UnknownOrder,
+}
+
+impl Compiler {
+    /// Whether a packet is fast, and why. `port` is the one it comes in on, if that is to be taken into account.
+    ///
+    /// Looks at all policies.
+    #[must_use]
+    pub fn explain(&self, database: &Database, flow: &Flow, port: Option<&Port>) -> Explanation {
+        self.explained(database, flow, port).unwrap_or_else(|pass| *pass)
+    }
+
+    fn explained(
+        &self,
+        database: &Database,
+        flow: &Flow,
+        port: Option<&Port>,
+    ) -> Result<Explanation, Box<Explanation>> {
+        if !database.is_current() {
+            return Err(pass(PassReason::Disabled, Cause::NotCurrent(database.freshness())));
+        }
+        if flow.mark != 0 {
+            return Err(pass(PassReason::Disabled, Cause::Marked));
+        }
+        let family = Family::of(&flow.destination.into());
+        if family != Family::of(&flow.source.into()) {
+            return Err(pass(PassReason::BadHeader, Cause::MixedFamilies));
+        }
+        if flow.ingress.is_some() {
+            let port = port.ok_or_else(|| pass(PassReason::UnknownPort, Cause::Port))?;
+            let forwards = match family {
+                Family::V4 => port.forwards.v4,
+                Family::V6 => port.forwards.v6,
+            };
+            if !forwards {
+                return Err(pass(PassReason::NotForwarding, Cause::Port));
+            }
+        }
+        for (address, reason) in
+            [(flow.source, PassReason::MartianSource), (flow.destination, PassReason::MartianDestination)]
+        {
+            if is_special(address) {
+                return Err(pass(reason, Cause::Special(address)));
+            }
+        }
+        let matching: Vec<&Policy> = database.policies().filter(|policy| is_about(policy, flow)).collect();
+        let compiled = self.family(family);
+        let is_listed = |policy: &&&Policy| {
+            exceptions::exception(policy).is_some_and(|exception| compiled.exceptions().is_listed(&exception))
+        };
+        if let Some(policy) = matching.iter().find(is_listed) {
+            return Err(pass(PassReason::Exception, Cause::Exception(policy.id.clone())));
+        }
+
+        let verdict = compiled.verdict(flow.source, flow.destination);
+        let (slot, probes) = match verdict {
+            None => return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)),
+            Some(Verdict::Pass(reason)) => return Err(pass(reason, cause(database, &matching, reason))),
+            Some(Verdict::Fast { slot, probes }) => (slot, probes),
+        };
+        let owner = matching.iter().find(|policy| self.slot(database, &policy.id) == Some(slot));
+        let Some(policy) = owner else { return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)) };
+        let forwarding = standing(policy, database, &self.paths)
+            .map_err(|reason| pass(reason, of_standing(policy, reason)))?;
+        if probes.guards && compiled.is_guarded(flow.source) {
+            let is_guard =
+                |policy: &&Policy| is_check(policy) && policy.id.selector.source.contains(&flow.source);
+            // Rather one that is about the destination too, but any will do.
+            let guard = database
+                .policies()
+                .filter(is_guard)
+                .max_by_key(|policy| policy.id.selector.destination.contains(&flow.destination));
+            let cause = guard.map_or(Cause::Capacity, |policy| Cause::Check(policy.id.clone()));
+            return Err(pass(PassReason::Guarded, cause));
+        }
+        let addresses = (flow.source, flow.destination);
+        compiled.facts().allow(addresses, probes, forwarding.ifindex, port).map_err(
+            |(reason, side, known)| {
+                let (prefix, fact) = known.unzip();
+                pass(reason, Cause::Address { side, prefix, fact })
+            },
+        )?;
+        let sas = eligible(policy)
+            .ok()
+            .zip(policy.offload)
+            .map(|(template, OffloadDev { ifindex, .. })| {
+                let live = database.live_sas(template, family, policy.id.if_id, ifindex);
+                live.map(|sa| sa.id).collect()
+            })
+            .unwrap_or_default();
+        Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
+    }
+}
+
+fn pass(reason: PassReason, cause: Cause) -> Box<Explanation> {
+    Box::new(Explanation::Pass { reason, cause })
+}
+
+/// Whether a policy's selector matches, but for what no packet at XDP tells, and direction.
+fn is_about(policy: &Policy, flow: &Flow) -> bool {
+    let selector = &policy.id.selector;
+    // Of DCCP, GRE and mobility packets the program does not read what the kernel compares with ports.
+    let has_ports = !matches!(flow.protocol, 33 | 47 | 135);
+    policy.id.direction != Direction::In
+        && selector.source.contains(&flow.source)
+        && selector.destination.contains(&flow.destination)
+        && (selector.protocol == 0 || selector.protocol == flow.protocol)
+        && (!has_ports
+            || selector.source_port.matches(flow.source_port)
+                && selector.destination_port.matches(flow.destination_port))
+}
+
+fn is_check(policy: &Policy) -> bool {
+    policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub
+}
+
+/// What is behind the reason of a cell, by the policies that match a packet in it.
+fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause {
+    let mut outbound: Vec<&Policy> = matching.iter().copied().filter(|policy| !is_check(policy)).collect();
+    outbound.sort_by_key(|policy| (policy.priority, !policy.is_packet_offloaded()));
+    let offloaded = outbound.iter().find(|policy| policy.is_packet_offloaded());
+    let found = match reason {
+        PassReason::NotOffloaded => outbound.first().map(|policy| Cause::NotOffloaded(policy.id.clone())),
+        PassReason::ForwardOrSubPolicy => {
+            let check = matching.iter().find(|policy| is_check(policy));
+            check.map(|policy| Cause::Check(policy.id.clone()))
+        }
+        PassReason::Shadowed => offloaded.and_then(|policy| shadow(database, &outbound, policy)),
+        PassReason::DeniedDestination | PassReason::RouteElsewhere | PassReason::DeniedSource => {
+            let side = if reason == PassReason::DeniedSource { Side::Source } else { Side::Destination };
+            Some(Cause::Address { side, prefix: None, fact: None })
+        }
+        _ => offloaded.map(|policy| of_standing(policy, reason)),
+    };
+    found.unwrap_or(Cause::Capacity)
+}
+
+fn shadow(database: &Database, outbound: &[&Policy], policy: &Policy) -> Option<Cause> {
+    let highest = database.highest_offloaded_priority(policy.id.selector.family()).unwrap_or(0);
+    let how = |other: &Policy| {
+        if other.is_packet_offloaded() {
+            Shadow::Offloaded
+        } else if other.priority < policy.priority {
+            Shadow::Better
+        } else if other.priority == policy.priority {
+            Shadow::Tie
+        } else if other.priority <= highest {
+            Shadow::BelowHighest
+        } else {
+            Shadow::UnknownOrder
+        }
+    };
+    let by = outbound.iter().find(|other| other.id != policy.id)?;
+    Some(Cause::Shadowed { policy: policy.id.clone(), by: by.id.clone(), how: how(by) })
+}
+
+fn of_standing(policy: &Policy, reason: PassReason) -> Cause {
+    let id = policy.id.clone();
+    match reason {
+        PassReason::NotOffloaded => Cause::NotOffloaded(id),
+        PassReason::Ineligible => Cause::Ineligible(id, why_ineligible(policy)),
+        PassReason::NoSa => Cause::NoSa(id),
+        PassReason::DefaultBlock => Cause::DefaultBlock,
+        PassReason::NoPath => Cause::NoPath(id),
+        _ => Cause::Capacity,
+    }
+}
+
+fn why_ineligible(policy: &Policy) -> &'static str {
+    if policy.id.mark.mask != 0 {
+        "has a mark"
+    } else if policy.id.if_id != 0 {
+        "has an interface id"
+    } else if !policy.id.security_context.is_empty() {
+        "has a security context"
+    } else if policy.id.selector.ifindex != 0 {
+        "is for one interface"
+    } else if policy.use_limited {
+        "ends after a number of packets or bytes, or some time after its first use"
+    } else if policy.templates.len() != 1 {
+        "has more than one template"
+    } else {
+        "asks for something else than a required ESP tunnel"
+    }
+}
+
+fn is_special(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => fastswan_ebpf::is_special_v4(address.to_bits()),
+        IpAddr::V6(address) => {
+            let bits = address.to_bits();
+            let [high, low] = [bits >> 64, bits & u128::from(u64::MAX)];
+            let half = |half: u128| u64::try_from(half).unwrap_or(0);
+            fastswan_ebpf::is_special_v6([half(high), half(low)])
+        }
+    }
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fast { policy, sas, forwarding } => {
+                write!(
+                    f,
+                    "fast: {policy}, device #{}, up to {} bytes",
+                    forwarding.ifindex, forwarding.max_length
+                )?;
+                sas.iter().try_for_each(|sa| write!(f, ", SA {sa}"))
+            }
+            Self::Pass { reason, cause } => write!(f, "kernel ({}): {cause}", reason.name()),
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotCurrent(Freshness::Stale(cause)) => {
+                write!(f, "the source has lost track ({cause:?}) and has not started over yet")
+            }
+            Self::NotCurrent(_) => f.write_str("the source has not told its policies yet"),
+            Self::Marked => f.write_str("it has a mark, so it has been in the kernel already"),
+            Self::MixedFamilies => f.write_str("its addresses are of different families"),
+            Self::Port => f.write_str("no port that forwards its family is known there"),
+            Self::Special(address) => write!(f, "{address} is never forwarded, or rarely"),
+            Self::Exception(policy) => write!(f, "its protocol or ports are what {policy} is about"),
+            Self::NoPolicy => f.write_str("no policy matches"),
+            Self::NotOffloaded(policy) => {
+                write!(f, "{policy} is not packet-offloaded, or is a bypass or a block")
+            }
+            Self::Shadowed { policy, by, how } => {
+                let how = match how {
+                    Shadow::Better => "has a better priority",
+                    Shadow::Tie => "has the same priority, and which is older is not known",
+                    Shadow::Offloaded => "is packet-offloaded too",
+                    Shadow::BelowHighest => {
+                        "has no higher number than all packet-offloaded policies have had, so it may come first"
+                    }
+                    Shadow::UnknownOrder => {
+                        "may come first: the order in the kernel is not known since the last snapshot"
+                    }
+                };
+                write!(f, "{policy} is shadowed by {by}, which {how}")
+            }
+            Self::Check(policy) => write!(f, "the kernel must check {policy}"),
+            Self::Ineligible(policy, why) => write!(f, "{policy} {why}"),
+            Self::NoSa(policy) => {
+                write!(f, "{policy} has no live outbound packet-offload association on its device")
+            }
+            Self::DefaultBlock => f.write_str("the default policy blocks"),
+            Self::NoPath(policy) => {
+                write!(
+                    f,
+                    "how packets of {policy} leave is not known: device, carrier, route, next hop or length"
+                )
+            }
+            Self::Capacity => f.write_str("the table has no room to tell it apart from others"),
+            Self::Address { side, prefix, fact } => {
+                let side = match side {
+                    Side::Destination => "destination",
+                    Side::Source => "source",
+                };
+                write!(f, "its {side} ")?;
+                match fact {
+                    Some(Fact::Via(device)) => write!(f, "is routed to device #{device}")?,
+                    Some(Fact::Denied) => {
+                        write!(f, "is the host's own, broadcast, unroutable or unclear")?;
+                    }
+                    None => f.write_str("is not routed the policy's way")?,
+                }
+                prefix.map_or(Ok(()), |prefix| write!(f, " ({prefix})"))
+            }
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! The compiler's part for one address family.
+
+use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr};
+
+use fastswan_ebpf::PassReason;
+
+use super::{
+    broken::{self, BrokenRule},
+    exceptions::{Exceptions, Treatment, cell, exception},
+    facts::AddressFacts,
+    fit::fit,
+    path::Paths,
+    plane::{Changed, Plane, State},
+    prefix::{Address, Region},
+    probed::Probed,
+    rule::Candidate,
+};
+use crate::{
+    database::{Database, PolicyKey},
+    policy::{Direction, Family, Policy},
+    table::{Capacity, Cell, Fact, Probes, Side, Slot, TableUpdate, Verdict},
+};
+
+/// What the policies of one family compile to.
+#[derive(Debug)]
+pub(super) struct FamilyCompiler<A> {
+    family: Family,
+    capacity: Capacity,
+    plane: Plane<A>,
+    exceptions: Exceptions,
+    /// The database's highest priority number of packet-offloaded policies when verdicts were last asked for.
+    highest: u32,
+    broken: Option<BrokenRule>,
+    facts: AddressFacts,
+    probed: [Probed<Fact>; 2],
+    guards: Probed<()>,
+    /// What the program looks up has to be gone through from the start.
+    restart: bool,
+    /// The cells that the table has, if it cannot hold all.
+    cramped: Option<BTreeMap<Cell, Verdict>>,
+}
+
+const SIDES: [Side; 2] = [Side::Destination, Side::Source];
+
+impl<A: Address> FamilyCompiler<A> {
+    pub(super) fn new(family: Family, capacity: &Capacity, paths: &Paths) -> Self {
+        Self {
+            family,
+            capacity: *capacity,
+            plane: Plane::new(capacity.cells(family)),
+            exceptions: Exceptions::new(capacity),
+            highest: 0,
+            broken: None,
+            facts: AddressFacts::new(paths, family),
+            probed: Default::default(),
+            guards: Probed::default(),
+            restart: false,
+            cramped: None,
+        }
+    }
+
+    /// Breaks a rule on purpose.
+    #[cfg(feature = "broken-rules")]
+    pub(super) fn set_broken(&mut self, rule: BrokenRule) {
+        self.broken = Some(rule);
+        if rule == BrokenRule::Descendants {
+            self.plane.set_forgetful();
+        }
+    }
+
+    pub(super) fn set_paths(&mut self, paths: &Paths) {
+        self.facts = AddressFacts::new(paths, self.family);
+        self.restart = true;
+        self.plane.touch_all();
+    }
+
+    /// Takes up a change of a policy, of whatever family.
+    pub(super) fn replace(&mut self, key: PolicyKey, before: Option<&Policy>, now: Option<&Policy>) {
+        let before = before.and_then(|policy| Placed::of(key, policy, self.broken));
+        let now = now.and_then(|policy| Placed::of(key, policy, self.broken));
+        if before == now {
+            // What else may have changed decides about the verdicts of its cells.
+            if let Some(placed) = now {
+                self.plane.touch(placed.region);
+            }
+            return;
+        }
+        if let Some(placed) = before {
+            self.remove(placed);
+        }
+        if let Some(placed) = now {
+            self.insert(placed);
+        }
+    }
+
+    /// Starts over with those of these policies that are of the family.
+    pub(super) fn rebuild<'a>(&mut self, policies: impl Iterator<Item = (PolicyKey, &'a Policy)>) {
+        let broken = self.broken;
+        self.exceptions.restart();
+        let mut regions = Vec::new();
+        for placed in policies.filter_map(|(key, policy)| Placed::of(key, policy, broken)) {
+            match placed.exception {
+                None => regions.push((placed.region, placed.candidate)),
+                Some(exception) => {
+                    for treatment in self.exceptions.insert(exception, placed.candidate) {
+                        // What was widened once stays so until policies are removed.
+                        if let Treatment::Widen(cell, policy) = treatment {
+                            regions.extend(Region::of(&cell).map(|region| (region, policy)));
+                        }
+                    }
+                }
+            }
+        }
+        self.plane.rebuild(regions.into_iter());
+        self.plane.touch_all();
+    }
+
+    /// Whether starting over might make more packets fast.
+    pub(super) fn is_worth_rebuilding(&self) -> bool {
+        self.plane.is_worth_rebuilding()
+    }
+
+    /// Says that the verdicts of a policy's cells may have changed.
+    pub(super) fn touch(&mut self, policy: &Policy) {
+        if let Some(region) = Region::of(&cell(policy)) {
+            self.plane.touch(region);
+        }
+    }
+
+    /// Brings the verdicts up to date. `slot` gives a policy its slot, or a reason to pass.
+    pub(super) fn settle(
+        &mut self,
+        database: &Database,
+        mut slot: impl FnMut(PolicyKey, &Policy) -> Result<(Slot, u32), PassReason>,
+    ) {
+        let highest = database.highest_offloaded_priority(self.family).unwrap_or(0);
+        let (old, broken) = (std::mem::replace(&mut self.highest, highest), self.broken);
+        if highest != old {
+            self.plane.rule_changed(|matches| matches.chosen(old, broken) != matches.chosen(highest, broken));
+        }
+        let facts = &self.facts;
+        let chosen = |state: &State| {
+            let matches = state.matches().ok_or(PassReason::Capacity)?;
+            let policy = matches.chosen(highest, broken)?;
+            let is_certain = matches.is_alone()
+                || database.is_order_known(policy)
+                || broken == Some(BrokenRule::HighestPriority);
+            if is_certain { Ok(policy) } else { Err(PassReason::Shadowed) }
+        };
+        self.plane.settle(|region, state, is_guarded| {
+            match chosen(state).and_then(|policy| verdict(region, policy, facts, database, &mut slot)) {
+                Ok((slot, probes)) => Verdict::Fast { slot, probes: Probes { guards: is_guarded, ..probes } },
+                Err(reason) => Verdict::Pass(reason),
+            }
+        });
+    }
+
+    /// Adds what has changed to an update.
+    pub(super) fn finish(&mut self, update: &mut TableUpdate) {
+        let changes = self.plane.changes();
+        self.follow_probes(&changes);
+        if self.cramped.is_none() && self.fits() {
+            let cells = changes.into_iter().map(|change| (change.region.cell(), change.new));
+            update.cells.extend(in_order(cells.collect()));
+        } else {
+            self.squeeze(&changes, update);
+        }
+        self.finish_probes(update);
+    }
+
+    /// Empties the table; the next thing to do is to start over.
+    pub(super) fn clear(&mut self, update: &mut TableUpdate) {
+        self.plane.rebuild(std::iter::empty());
+        let changes = self.plane.changes();
+        let removed: Vec<_> = match self.cramped.take() {
+            Some(cells) => cells.into_keys().map(|cell| (cell, None)).collect(),
+            None => changes.into_iter().map(|change| (change.region.cell(), None)).collect(),
+        };
+        update.cells.extend(removed);
+        self.plane.guard_changes();
+        self.probed.iter_mut().for_each(Probed::restart);
+        self.guards.restart();
+        self.exceptions.restart();
+        self.finish_probes(update);
+    }
+
+    fn insert(&mut self, placed: Placed<A>) {
+        match placed.exception {
+            None => self.plane.insert(placed.region, placed.candidate),
+            Some(exception) => {
+                let treatments = self.exceptions.insert(exception, placed.candidate);
+                self.treat(treatments);
+            }
+        }
+    }
+
+    fn remove(&mut self, placed: Placed<A>) {
+        match placed.exception {
+            None => self.plane.remove(placed.region, placed.candidate.policy),
+            Some(exception) => {
+                let treatments = self.exceptions.remove(exception, placed.candidate);
+                self.treat(treatments);
+            }
+        }
+    }
+
+    fn treat(&mut self, treatments: Vec<Treatment>) {
+        for treatment in treatments {
+            match treatment {
+                Treatment::Widen(cell, policy) => {
+                    if let Some(region) = Region::of(&cell) {
+                        self.plane.insert(region, policy);
+                    }
+                }
+                Treatment::Narrow(cell, policy) => {
+                    if let Some(region) = Region::of(&cell) {
+                        self.plane.remove(region, policy.policy);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Keeps account of what the program looks up for fast cells.
+    fn follow_probes(&mut self, changes: &[Changed<A>]) {
+        // With the guards that are there now; what is looked up from now on needs no others.
+        for (source, is_there) in self.plane.guard_changes() {
+            if is_there {
+                self.guards.appear(source.net(), ());
+            } else {
+                self.guards.disappear(source.net());
+            }
+        }
+        if self.restart {
+            self.restart = false;
+            self.probed.iter_mut().for_each(Probed::restart);
+            self.guards.restart();
+            let fast: Vec<_> =
+                self.plane.cells().filter_map(|(region, state)| Some((region, state.verdict()?))).collect();
+            for (region, verdict) in fast {
+                self.begin(region, verdict);
+            }
+            return;
+        }
+        for change in changes {
+            if let Some(verdict) = change.new {
+                self.begin(change.region, verdict);
+            }
+            if let Some(verdict) = change.old {
+                self.end(change.region, verdict);
+            }
+        }
+    }
+
+    fn begin(&mut self, region: Region<A>, verdict: Verdict) {
+        let Verdict::Fast { probes, .. } = verdict else { return };
+        let cell = region.cell();
+        for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
+            if self.facts.probes(side, probes) {
+                let prefix = on(side, &cell);
+                probed.begin(prefix, || self.facts.about(side, prefix));
+            }
+        }
+        if probes.guards {
+            let plane = &self.plane;
+            self.guards.begin(cell.source, || guards_inside(plane, region));
+        }
+    }
+
+    fn end(&mut self, region: Region<A>, verdict: Verdict) {
+        let Verdict::Fast { probes, .. } = verdict else { return };
+        let cell = region.cell();
+        for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
+            if self.facts.probes(side, probes) {
+                let prefix = on(side, &cell);
+                probed.end(prefix, || self.facts.about(side, prefix));
+            }
+        }
+        if probes.guards {
+            let plane = &self.plane;
+            self.guards.end(cell.source, || guards_inside(plane, region));
+        }
+    }
+
+    fn fits(&self) -> bool {
+        let facts: usize = self.probed.iter().map(Probed::len).sum();
+        self.plane.len() + facts + self.guards.len() <= self.capacity.cells(self.family)
+            && self.plane.tuples() <= self.capacity.tuples
+            && self.probed.iter().all(|probed| probed.lengths() <= self.capacity.fact_lengths)
+            && self.guards.lengths() <= self.capacity.guard_lengths
+    }
+
+    /// Leaves out what the table has no room for, and looks at everything for it.
+    fn squeeze(&mut self, changes: &[Changed<A>], update: &mut TableUpdate) {
+        let everything =
+            self.plane.cells().filter_map(|(region, state)| Some((region.cell(), state.verdict()?)));
+        let mut cells: Vec<(Cell, Verdict)> = everything.collect();
+        let before = self.cramped.take().unwrap_or_else(|| {
+            let mut before: BTreeMap<Cell, Verdict> = cells.iter().copied().collect();
+            for Changed { region, old, .. } in changes {
+                match old {
+                    Some(old) => before.insert(region.cell(), *old),
+                    None => before.remove(&region.cell()),
+                };
+            }
+            before
+        });
+        let fits = self.fits();
+        if !fits {
+            self.leave_out(&mut cells);
+        }
+        let after: BTreeMap<Cell, Verdict> = cells.into_iter().collect();
+        let removed = before.keys().filter(|cell| !after.contains_key(cell)).map(|cell| (*cell, None));
+        let set = after.iter().filter(|(cell, verdict)| before.get(cell) != Some(verdict));
+        let set = set.map(|(cell, verdict)| (*cell, Some(*verdict)));
+        update.cells.extend(in_order(removed.chain(set).collect()));
+        if !fits {
+            self.cramped = Some(after);
+            // What is looked up for these cells is not what the changes of all cells add up to.
+            self.restart = true;
+        }
+    }
+
+    /// Makes cells pass, or leaves them out, until they and what they look up fit.
+    fn leave_out(&mut self, cells: &mut Vec<(Cell, Verdict)>) {
+        let pass = |verdict: &mut Verdict| {
+            if matches!(verdict, Verdict::Fast { .. }) {
+                *verdict = Verdict::Pass(PassReason::Capacity);
+            }
+        };
+        let limit = self.capacity.cells(self.family);
+        let room = limit.saturating_sub(cells.len()).max(limit / 2);
+        let mut used = 0;
+        for list in 0..3 {
+            self.count_probes(cells);
+            let (needed, lengths, limit) = match list {
+                2 => (self.guards.len(), self.guards.lengths(), self.capacity.guard_lengths),
+                side => (self.probed[side].len(), self.probed[side].lengths(), self.capacity.fact_lengths),
+            };
+            if used + needed <= room && lengths <= limit {
+                used += needed;
+                continue;
+            }
+            for (_, verdict) in cells.iter_mut() {
+                if let Verdict::Fast { probes, .. } = verdict
+                    && match list {
+                        2 => probes.guards,
+                        side => self.facts.probes(SIDES[side], *probes),
+                    }
+                {
+                    pass(verdict);
+                }
+            }
+        }
+        fit(cells, limit - used, self.capacity.tuples, pass);
+        self.count_probes(cells);
+    }
+
+    fn count_probes(&mut self, cells: &[(Cell, Verdict)]) {
+        self.probed.iter_mut().for_each(Probed::restart);
+        self.guards.restart();
+        for (cell, verdict) in cells {
+            if let Some(region) = Region::of(cell) {
+                self.begin(region, *verdict);
+            }
+        }
+    }
+
+    fn finish_probes(&mut self, update: &mut TableUpdate) {
+        for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
+            let mut changes = probed.changes();
+            changes.sort_by_key(|(prefix, fact)| (fact.is_some(), Reverse(prefix.prefix_len())));
+            update.facts.extend(changes.into_iter().map(|(prefix, fact)| ((side, prefix), fact)));
+        }
+        let guards = self.guards.changes().into_iter();
+        update.guards.extend(guards.map(|(source, guard)| (source, guard.is_some())));
+        update.exceptions.extend(self.exceptions.changes());
+    }
+}
+
+/// What is compiled, to look things up in.
+pub(super) trait Compiled {
+    /// The verdict of a policy's own cell, and of all cells inside it.
+    fn verdicts(&self, policy: &Policy) -> Vec<Verdict>;
+    /// The verdict for packets between two addresses.
+    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict>;
+    /// Whether the table has a guard that is about an address.
+    fn is_guarded(&self, source: IpAddr) -> bool;
+    fn exceptions(&self) -> &Exceptions;
+    fn facts(&self) -> &AddressFacts;
+}
+
+impl<A: Address> Compiled for FamilyCompiler<A> {
+    fn verdicts(&self, policy: &Policy) -> Vec<Verdict> {
+        let Some(region) = Region::of(&cell(policy)) else { return Vec::new() };
+        let in_table = |region: Region<A>| match &self.cramped {
+            Some(cells) => cells.get(&region.cell()).copied(),
+            None => self.plane.cell(region)?.verdict(),
+        };
+        let inside = self.plane.affected(region).into_iter().filter(|inside| *inside != region);
+        std::iter::once(region).chain(inside).filter_map(in_table).collect()
+    }
+
+    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
+        let packet = Cell { destination: destination.into(), source: source.into() };
+        let Some(cells) = &self.cramped else { return self.plane.first(Region::of(&packet)?)?.verdict() };
+        let holds = |cell: &&Cell| cell.destination.contains(&destination) && cell.source.contains(&source);
+        let first = cells.keys().filter(holds).max_by_key(|cell| lengths(cell))?;
+        cells.get(first).copied()
+    }
+
+    fn is_guarded(&self, source: IpAddr) -> bool {
+        self.guards.is_about(source)
+    }
+
+    fn exceptions(&self) -> &Exceptions {
+        &self.exceptions
+    }
+
+    fn facts(&self) -> &AddressFacts {
+        &self.facts
+    }
+}
+
+/// Where a policy takes part.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Placed<A> {
+    region: Region<A>,
+    candidate: Candidate,
+    exception: Option<crate::table::Exception>,
+}
+
+impl<A: Address> Placed<A> {
+    /// `None` if a policy takes no part, or none in this family.
+    fn of(key: PolicyKey, policy: &Policy, broken: Option<BrokenRule>) -> Option<Self> {
+        if policy.id.direction == Direction::In || broken::overlooks(broken, policy) {
+            return None;
+        }
+        Some(Self {
+            region: Region::of(&cell(policy))?,
+            candidate: Candidate::of(key, policy, broken),
+            exception: exception(policy),
+        })
+    }
+}
+
+/// The slot of a cell and what to look up for its packets, or why they pass.
+fn verdict<A: Address>(
+    region: Region<A>,
+    key: PolicyKey,
+    facts: &AddressFacts,
+    database: &Database,
+    mut slot: impl FnMut(PolicyKey, &Policy) -> Result<(Slot, u32), PassReason>,
+) -> Result<(Slot, Probes), PassReason> {
+    let policy = database.policy_with_key(key).ok_or(PassReason::NoPolicy)?;
+    if exception(policy).is_some() {
+        // A widened one, or it would not have a cell.
+        return Err(PassReason::Capacity);
+    }
+    let (slot, device) = slot(key, policy)?;
+    Ok((slot, facts.admit(&region.cell(), device)?))
+}
+
+fn on(side: Side, cell: &Cell) -> ipnet::IpNet {
+    match side {
+        Side::Destination => cell.destination,
+        Side::Source => cell.source,
+    }
+}
+
+fn guards_inside<A: Address>(plane: &Plane<A>, region: Region<A>) -> Vec<(ipnet::IpNet, ())> {
+    plane.guards_inside(region.source).map(|source| (source.net(), ())).collect()
+}
+
+/// Removals, then the rest, longest prefixes first.
+fn in_order(mut cells: Vec<(Cell, Option<Verdict>)>) -> Vec<(Cell, Option<Verdict>)> {
+    cells.sort_by_key(|(cell, verdict)| (verdict.is_some(), Reverse(lengths(cell))));
+    cells
+}
+
+fn lengths(cell: &Cell) -> (u8, u8) {
+    (cell.destination.prefix_len(), cell.source.prefix_len())
+}
