@@ -269,7 +269,7 @@ pub fn introduce(one: End<'_>, other: End<'_>) -> Result<(), LabError> {
 ///
 /// [`LabError::System`].
 pub fn wire(device: &str) -> Result<File, LabError> {
-    let open = || packet_socket(nix::net::if_::if_nametoindex(device)?);
+    let open = || packet_socket(nix::net::if_::if_nametoindex(device)?, 0);
     let socket = open().map_err(|error| LabError::system(format!("opening the wire of {device}"), error))?;
     Ok(File::from(socket))
 }

@@ -7,6 +7,7 @@
 //! - [`prog_run`]: single frames through the XDP program;
 //! - [`model`]: what the program should do with a frame, written a second time;
 //! - [`conformance`]: the program against the model, at random;
+//! - [`oracle`]: the kernel as judge of the whole mirror;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
 //! - [`table_suite`]: what every table must do.
@@ -16,6 +17,7 @@ pub mod conformance;
 pub mod frames;
 pub mod lab;
 pub mod model;
+pub mod oracle;
 pub mod prog_run;
 pub mod promote;
 pub mod site;

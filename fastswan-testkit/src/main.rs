@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::command::{ci, demo, doctor, ebpf};
+use crate::command::{ci, demo, doctor, ebpf, oracle};
 
 /// Shows fastswan, builds its bytecode and runs its tests.
 #[derive(Debug, Parser)]
@@ -17,6 +17,8 @@ enum Command {
     /// Builds the committed bytecode, or checks it.
     #[command(subcommand)]
     Ebpf(ebpf::Command),
+    /// Lets the kernel judge which packets are forwarded, and for which policy.
+    Oracle(oracle::Arguments),
     /// Installs what the tests need and runs all of them.
     Ci(ci::Arguments),
     /// Tells what this machine can run, and why not.
@@ -38,6 +40,7 @@ fn run() -> anyhow::Result<()> {
     match Command::parse_from(arguments(std::env::args())) {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ebpf(command) => ebpf::run(command),
+        Command::Oracle(arguments) => oracle::run(&arguments),
         Command::Ci(arguments) => ci::run(&arguments),
         Command::Doctor => {
             doctor::run();

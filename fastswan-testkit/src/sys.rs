@@ -48,12 +48,14 @@ pub(crate) fn ethtool_set(interface: &str, command: Ethtool, value: u32) -> io::
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A socket that sends whole frames from an interface of this thread's network namespace, and receives none.
-pub(crate) fn packet_socket(ifindex: u32) -> io::Result<OwnedFd> {
+/// A socket that sends whole frames from an interface of this thread's network namespace, and receives those with
+/// this Ethernet type: 0 is none, `ETH_P_ALL` all.
+pub(crate) fn packet_socket(ifindex: u32, ether_type: u16) -> io::Result<OwnedFd> {
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: `sockaddr_ll` is plain data, for which zero is valid.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
+    address.sll_protocol = ether_type.to_be();
     address.sll_ifindex = ifindex.cast_signed();
     let length = u32::try_from(size_of_val(&address)).map_err(io::Error::other)?;
     // SAFETY: the address is the structure of its family, has this length and lives through the call.

@@ -8,6 +8,8 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Group {
+    /// Associations that a policy's packet needs and that are not there.
+    Acquire = 1,
     /// Expiries.
     Expire = 2,
     /// Security associations.

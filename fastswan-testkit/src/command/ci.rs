@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::{cargo, ebpf, workspace};
+use super::{cargo, ebpf, oracle, workspace};
 
 /// What `cargo testkit ci` is told.
 #[derive(Debug, clap::Args)]
@@ -32,9 +32,9 @@ pub(crate) const TOOLS: [(&str, &str); 2] = [("cargo-deny", "0.20.2"), ("cargo-f
 
 /// What ran.
 #[derive(Clone, Copy, Debug, Default)]
-struct Count {
-    passed: u64,
-    failed: u64,
+pub(crate) struct Count {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
 }
 
 impl Count {
@@ -45,7 +45,7 @@ type Step<'a> = (&'static str, Box<dyn Fn() -> anyhow::Result<Count> + 'a>);
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let fuzz_seconds = arguments.fuzz_seconds;
-    let steps: [Step<'_>; 8] = [
+    let steps: [Step<'_>; 9] = [
         ("install", Box::new(install)),
         ("format", Box::new(format)),
         ("lint", Box::new(lint)),
@@ -53,6 +53,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         ("deny", Box::new(deny)),
         ("bytecode", Box::new(|| ebpf::run(ebpf::Command::Check).map(|()| Count::ONE))),
         ("tests", Box::new(tests)),
+        ("oracle", Box::new(oracle::check)),
         ("fuzz", Box::new(|| fuzz(fuzz_seconds))),
     ];
     let mut rows = Vec::new();

@@ -4,6 +4,7 @@ pub(crate) mod ci;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod ebpf;
+pub(crate) mod oracle;
 
 use std::path::{Path, PathBuf};
 

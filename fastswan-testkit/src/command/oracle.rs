@@ -1,0 +1,136 @@
+//! `cargo testkit oracle`: the kernel judges the mirror.
+
+use std::time::Instant;
+
+use anyhow::{Context as _, ensure};
+use fastswan_testkit::{
+    lab::{clean_up_on_signals, remove_leftovers},
+    oracle::{BrokenRule, Oracle, Report, Set, SetReport, ranked},
+};
+
+use super::ci::Count;
+
+/// Packets that `cargo testkit ci` has judged.
+const CI_DECISIONS: u64 = 200_000;
+
+/// What `cargo testkit oracle` is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// How many packets are judged.
+    #[arg(long, default_value_t = 1_000_000)]
+    decisions: u64,
+    /// Repeats the run that printed this number.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Breaks a rule, which must be noticed: 1 ties, 2 shadowing software policies, 3 the highest priority,
+    /// 4 longest prefix instead of priority, 5 descendants of a deleted policy.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=5))]
+    mutant: Option<u8>,
+    /// Judges only this kind of policies; may be given more than once.
+    #[arg(long = "set", value_parser = set)]
+    sets: Vec<Set>,
+    /// Prints one JSON object on the last line of stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+fn set(name: &str) -> Result<Set, String> {
+    let names = || Set::ALL.map(Set::name).join(", ");
+    Set::ALL.into_iter().find(|set| set.name() == name).ok_or_else(|| format!("one of {}", names()))
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the oracle makes network namespaces and loads an XDP program: run it as root"
+    );
+    remove_leftovers();
+    clean_up_on_signals()?;
+    let seed = arguments.seed.unwrap_or_else(rand::random);
+    let broken = arguments.mutant.map(|number| BrokenRule::ALL[usize::from(number) - 1]);
+    let start = Instant::now();
+    let mut oracle = Oracle::new(seed, arguments.decisions);
+    if let Some(rule) = broken {
+        oracle = oracle.broken_rule(rule);
+    }
+    if !arguments.sets.is_empty() {
+        oracle = oracle.sets(&arguments.sets);
+    }
+    let report = judge(&oracle, seed)?;
+    let seconds = start.elapsed().as_secs_f64();
+    println!(
+        "{} decisions in {seconds:.1} s, {} executed, {} wrong, seed {seed}",
+        report.decisions(),
+        report.executed(),
+        report.wrong()
+    );
+    if arguments.json {
+        let mut object = report.json();
+        object["seconds"] = seconds.into();
+        object["mutant"] = arguments.mutant.into();
+        println!("{object}");
+    }
+    acquit(&report)
+}
+
+/// For `cargo testkit ci`: a fresh seed, and every broken rule.
+pub(crate) fn check() -> anyhow::Result<Count> {
+    let seed = rand::random();
+    acquit(&judge(&Oracle::new(seed, CI_DECISIONS), seed)?)?;
+    let mut count = Count { passed: 1, failed: 0 };
+    for rule in BrokenRule::ALL {
+        println!("\nbroken rule {rule:?}: must be noticed");
+        let report = judge(&Oracle::new(seed, CI_DECISIONS / 5).broken_rule(rule), seed)?;
+        if report.wrong() > 0 {
+            count.passed += 1;
+        } else {
+            println!("{rule:?}: was not noticed");
+            count.failed += 1;
+        }
+    }
+    Ok(count)
+}
+
+/// Judges, and prints each set.
+fn judge(oracle: &Oracle, seed: u64) -> anyhow::Result<Report> {
+    println!("seed {seed}");
+    println!(
+        "{:<16} {:>9} {:>9} {:>6} {:>9} {:>10}",
+        "set", "decisions", "fast", "wrong", "eligible", "fast share"
+    );
+    oracle.run(print).with_context(|| format!("seed {seed}"))
+}
+
+fn print(report: &SetReport) {
+    println!(
+        "{:<16} {:>9} {:>9} {:>6} {:>9} {:>10.4}",
+        report.set.name(),
+        report.decisions,
+        report.fast,
+        report.wrong,
+        report.eligible,
+        report.fast_share()
+    );
+    let reasons = ranked(&report.eligible_passes).into_iter();
+    let reasons: Vec<String> =
+        reasons.map(|(reason, packets)| format!("{} {packets}", reason.name())).collect();
+    if !reasons.is_empty() {
+        println!("    eligible but passed: {}", reasons.join(", "));
+    }
+    for example in &report.examples {
+        println!("    WRONG {example}");
+    }
+}
+
+/// Fails if a decision was wrong, or too few were fast.
+fn acquit(report: &Report) -> anyhow::Result<()> {
+    ensure!(report.wrong() == 0, "{} decisions were wrong, seed {}", report.wrong(), report.seed);
+    let slow: Vec<String> = report
+        .sets
+        .iter()
+        .filter(|set| set.is_too_slow())
+        .map(|set| format!("{} {:.4}", set.set.name(), set.fast_share()))
+        .collect();
+    ensure!(slow.is_empty(), "too few eligible packets were fast: {}", slow.join(", "));
+    Ok(())
+}

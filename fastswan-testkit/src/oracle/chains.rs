@@ -1,0 +1,405 @@
+//! What the kernel chooses when policies are really offloaded, as a model: nothing here can offload one.
+//!
+//! It follows `xfrm_policy_insert_list`, the tree of inexact policies and `xfrm_policy_lookup_bytype`, for
+//! outbound main policies without mark and interface id:
+//!
+//! - Policies whose prefixes both have full length are in one hash, those with two short prefixes (below /16, for
+//!   IPv6 below /48) in one list. The rest lies in lists by prefixes that do not overlap: when a shorter prefix
+//!   comes, the lists of those inside it are merged.
+//! - A policy goes behind the last of its list whose number is not higher. An offloaded one goes to the head.
+//! - When lists are merged, the policies of all but one are put into that one, the oldest first; then each goes
+//!   behind those at the front whose number is lower, or equal and which are older.
+//! - A lookup takes the first match of the hash, and stops if that is offloaded. Else it goes through the lists for
+//!   both addresses, for the source, for the destination, and for none, and takes of each the first match, unless a
+//!   policy with a higher number than the best so far comes first.
+
+use std::net::IpAddr;
+
+use fastswan::{
+    ChannelSource, Policy, PolicyEvent, PolicyId, PolicySource, Snapshot, source::channel::PolicySender,
+};
+use ipnet::IpNet;
+
+use super::{
+    judge::Judge,
+    packets::Packet,
+    sets::{Change, is_promoted},
+};
+
+/// More than a round changes.
+const EVENTS: usize = 4096;
+
+/// The chains of both families.
+#[derive(Debug)]
+pub(super) struct Chains {
+    policies: Policies,
+    families: [Family; 2],
+    events: PolicySender,
+}
+
+/// All policies that were ever added, the oldest first: their numbers are positions in age.
+type Policies = Vec<Policy>;
+type List = Vec<usize>;
+
+#[derive(Debug, Default)]
+struct Family {
+    exact: List,
+    any: List,
+    by_source: Vec<Node>,
+    by_destination: Vec<Node>,
+}
+
+/// A list of those whose source or destination is inside a prefix.
+#[derive(Debug)]
+struct Node {
+    prefix: IpNet,
+    list: List,
+    /// Inside a destination, the lists by source.
+    by_source: Vec<Node>,
+}
+
+impl Chains {
+    /// Empty ones, and a source that tells what changes.
+    pub(super) fn new() -> (Self, impl PolicySource + 'static) {
+        let (events, source) = ChannelSource::new(Snapshot::default(), EVENTS);
+        (Self { policies: Vec::new(), families: Default::default(), events }, source)
+    }
+
+    /// Adds a policy, or replaces the one with its identity, and returns it with the number that names it.
+    fn put(&mut self, policy: &Policy) -> Policy {
+        let number = self.policies.len();
+        let old = self.find(&policy.id);
+        let index =
+            old.map_or(u32::try_from(number * 8 + 1).unwrap_or(u32::MAX), |old| self.policies[old].index);
+        let policy = Policy { index, ..policy.clone() };
+        self.policies.push(policy.clone());
+        let family = &mut self.families[which(&policy.id)];
+        insert(family.list(&self.policies, &policy.id), number, old, &self.policies);
+        if let Some(old) = old {
+            family.remove(old);
+            family.prune();
+        }
+        policy
+    }
+
+    /// The policy that an index names.
+    #[cfg(test)]
+    pub(super) fn policy(&self, index: u32) -> Option<&Policy> {
+        self.policies.iter().rev().find(|policy| policy.index == index)
+    }
+
+    fn find(&self, id: &PolicyId) -> Option<usize> {
+        self.families[which(id)].all().find(|&number| self.policies[number].id == *id)
+    }
+}
+
+fn which(id: &PolicyId) -> usize {
+    usize::from(id.selector.destination.addr().is_ipv6())
+}
+
+impl Judge for Chains {
+    fn make(&mut self, changes: &[Change]) -> anyhow::Result<()> {
+        for change in changes {
+            let event = match change {
+                Change::Add(policy) | Change::Update(policy) => PolicyEvent::Policy(self.put(policy)),
+                Change::Delete { id, index } => {
+                    if let Some(number) = self.find(id) {
+                        let family = &mut self.families[which(id)];
+                        family.remove(number);
+                        // A deletion by index leaves empty lists behind.
+                        if index.is_none() {
+                            family.prune();
+                        }
+                    }
+                    PolicyEvent::PolicyRemoved(id.clone())
+                }
+                Change::Flush(table) => {
+                    self.families = Default::default();
+                    PolicyEvent::PoliciesFlushed(*table)
+                }
+                Change::Default(default_policy) => PolicyEvent::DefaultPolicy(*default_policy),
+                Change::Resynchronise => {
+                    let numbers = self.families.iter().flat_map(Family::all);
+                    let policies = numbers.map(|number| self.policies[number].clone()).collect();
+                    PolicyEvent::Snapshot(Snapshot { policies, ..Snapshot::default() })
+                }
+            };
+            self.events.try_send(event)?;
+        }
+        Ok(())
+    }
+
+    fn choose(&mut self, packet: &Packet) -> anyhow::Result<Option<u32>> {
+        let family = &self.families[usize::from(packet.source.is_ipv6())];
+        let chosen = family.look_up(&self.policies, packet);
+        Ok(chosen.map(|number| self.policies[number].index))
+    }
+}
+
+impl Family {
+    /// The list that a policy belongs into.
+    fn list(&mut self, policies: &[Policy], id: &PolicyId) -> &mut List {
+        let (source, destination) = (id.selector.source, id.selector.destination);
+        let is_full = |prefix: IpNet| prefix.prefix_len() == prefix.max_prefix_len();
+        if is_full(source) && is_full(destination) {
+            return &mut self.exact;
+        }
+        match (is_short(source), is_short(destination)) {
+            (true, true) => &mut self.any,
+            (false, true) => &mut node(&mut self.by_source, source, policies).list,
+            (true, false) => &mut node(&mut self.by_destination, destination, policies).list,
+            (false, false) => {
+                let destination = node(&mut self.by_destination, destination, policies);
+                &mut node(&mut destination.by_source, source, policies).list
+            }
+        }
+    }
+
+    fn look_up(&self, policies: &[Policy], packet: &Packet) -> Option<usize> {
+        let matches = |number: &&usize| packet.matches(&policies[**number].id.selector);
+        let mut best = self.exact.iter().find(matches).copied();
+        if best.is_some_and(|best| is_promoted(&policies[best])) {
+            return best;
+        }
+        let at =
+            |nodes: &'_ [Node], address: IpAddr| nodes.iter().position(|node| node.prefix.contains(&address));
+        let of_destination = at(&self.by_destination, packet.destination).map(|at| &self.by_destination[at]);
+        let of_source = at(&self.by_source, packet.source).map(|at| &self.by_source[at]);
+        let of_both =
+            of_destination.and_then(|node| at(&node.by_source, packet.source).map(|at| &node.by_source[at]));
+        let lists = [of_both, of_source, of_destination].map(|node| node.map(|node| &node.list));
+        for list in lists.into_iter().flatten().chain([&self.any]) {
+            let limit = best.map_or(u32::MAX, |best| policies[best].priority);
+            let in_time = list.iter().take_while(|&&number| policies[number].priority <= limit);
+            if let Some(&found) = in_time.into_iter().find(matches) {
+                let is_older =
+                    |best: usize| policies[found].priority == policies[best].priority && best < found;
+                if !best.is_some_and(is_older) {
+                    best = Some(found);
+                }
+            }
+        }
+        best
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &Node> {
+        let inner = self.by_destination.iter().flat_map(|node| &node.by_source);
+        self.by_source.iter().chain(&self.by_destination).chain(inner)
+    }
+
+    fn all(&self) -> impl Iterator<Item = usize> {
+        self.exact.iter().chain(&self.any).chain(self.nodes().flat_map(|node| &node.list)).copied()
+    }
+
+    fn remove(&mut self, number: usize) {
+        let remove = |list: &mut List| list.retain(|&other| other != number);
+        remove(&mut self.exact);
+        remove(&mut self.any);
+        self.by_source.iter_mut().for_each(|node| remove(&mut node.list));
+        for node in &mut self.by_destination {
+            remove(&mut node.list);
+            node.by_source.iter_mut().for_each(|node| remove(&mut node.list));
+        }
+    }
+
+    /// Gives up lists that are empty.
+    fn prune(&mut self) {
+        let is_used = |node: &Node| !node.list.is_empty() || !node.by_source.is_empty();
+        self.by_destination.iter_mut().for_each(|node| node.by_source.retain(is_used));
+        self.by_destination.retain(is_used);
+        self.by_source.retain(is_used);
+    }
+}
+
+/// Whether a prefix has no list of its own.
+fn is_short(prefix: IpNet) -> bool {
+    let limit = if prefix.addr().is_ipv4() { 16 } else { 48 };
+    prefix.addr().is_unspecified() || prefix.prefix_len() < limit
+}
+
+/// The node for a prefix: one that covers it, or a new one, into which those inside it are merged.
+fn node<'a>(nodes: &'a mut Vec<Node>, prefix: IpNet, policies: &[Policy]) -> &'a mut Node {
+    let prefix = prefix.trunc();
+    if let Some(covering) = nodes.iter().position(|node| node.prefix.contains(&prefix)) {
+        return &mut nodes[covering];
+    }
+    let mut inside = nodes.extract_if(.., |node| prefix.contains(&node.prefix));
+    // Which one the kernel finds first depends on the shape of its tree; the oldest is likely to be near the root.
+    let mut merged = inside.next().unwrap_or(Node { prefix, list: Vec::new(), by_source: Vec::new() });
+    for node in inside {
+        for node in node.by_source {
+            reinsert_node(&mut merged.by_source, node, policies);
+        }
+        reinsert(&mut merged.list, node.list, policies);
+    }
+    merged.prefix = prefix;
+    let last = nodes.len();
+    nodes.push(merged);
+    &mut nodes[last]
+}
+
+fn reinsert_node(nodes: &mut Vec<Node>, mut node: Node, policies: &[Policy]) {
+    let overlaps =
+        |one: &Node, other: &Node| one.prefix.contains(&other.prefix) || other.prefix.contains(&one.prefix);
+    while let Some(found) = nodes.iter().position(|other| overlaps(other, &node)) {
+        let mut other = nodes.remove(found);
+        reinsert(&mut other.list, node.list, policies);
+        if node.prefix.prefix_len() < other.prefix.prefix_len() {
+            other.prefix = node.prefix;
+        }
+        node = other;
+    }
+    nodes.push(node);
+}
+
+/// Puts a new policy into a list, from which the old one with its identity was not removed yet.
+fn insert(list: &mut List, number: usize, old: Option<usize>, policies: &[Policy]) {
+    let priority = policies[number].priority;
+    let mut behind = None;
+    let mut seen_old = false;
+    for (position, &other) in list.iter().enumerate() {
+        let is_old = Some(other) == old;
+        seen_old |= is_old;
+        if is_old && priority > policies[other].priority {
+            continue;
+        }
+        if !is_old && priority >= policies[other].priority {
+            behind = Some(position);
+            continue;
+        }
+        if seen_old {
+            break;
+        }
+    }
+    place(list, number, behind, policies);
+}
+
+/// Puts the policies of another list into a list.
+fn reinsert(list: &mut List, mut others: List, policies: &[Policy]) {
+    others.sort_unstable();
+    for number in others {
+        let key = |number: usize| (policies[number].priority, number);
+        let ahead = list.iter().take_while(|&&other| key(other) < key(number)).count();
+        place(list, number, ahead.checked_sub(1), policies);
+    }
+}
+
+fn place(list: &mut List, number: usize, behind: Option<usize>, policies: &[Policy]) {
+    let position = behind.filter(|_| !is_promoted(&policies[number])).map_or(0, |behind| behind + 1);
+    list.insert(position, number);
+}
+
+#[cfg(test)]
+mod tests {
+    use fastswan::{
+        Selector,
+        policy::{Direction, IPPROTO_ESP, Mode, Template},
+    };
+
+    use super::*;
+
+    /// A policy; `offload` tells whether it is offloaded.
+    fn policy(source: &str, destination: &str, priority: u32, offload: bool) -> Policy {
+        let selector = Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap();
+        let template = Template {
+            mode: Mode::Tunnel,
+            protocol: IPPROTO_ESP,
+            spi: 0,
+            source: "192.0.2.1".parse().unwrap(),
+            destination: "192.0.2.2".parse().unwrap(),
+            reqid: u32::from(offload),
+            optional: false,
+        };
+        let id = PolicyId::new(Direction::Out, selector);
+        Policy { priority, templates: vec![template], ..Policy::new(id) }
+    }
+
+    /// The policy that is chosen after some changes.
+    fn chosen(changes: &[Change], source: &str, destination: &str) -> Option<PolicyId> {
+        let (mut chains, _source) = Chains::new();
+        chains.make(changes).unwrap();
+        let packet = Packet {
+            source: source.parse().unwrap(),
+            destination: destination.parse().unwrap(),
+            protocol: 17,
+            ports: (0, 0),
+            frame: Vec::new(),
+            plain: true,
+        };
+        let index = chains.choose(&packet).unwrap()?;
+        chains.policy(index).map(|policy| policy.id.clone())
+    }
+
+    fn added<const N: usize>(policies: [&Policy; N]) -> Vec<Change> {
+        policies.map(|policy| Change::Add(policy.clone())).to_vec()
+    }
+
+    #[test]
+    fn the_lowest_number_wins_among_policies_that_are_not_offloaded_and_the_oldest_of_equals() {
+        let wide = policy("10.1.0.0/16", "10.2.0.0/16", 10, false);
+        let narrow = policy("10.1.0.0/24", "10.2.0.0/24", 20, false);
+        let everything = policy("0.0.0.0/0", "0.0.0.0/0", 10, false);
+        for (policies, winner) in [
+            ([&wide, &narrow, &everything], &wide),
+            ([&narrow, &wide, &everything], &wide),
+            ([&everything, &narrow, &wide], &everything),
+        ] {
+            assert_eq!(chosen(&added(policies), "10.1.0.1", "10.2.0.1").as_ref(), Some(&winner.id));
+        }
+        assert_eq!(chosen(&added([&wide, &narrow]), "10.3.0.1", "10.2.0.1"), None);
+    }
+
+    #[test]
+    fn an_offloaded_policy_stands_before_better_ones_that_came_first() {
+        let better = policy("10.1.0.0/24", "10.2.0.0/24", 10, false);
+        let offloaded = policy("10.1.0.0/25", "10.2.0.0/24", 20, true);
+        assert_eq!(chosen(&added([&better, &offloaded]), "10.1.0.1", "10.2.0.1"), Some(offloaded.id.clone()));
+        assert_eq!(chosen(&added([&offloaded, &better]), "10.1.0.1", "10.2.0.1"), Some(better.id));
+    }
+
+    #[test]
+    fn an_offloaded_policy_between_two_hosts_is_chosen_whatever_else_there_is() {
+        let better = policy("10.1.0.0/24", "10.2.0.0/24", 10, false);
+        for offload in [true, false] {
+            let hosts = policy("10.1.0.1/32", "10.2.0.1/32", 20, offload);
+            let winner = if offload { &hosts } else { &better };
+            assert_eq!(chosen(&added([&better, &hosts]), "10.1.0.1", "10.2.0.1").as_ref(), Some(&winner.id));
+        }
+    }
+
+    #[test]
+    fn an_offloaded_policy_hides_better_ones_behind_it_from_those_who_found_another() {
+        let wide = policy("0.0.0.0/0", "10.2.0.0/24", 10, true);
+        let worse = policy("0.0.0.0/0", "10.2.0.9/32", 30, true);
+        let narrow = policy("10.1.0.0/24", "10.2.0.0/25", 20, false);
+        assert_eq!(chosen(&added([&wide, &narrow]), "10.1.0.1", "10.2.0.1"), Some(wide.id.clone()));
+        assert_eq!(chosen(&added([&wide, &worse, &narrow]), "10.1.0.1", "10.2.0.1"), Some(narrow.id));
+    }
+
+    #[test]
+    fn a_policy_that_loses_its_offload_stays_before_older_ones() {
+        let best = policy("10.1.0.0/24", "10.2.0.0/24", 10, true);
+        let other = policy("10.1.0.0/25", "10.2.0.0/24", 20, true);
+        let updated = |priority| Change::Update(policy("10.1.0.0/25", "10.2.0.0/24", priority, false));
+        for (priority, winner) in [(20, &other), (15, &other), (21, &best)] {
+            let changes = [added([&best, &other]), vec![updated(priority)]].concat();
+            let chosen = chosen(&changes, "10.1.0.1", "10.2.0.1");
+            assert_eq!(chosen.as_ref(), Some(&winner.id), "{priority}");
+        }
+    }
+
+    #[test]
+    fn a_merge_puts_a_policy_before_offloaded_ones_and_it_stays_there() {
+        let neighbour = policy("10.1.0.0/24", "10.2.3.0/24", 10, false);
+        let best = policy("10.1.0.0/24", "10.2.1.0/24", 50, true);
+        let worst = policy("10.1.0.0/25", "10.2.1.128/25", 300, true);
+        let loser = policy("10.1.0.5/32", "10.2.1.0/24", 150, false);
+        let deletion = |policy: &Policy| Change::Delete { id: policy.id.clone(), index: None };
+        let apart = [added([&neighbour, &best, &worst, &loser]), vec![deletion(&worst)]].concat();
+        assert_eq!(chosen(&apart, "10.1.0.5", "10.2.1.9"), Some(best.id.clone()));
+
+        let wide = policy("10.1.200.0/24", "10.2.0.0/16", 1000, false);
+        let merged = [added([&neighbour, &best, &worst, &loser, &wide]), vec![deletion(&worst)]].concat();
+        assert_eq!(chosen(&merged, "10.1.0.5", "10.2.1.9"), Some(loser.id));
+    }
+}

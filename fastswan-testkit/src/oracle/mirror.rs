@@ -1,0 +1,153 @@
+//! What is judged: the whole mirror, from a source to the XDP program. The only place that knows the compiler.
+
+use std::{collections::HashMap, time::Duration};
+
+use anyhow::{Context as _, bail, ensure};
+use fastswan::{
+    Compiler, Database, HostFacts, OffloadTable as _, PassReason, Policy, PolicyEvent, PolicySource,
+    PolicySourceExt as _,
+    compiler::BrokenRule,
+    forwarder::RunAction,
+    policy::{MacAddr, NextHop},
+    table::TableConfig,
+};
+use tokio::{
+    runtime::Runtime,
+    time::{Instant, timeout_at},
+};
+
+use super::{judge::Lab, packets::Packet, sets::is_promoted};
+use crate::{prog_run::ProgRun, promote::Promote};
+
+/// Few slots, so that they are used again.
+const TABLE: TableConfig = TableConfig { cells_v4: 16_384, cells_v6: 16_384, exceptions: 1024, slots: 256 };
+/// Nothing takes longer, unless it never happens.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The first two bytes of addresses that name a policy; its index follows.
+const NAME: [u8; 2] = [2, 6];
+
+/// A mirror of a judge's policies.
+pub(super) struct Mirror {
+    runtime: Runtime,
+    source: Box<dyn PolicySource>,
+    database: Database,
+    compiler: Compiler,
+    program: ProgRun,
+    ingress: u32,
+    /// The policies by the index that the judge gave them.
+    by_index: HashMap<u32, Policy>,
+}
+
+/// What the program does with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It leaves by the outer device, for the policy with this index.
+    Fast(u32),
+    /// It leaves in a way that no policy asked for.
+    Strange,
+    /// It goes to the kernel.
+    Passed(PassReason),
+}
+
+impl Mirror {
+    /// Reads the host, and mirrors what a source, opened inside a runtime, says. Takes a thread that is on the
+    /// gateway.
+    pub(super) fn new<S: PolicySource + 'static>(
+        lab: &Lab,
+        open: impl FnOnce() -> anyhow::Result<S>,
+        broken: Option<BrokenRule>,
+    ) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let source = {
+            let _inside = runtime.enter();
+            open()?
+        };
+        let source = Promote::new(source, lab.egress, NextHop::Device, is_promoted).map(|mut policy| {
+            // Of a frame that was forwarded, the address tells which policy it was for.
+            policy.egress.next_hop =
+                NextHop::Fixed { source: MacAddr::default(), destination: name(policy.index) };
+            policy
+        });
+        let host = HostFacts::read()?;
+        let mut program = ProgRun::new(&TABLE)?;
+        let port = host.port(lab.ingress, 0).context("packets have no port to enter by")?;
+        program.table.set_port(&port)?;
+        let mut compiler = Compiler::new(program.table.capacity());
+        compiler.set_host(&host);
+        Ok(Self {
+            runtime,
+            source: Box::new(source),
+            database: Database::default(),
+            compiler: match broken {
+                Some(rule) => compiler.with_broken_rule(rule),
+                None => compiler,
+            },
+            program,
+            ingress: lab.ingress,
+            by_index: HashMap::new(),
+        })
+    }
+
+    /// Waits until the source has told so many changes, after its snapshot, and brings the program up to date.
+    pub(super) fn follow(&mut self, changes: usize) -> anyhow::Result<()> {
+        let Self { runtime, source, database, .. } = self;
+        runtime.block_on(async {
+            let deadline = Instant::now() + PATIENCE;
+            let mut told = 0;
+            while told < changes || !database.is_current() {
+                let event = timeout_at(deadline, source.next_event());
+                let event = event.await.context("the source does not tell all changes")??;
+                match event.context("the source has ended")? {
+                    PolicyEvent::Stale(cause) => bail!("the source lost track: {cause:?}"),
+                    event => {
+                        let is_change = match event {
+                            PolicyEvent::Snapshot(_) => database.is_current(),
+                            PolicyEvent::Sa(_) => false,
+                            _ => true,
+                        };
+                        told += usize::from(is_change);
+                        database.apply(event);
+                    }
+                }
+            }
+            ensure!(told == changes, "{told} changes were told instead of {changes}");
+            Ok(())
+        })?;
+        let update = self.compiler.compile(&self.database);
+        self.program.table.apply(&update)?;
+        self.by_index = self.database.policies().map(|policy| (policy.index, policy.clone())).collect();
+        Ok(())
+    }
+
+    pub(super) fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// The policy that the judge gave this index.
+    pub(super) fn policy(&self, index: u32) -> Option<&Policy> {
+        self.by_index.get(&index)
+    }
+
+    /// Runs the program on a packet.
+    pub(super) fn run(&self, packet: &Packet) -> anyhow::Result<Fate> {
+        let outcome = self.program.run(&packet.frame, self.ingress)?;
+        Ok(match (outcome.action, outcome.reason, named(&outcome.frame)) {
+            (RunAction::Pass, Some(reason), _) => Fate::Passed(reason),
+            (RunAction::Redirect, None, Some(index)) => Fate::Fast(index),
+            _ => Fate::Strange,
+        })
+    }
+}
+
+fn name(index: u32) -> MacAddr {
+    let mut address = [0; 6];
+    address[..2].copy_from_slice(&NAME);
+    address[2..].copy_from_slice(&index.to_be_bytes());
+    MacAddr(address)
+}
+
+/// The policy that a frame's destination address names.
+fn named(frame: &[u8]) -> Option<u32> {
+    let index = frame.strip_prefix(&NAME)?.first_chunk()?;
+    Some(u32::from_be_bytes(*index))
+}
