@@ -20,7 +20,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _}
 
 use crate::{
     frames::{Frame, Tag},
-    model::Model,
+    model::{Model, additions_and_removals, changes},
     prog_run::ProgRun,
 };
 
@@ -241,20 +241,6 @@ impl Table {
             slots: changes(&old.slots, &self.slots),
         }
     }
-}
-
-fn changes<K: Copy + Ord, V: Copy + PartialEq>(
-    old: &BTreeMap<K, V>,
-    new: &BTreeMap<K, V>,
-) -> Vec<(K, Option<V>)> {
-    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| (*key, None));
-    let set = new.iter().filter(|(key, value)| old.get(key) != Some(value));
-    removed.chain(set.map(|(key, value)| (*key, Some(*value)))).collect()
-}
-
-fn additions_and_removals<T: Copy + Ord>(old: &BTreeSet<T>, new: &BTreeSet<T>) -> Vec<(T, bool)> {
-    let removed = old.difference(new).map(|item| (*item, false));
-    removed.chain(new.difference(old).map(|item| (*item, true))).collect()
 }
 
 /// The first addresses of a prefix that is wider than most, so that not everything lies in it.

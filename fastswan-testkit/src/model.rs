@@ -165,6 +165,24 @@ impl Model {
     }
 }
 
+/// What makes a map of an older one: removals, then what is new or different.
+#[must_use]
+pub fn changes<K: Copy + Ord, V: Copy + PartialEq>(
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+) -> Vec<(K, Option<V>)> {
+    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| (*key, None));
+    let set = new.iter().filter(|(key, value)| old.get(key) != Some(value));
+    removed.chain(set.map(|(key, value)| (*key, Some(*value)))).collect()
+}
+
+/// What makes a set of an older one: removals (`false`), then additions.
+#[must_use]
+pub fn additions_and_removals<T: Copy + Ord>(old: &BTreeSet<T>, new: &BTreeSet<T>) -> Vec<(T, bool)> {
+    let removed = old.difference(new).map(|item| (*item, false));
+    removed.chain(new.difference(old).map(|item| (*item, true))).collect()
+}
+
 fn set<K: Copy + Ord, V: Copy>(map: &mut BTreeMap<K, V>, changes: &[(K, Option<V>)]) {
     for (key, value) in changes {
         match value {

@@ -23,7 +23,7 @@ use fastswan::{
 use fastswan_testkit::{
     frames::Frame,
     lab::{self, Namespace},
-    model::Model,
+    model::{Model, additions_and_removals, changes},
     prog_run,
 };
 use ipnet::IpNet;
@@ -216,24 +216,12 @@ impl Contents {
 
     /// What makes these contents of older ones.
     fn replacing(&self, old: &Self) -> TableUpdate {
-        fn set<K: Copy + Ord, V: Copy + PartialEq>(
-            old: &BTreeMap<K, V>,
-            new: &BTreeMap<K, V>,
-        ) -> Vec<(K, Option<V>)> {
-            let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| (*key, None));
-            let set = new.iter().filter(|(key, value)| old.get(key) != Some(value));
-            removed.chain(set.map(|(key, value)| (*key, Some(*value)))).collect()
-        }
-        fn add<T: Copy + Ord>(old: &BTreeSet<T>, new: &BTreeSet<T>) -> Vec<(T, bool)> {
-            let removed = old.difference(new).map(|item| (*item, false));
-            removed.chain(new.difference(old).map(|item| (*item, true))).collect()
-        }
         TableUpdate {
-            cells: set(&old.cells, &self.cells),
-            facts: set(&old.facts, &self.facts),
-            guards: add(&old.guards, &self.guards),
-            exceptions: add(&old.exceptions, &self.exceptions),
-            slots: set(&old.slots, &self.slots),
+            cells: changes(&old.cells, &self.cells),
+            facts: changes(&old.facts, &self.facts),
+            guards: additions_and_removals(&old.guards, &self.guards),
+            exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
+            slots: changes(&old.slots, &self.slots),
         }
     }
 }
