@@ -339,8 +339,9 @@ pub struct Forwarding {
     pub destination: Word,
     /// Source address to write.
     pub source: Word,
-    /// So that no entry lies in two cache lines.
-    pub reserved: Word,
+    /// The kernel's index of the policy, 0 if it has none. The program does not read it: it tells whoever takes
+    /// over from a process that is gone whose counters these are.
+    pub policy: Word,
 }
 
 /// A port.

@@ -239,6 +239,7 @@ impl Table {
             guards: additions_and_removals(&old.guards, &self.guards),
             exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
             slots: changes(&old.slots, &self.slots),
+            ..TableUpdate::default()
         }
     }
 }

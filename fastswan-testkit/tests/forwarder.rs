@@ -1,13 +1,30 @@
 //! Attaching and detaching: what each port is refused for, and that nothing stays behind.
 
-use std::process::Command;
+use std::{
+    fs,
+    io::Write as _,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread::yield_now,
+    time::{Duration, Instant},
+};
 
 use fastswan::{
-    XdpForwarder,
+    OffloadTable as _, PassReason, XdpForwarder,
     forwarder::{AttachConfig, AttachMode, ForwarderError},
-    table::TableConfig,
+    policy::MacAddr,
+    table::{
+        BpfTable, Cell, Forwarding, Forwards, Port, Probes, ReversePath, Slot, TableConfig, TableUpdate,
+        Traffic, Verdict,
+    },
 };
-use fastswan_testkit::lab::{self, Namespace};
+use fastswan_testkit::{
+    frames::Frame,
+    lab::{self, Namespace},
+};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tempfile::TempDir;
 
 /// Set for the copy of this program that gives up its privileges.
 const UNPRIVILEGED: &str = "FASTSWAN_TEST_UNPRIVILEGED";
@@ -201,5 +218,235 @@ fn an_interface_that_was_replaced_by_another_of_its_name_is_attached_and_detache
         assert_eq!(running(namespace, "lan0"), Some(forwarder.program_id().unwrap()));
         forwarder.detach("lan0").unwrap();
         assert_eq!(running(namespace, "lan0"), None);
+    });
+}
+
+/// A BPF file system that is gone when the test is.
+struct BpfFileSystem(TempDir);
+
+impl BpfFileSystem {
+    fn mount() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let none: Option<&str> = None;
+        mount(Some("bpf"), directory.path(), Some("bpf"), MsFlags::empty(), none).unwrap();
+        Self(directory)
+    }
+}
+
+impl Drop for BpfFileSystem {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// Where a forwarder's table sends what comes to lan0: back, for the policy with this index, in this slot.
+fn hairpin(index: u32, slot: u32) -> (XdpForwarder, BpfTable) {
+    let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 };
+    let (forwarder, mut table) = XdpForwarder::load(&config).unwrap();
+    let ifindex = nix::net::if_::if_nametoindex("lan0").unwrap();
+    let port = Port {
+        ifindex,
+        vlan: 0,
+        receiver: ifindex,
+        // The address that frames are sent to unless they say otherwise.
+        address: MacAddr([2, 0, 0, 0, 0, 1]),
+        forwards: Forwards { v4: true, v6: true },
+        reverse_path: ReversePath::Off,
+    };
+    table.set_port(&port).unwrap();
+    let (all, slot) = ("0.0.0.0/0".parse().unwrap(), Slot(slot));
+    let cell = Cell { destination: all, source: all };
+    let forwarding = Forwarding { ifindex, max_length: 1500, rewrite: None };
+    table
+        .apply(&TableUpdate {
+            cells: vec![(cell, Some(Verdict::Fast { slot, probes: Probes::default() }))],
+            slots: vec![(slot, Some(Ok(forwarding)))],
+            owners: vec![(slot, index)],
+            ..TableUpdate::default()
+        })
+        .unwrap();
+    table.renew_lease(Duration::from_secs(60));
+    table.set_enabled(true);
+    (forwarder, table)
+}
+
+fn passed(table: &BpfTable, reason: PassReason) -> u64 {
+    table.passes().into_iter().filter(|(other, _)| *other == reason).map(|(_, packets)| packets).sum()
+}
+
+/// Sends ten frames to lan0, and waits until they are counted.
+fn send_ten(count: impl Fn() -> u64) {
+    let mut wire = lab::wire("lan1").unwrap();
+    let before = count();
+    for _ in 0..10 {
+        wire.write_all(&Frame::v4("10.1.0.5", "10.2.0.9").payload(72).build()).unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while count() != before + 10 {
+        assert!(Instant::now() < deadline, "{before} frames were counted before and {} after", count());
+        yield_now();
+    }
+}
+
+/// A story with two ports that are up.
+fn pinned_story(what: &str, tell: impl FnOnce(&Namespace, &Path) + Send) {
+    story(what, |namespace| {
+        for device in ["lan0", "lan1"] {
+            namespace.ip(&format!("link set {device} up")).unwrap();
+        }
+        let file_system = BpfFileSystem::mount();
+        tell(namespace, &file_system.0.path().join("pins"));
+    });
+}
+
+#[test]
+fn a_pinned_program_stays_when_its_process_ends_and_the_next_one_goes_on_counting() {
+    pinned_story("taking over from a process that is gone", |here, pins| {
+        let (mut first, mut table) = hairpin(81, 0);
+        let attached = first.attach_pinned(pins, &[port("lan0")]).unwrap();
+        assert_eq!(first.attachments().cloned().collect::<Vec<_>>(), attached);
+        send_ten(|| table.traffic(Slot(0)).packets);
+        table.set_enabled(false);
+        send_ten(|| passed(&table, PassReason::Disabled));
+        let program = first.program_id().unwrap();
+        drop((first, table));
+        assert_eq!(running(here, "lan0"), Some(program), "it is still attached");
+
+        let (mut second, table) = hairpin(81, 3);
+        assert_eq!(second.attach_pinned(pins, &[port("lan0")]).unwrap(), attached);
+        assert_eq!(running(here, "lan0"), Some(second.program_id().unwrap()));
+        assert_eq!(table.traffic(Slot(3)), Traffic { packets: 10, bytes: 1000 });
+        assert_eq!(passed(&table, PassReason::Disabled), 10);
+        send_ten(|| table.traffic(Slot(3)).packets);
+
+        // And once more: what was inherited is handed on, but not to another policy.
+        let (mut third, third_table) = hairpin(81, 1);
+        third.attach_pinned(pins, &[port("lan0")]).unwrap();
+        assert_eq!(third_table.traffic(Slot(1)), Traffic { packets: 20, bytes: 2000 });
+        let (mut fourth, fourth_table) = hairpin(89, 1);
+        fourth.attach_pinned(pins, &[port("lan0")]).unwrap();
+        assert_eq!(fourth_table.traffic(Slot(1)), Traffic::default());
+        assert_eq!(passed(&fourth_table, PassReason::Disabled), 10);
+        assert_eq!(fs::read_dir(pins).unwrap().count(), 3, "an owner, its ports and its counters");
+    });
+}
+
+#[test]
+fn a_process_that_was_superseded_changes_nothing_and_is_told() {
+    pinned_story("waking up after a successor has taken over", |here, pins| {
+        let (mut old, mut old_table) = hairpin(81, 0);
+        old.attach_pinned(pins, &[port("lan0")]).unwrap();
+        let (mut new, table) = hairpin(81, 0);
+        assert!(!old.is_superseded());
+        new.attach_pinned(pins, &[port("lan0")]).unwrap();
+        assert!(old.is_superseded() && !new.is_superseded());
+
+        old_table.set_enabled(false);
+        old_table.remove_port(here.ifindex("lan0").unwrap(), 0);
+        send_ten(|| table.traffic(Slot(0)).packets);
+        assert_eq!(old_table.traffic(Slot(0)).packets, 0);
+
+        let again = [
+            old.attach_pinned(pins, &[port("lan0")]).map(drop),
+            old.detach("lan0"),
+            old.detach_all(),
+        ];
+        for result in again {
+            let error = result.unwrap_err();
+            assert!(matches!(error, ForwarderError::Superseded { .. }), "{error}");
+            says(&error, &[pins.to_str().unwrap(), "another process"]);
+        }
+        drop(old);
+        send_ten(|| table.traffic(Slot(0)).packets);
+        assert_eq!(running(here, "lan0"), Some(new.program_id().unwrap()));
+    });
+}
+
+#[test]
+fn no_frame_misses_both_programs_while_one_takes_over_from_the_other() {
+    pinned_story("taking over under traffic", |_, pins| {
+        let (mut forwarder, mut table) = hairpin(81, 0);
+        forwarder.attach_pinned(pins, &[port("lan0")]).unwrap();
+        let stop = AtomicBool::new(false);
+        let mut wire = lab::wire("lan1").unwrap();
+        let sent = std::thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                let frame = Frame::v4("10.1.0.5", "10.2.0.9").build();
+                let mut sent = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    wire.write_all(&frame).unwrap();
+                    sent += 1;
+                }
+                sent
+            });
+            let mut last = 0;
+            for _ in 0..20 {
+                let (mut next, next_table) = hairpin(81, 0);
+                next.attach_pinned(pins, &[port("lan0")]).unwrap();
+                (forwarder, table) = (next, next_table);
+                let now = table.traffic(Slot(0)).packets;
+                assert!(now >= last, "{now} after {last}");
+                last = now;
+            }
+            stop.store(true, Ordering::Relaxed);
+            sender.join().unwrap()
+        });
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while table.traffic(Slot(0)).packets != sent {
+            let counted = table.traffic(Slot(0)).packets;
+            assert!(Instant::now() < deadline, "{counted} of {sent} frames were counted");
+            yield_now();
+        }
+        drop(forwarder);
+    });
+}
+
+#[test]
+fn ports_that_a_successor_does_not_name_are_given_up_and_others_are_attached() {
+    pinned_story("other ports than before", |here, pins| {
+        let mut first = forwarder();
+        first.attach_pinned(pins, &[port("lan0")]).unwrap();
+        let mut second = forwarder();
+        second.attach_pinned(pins, &[port("lan1")]).unwrap();
+        drop(first);
+        assert_eq!(running(here, "lan0"), None);
+        assert_eq!(running(here, "lan1"), Some(second.program_id().unwrap()));
+        second.attach_pinned(pins, &[port("lan0"), port("lan1")]).unwrap();
+        assert_eq!(running(here, "lan0"), running(here, "lan1"));
+        second.detach("lan0").unwrap();
+        assert_eq!(running(here, "lan0"), None);
+        second.detach_all().unwrap();
+        assert_eq!(running(here, "lan1"), None);
+        assert_eq!(fs::read_dir(pins.join("ports")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(pins).unwrap().count(), 1);
+    });
+}
+
+#[test]
+fn a_pinned_port_in_another_mode_is_attached_anew_and_one_that_is_gone_does_no_harm() {
+    pinned_story("another mode", |here, pins| {
+        let mut first = forwarder();
+        first.attach_pinned(pins, &[port("lan0").mode(AttachMode::Generic)]).unwrap();
+        let mut second = forwarder();
+        // The first one's link must be closed, too, before the kernel lets another mode in.
+        drop(first);
+        let attached = second.attach_pinned(pins, &[port("lan0").mode(AttachMode::Native)]).unwrap();
+        assert_eq!(attached[0].mode, AttachMode::Native);
+        here.ip("link del lan0").unwrap();
+        here.ip("link add lan0 type veth peer name lan1").unwrap();
+        let mut third = forwarder();
+        third.attach_pinned(pins, &[port("lan0")]).unwrap();
+        assert_eq!(running(here, "lan0"), Some(third.program_id().unwrap()));
+    });
+}
+
+#[test]
+fn a_directory_elsewhere_is_refused_with_a_place_to_choose() {
+    pinned_story("pinning elsewhere", |here, _| {
+        let elsewhere = tempfile::tempdir().unwrap();
+        let error = forwarder().attach_pinned(elsewhere.path().join("pins"), &[port("lan0")]).unwrap_err();
+        assert!(matches!(error, ForwarderError::NotABpfFileSystem { .. }), "{error}");
+        says(&error, &["pins", "/sys/fs/bpf", "mount -t bpf"]);
+        assert_eq!(running(here, "lan0"), None);
     });
 }

@@ -222,6 +222,7 @@ impl Contents {
             guards: additions_and_removals(&old.guards, &self.guards),
             exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
             slots: changes(&old.slots, &self.slots),
+            ..TableUpdate::default()
         }
     }
 }

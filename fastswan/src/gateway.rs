@@ -82,6 +82,23 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         }
     }
 
+    /// Follows the source until the table holds all that it knows, for instance before the program is
+    /// [attached](crate::XdpForwarder::attach_pinned) in place of an earlier one. Without
+    /// [`Self::run_until`] soon after, the lease runs out. Returns at once if nothing is missing, or if the source
+    /// has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`GatewayError`]. Everything passes to the kernel from then on.
+    pub async fn synchronise(&mut self) -> Result<(), GatewayError> {
+        while !self.database.is_current() && !self.source_ended {
+            let event = self.source.next_event().await;
+            let result = self.follow(event);
+            self.off_if_failed(result)?;
+        }
+        Ok(())
+    }
+
     /// Applies an event, and those that are there already, and writes what follows from them.
     fn follow(&mut self, first: Result<Option<PolicyEvent>, SourceError>) -> Result<(), GatewayError> {
         let mut event = first?;

@@ -3,9 +3,9 @@
 //! Run as root: `cargo run --bin mirror -- lan0 nic0`. What it does is logged to stderr (`RUST_LOG=debug` tells
 //! more), and what it did is printed when it ends.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, path::PathBuf, time::Duration};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use fastswan::{
     Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder,
@@ -31,6 +31,13 @@ struct Arguments {
     /// The interfaces are software ports (veth, tap) whose senders complete every frame.
     #[arg(long)]
     complete_frames: bool,
+    /// A directory below /sys/fs/bpf that the program is pinned in. It then stays attached when this process ends,
+    /// passes everything, and the next one takes over from it, or from one that still runs.
+    #[arg(long)]
+    pin: Option<PathBuf>,
+    /// Milliseconds that packets are fast without a sign of life of this process; from 50 up.
+    #[arg(long, default_value_t = 1000)]
+    lease: u64,
     /// Cells, host facts and guards of IPv4 that fit.
     #[arg(long, default_value_t = TableConfig::default().cells_v4)]
     cells_v4: u32,
@@ -87,16 +94,26 @@ async fn main() -> anyhow::Result<()> {
         slots: arguments.policies,
         ..TableConfig::default()
     };
-    let (mut forwarder, mut table) = XdpForwarder::load(&config)?;
-    for interface in &arguments.interfaces {
-        let config = AttachConfig::new(interface).mode(mode).complete_frames(arguments.complete_frames);
-        let attachment = forwarder.attach(&config)?;
+    let (mut forwarder, table) = XdpForwarder::load(&config)?;
+    let mut gateway = Gateway::new(NetlinkSource::open()?, table, &host)
+        .with_lease(Duration::from_millis(arguments.lease));
+    // Whoever runs before this process goes on until it knows all.
+    gateway.synchronise().await?;
+    let configs: Vec<_> = arguments
+        .interfaces
+        .iter()
+        .map(|name| AttachConfig::new(name).mode(mode).complete_frames(arguments.complete_frames))
+        .collect();
+    let attachments = match &arguments.pin {
+        Some(directory) => forwarder.attach_pinned(directory, &configs)?,
+        None => configs.iter().map(|config| forwarder.attach(config)).collect::<Result<_, _>>()?,
+    };
+    for attachment in &attachments {
         for port in host.ports(attachment.ifindex) {
-            table.set_port(&port)?;
+            gateway.table_mut().set_port(&port)?;
         }
     }
 
-    let mut gateway = Gateway::new(NetlinkSource::open()?, table, &host);
     let mut stopped = std::pin::pin!(stop_signal()?);
     let mut ended = false;
     while !ended {
@@ -110,6 +127,7 @@ async fn main() -> anyhow::Result<()> {
             .run_until(async {
                 tokio::select! {
                     () = &mut stopped => ended = true,
+                    () = superseded(&forwarder) => ended = true,
                     () = pause => {}
                 }
             })
@@ -119,7 +137,17 @@ async fn main() -> anyhow::Result<()> {
             println!("{} to {}: {}", flow.source, flow.destination, gateway.explain(flow));
         }
     }
+    if let Some(directory) = arguments.pin.filter(|_| forwarder.is_superseded()) {
+        bail!("another process has taken over the ports pinned in {}", directory.display());
+    }
     Ok(())
+}
+
+/// Waits until another process has taken over.
+async fn superseded(forwarder: &XdpForwarder) {
+    while !forwarder.is_superseded() {
+        sleep(Duration::from_millis(200)).await;
+    }
 }
 
 /// Waits until this process is told to stop. Then the program is detached, since the forwarder is dropped.

@@ -115,6 +115,8 @@ pub enum PolicyState {
 struct Pending {
     /// Policies whose packets may leave in another way.
     standings: Vec<PolicyKey>,
+    /// Policies that may have another slot or index.
+    owners: Vec<PolicyKey>,
     freed: Vec<Slot>,
 }
 
@@ -204,6 +206,13 @@ impl Compiler {
             Some((self.slots.get(key)?, Some(standing(policy, database, &self.paths))))
         });
         update.slots.extend(standings);
+        pending.owners.sort_unstable();
+        pending.owners.dedup();
+        let owners = pending.owners.into_iter().filter_map(|key| {
+            let index = database.policy_with_key(key)?.index;
+            Some((self.slots.get(key)?, index)).filter(|_| index != 0)
+        });
+        update.owners.extend(owners);
         update
     }
 
@@ -250,6 +259,7 @@ impl Compiler {
                 return Ok((slot, device));
             }
             pending.standings.push(key);
+            pending.owners.push(key);
             let slot = slots.allocate(key, database.generation(key), limit).ok_or(PassReason::Capacity)?;
             Ok((slot, device))
         };
@@ -279,6 +289,7 @@ impl Compiler {
             let now = database.policy_with_key(key);
             pending.freed.extend(self.slots.release(key, now.map(|_| database.generation(key))));
             pending.standings.push(key);
+            pending.owners.push(key);
             self.v4.replace(key, before, now);
             self.v6.replace(key, before, now);
         }
@@ -294,6 +305,7 @@ impl Compiler {
             pending.freed.extend(self.slots.release(key, exists.then(|| database.generation(key))));
         }
         pending.standings.extend(self.slots.owners());
+        pending.owners.extend(self.slots.owners());
         self.v4.rebuild(database.keyed_policies());
         self.v6.rebuild(database.keyed_policies());
     }

@@ -1,6 +1,6 @@
 //! What can go wrong with the program and its ports.
 
-use std::{error::Error, io};
+use std::{error::Error, io, path::PathBuf};
 
 use super::AttachMode;
 
@@ -70,6 +70,21 @@ pub enum ForwarderError {
         interface: String,
         /// What kind of interface it is, as in `ip link add type`; empty if the kernel does not say.
         kind: String,
+    },
+    /// A directory to pin in is not on a BPF file system.
+    #[error(
+        "{} is not on a BPF file system: choose a directory below /sys/fs/bpf, or run `mount -t bpf bpf DIRECTORY`",
+        .directory.display()
+    )]
+    NotABpfFileSystem {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// Another process has taken over.
+    #[error("another process has taken over the ports in {}: this one has none any longer", .directory.display())]
+    Superseded {
+        /// Where the ports are pinned.
+        directory: PathBuf,
     },
     /// An interface was not attached by this forwarder.
     #[error("{interface} is not attached: attach it first")]

@@ -14,6 +14,8 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 pub(super) struct PortLink {
     /// The number of the XDP program that it runs, in whichever mode.
     pub(super) program: Option<u32>,
+    /// The program runs in the kernel's stack.
+    pub(super) generic: bool,
     /// It is a device on a bus, not one that the kernel made up.
     pub(super) hardware: bool,
     /// What kind of made-up device it is (`IFLA_INFO_KIND`); empty if the kernel does not say.
@@ -47,7 +49,10 @@ fn read(attributes: &[LinkAttribute]) -> PortLink {
     let mut port = PortLink::default();
     for attribute in attributes {
         match attribute {
-            LinkAttribute::Xdp(xdp) => port.program = xdp.iter().find_map(program),
+            LinkAttribute::Xdp(xdp) => {
+                port.program = xdp.iter().find_map(program);
+                port.generic = xdp.iter().any(|attribute| matches!(attribute, LinkXdp::SkbProgId(_)));
+            }
             LinkAttribute::ParentDevName(_) => port.hardware = true,
             LinkAttribute::LinkInfo(info) => {
                 for info in info {

@@ -3,12 +3,19 @@
 //! The bytecode is part of the crate: building it takes no eBPF tools. Loading gives the program's table,
 //! which the caller fills, usually through a [`Gateway`](crate::Gateway).
 
-use std::io;
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions, include_bytes_aligned,
     maps::Array,
-    programs::{ProgramError, ProgramInfo, Xdp, XdpMode, xdp::XdpLinkId},
+    programs::{
+        ProgramError, ProgramInfo, Xdp, XdpMode,
+        links::FdLink,
+        xdp::{XdpLink, XdpLinkId},
+    },
     util::{KernelVersion, nr_cpus},
 };
 
@@ -16,14 +23,16 @@ pub use self::error::ForwarderError;
 use self::{
     error::errno,
     link::{PortLink, read_link},
+    pins::{Pins, owner},
 };
 use crate::{
     sys::{ifindex, monotonic_coarse_nanoseconds, strips_vlan_tags},
-    table::{BpfTable, TableConfig},
+    table::{BpfTable, Counters, MapsError, TableConfig, array, grace_period},
 };
 
 mod error;
 mod link;
+mod pins;
 
 #[cfg(target_endian = "little")]
 static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfel.o");
@@ -126,13 +135,16 @@ pub struct ProgramCost {
     pub verified_instructions: u32,
 }
 
-/// The XDP program in the kernel, and where it is attached. Dropping it detaches it everywhere.
+/// The XDP program in the kernel, and where it is attached. Dropping it detaches it, but from ports that are
+/// [pinned](Self::attach_pinned).
 ///
 /// Needs Linux 6.2, `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
 #[derive(Debug)]
 pub struct XdpForwarder {
     ebpf: Ebpf,
     attached: Vec<(Attachment, XdpLinkId)>,
+    /// Where the ports are pinned.
+    pinned_in: Option<PathBuf>,
 }
 
 impl XdpForwarder {
@@ -165,7 +177,7 @@ impl XdpForwarder {
         let clock_offset = learn_clock_offset(&mut ebpf)?;
         let table = BpfTable::take(&mut ebpf, config, cpus, clock_offset)
             .map_err(|error| ForwarderError::new("mapping the BPF maps", error))?;
-        Ok((Self { ebpf, attached: Vec::new() }, table))
+        Ok((Self { ebpf, attached: Vec::new(), pinned_in: None }, table))
     }
 
     /// Attaches the program to an interface. Its packets pass until the table knows the port
@@ -177,10 +189,112 @@ impl XdpForwarder {
     /// [`ForwarderError::IncompleteFrames`], [`ForwarderError::AlreadyAttached`],
     /// [`ForwarderError::NoNativeXdp`], [`ForwarderError::NotPermitted`] or [`ForwarderError::Attach`].
     pub fn attach(&mut self, config: &AttachConfig) -> Result<Attachment, ForwarderError> {
+        let ifindex = find_interface(config)?;
+        check_port(config, ifindex, None)?;
+        self.attach_new(config, ifindex)
+    }
+
+    /// Attaches the program to interfaces, and pins it there, so that it stays attached when the process ends: then
+    /// every packet passes to the kernel as soon as the lease is over, and the next process takes over without a gap.
+    /// `directory` is made on a BPF file system, which allows no dots in names, and belongs to one network namespace.
+    ///
+    /// If an earlier process has left its program in the directory, or still runs, this one **takes over**: at each
+    /// of the interfaces one program replaces the other, and interfaces that are not named any longer are given up.
+    /// What the earlier one counted is added to this table's counters, those of policies to the policies with the same
+    /// [index](crate::Policy::index). So fill the table before, for instance with
+    /// [`Gateway::synchronise`](crate::Gateway::synchronise), and do not write to it meanwhile. An earlier process
+    /// that is still there, or wakes up later, goes on writing to its own maps, which nobody reads:
+    /// [`Self::is_superseded`] tells it.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::NotABpfFileSystem`], [`ForwarderError::Superseded`] if another process has taken over from
+    /// this one, [`ForwarderError::Bpf`] if another process takes 10 seconds to take over, and those of
+    /// [`Self::attach`]. Interfaces that come before the one that failed are attached.
+    pub fn attach_pinned(
+        &mut self,
+        directory: impl AsRef<Path>,
+        configs: &[AttachConfig],
+    ) -> Result<Vec<Attachment>, ForwarderError> {
+        let directory = directory.as_ref();
+        let pins = self.lock_pins(directory)?;
+        let program_id = self.program_id()?;
+        let mut ports = Vec::new();
+        for config in configs {
+            let ifindex = find_interface(config)?;
+            let pinned = pins.link(ifindex).map(|(_, program)| program);
+            check_port(config, ifindex, pinned)?;
+            ports.push((config, ifindex));
+        }
+        pins.add_counters(program_id, &self.ebpf)?;
+        self.pinned_in = Some(directory.to_owned());
+
+        let mut attachments = Vec::new();
+        for &(config, ifindex) in &ports {
+            attachments.push(match self.take_over(&pins, config, ifindex)? {
+                Some(attachment) => attachment,
+                None => self.attach_and_pin(&pins, config, ifindex)?,
+            });
+        }
+        for ifindex in pins.ports() {
+            if !ports.iter().any(|(_, kept)| *kept == ifindex) {
+                pins.remove_port(ifindex)?;
+                self.close(|attachment| attachment.ifindex == ifindex)?;
+            }
+        }
+
+        let before = pins.owner().filter(|before| *before != program_id);
+        let program = program_mut(&mut self.ebpf, PROGRAM);
+        pins.set_owner(program.map_err(|error| ForwarderError::new("pinning the XDP program", error))?)?;
+        if let Some(before) = before {
+            // Packets that were in the other program are counted, then no more are.
+            grace_period();
+            match (pins.counters(before), self.counters()) {
+                (Ok(theirs), Ok(ours)) => ours.inherit(&theirs),
+                (Err(error), _) | (_, Err(error)) => {
+                    tracing::warn!(%error, "the counters of the earlier process are lost");
+                }
+            }
+            pins.remove_counters(before);
+            tracing::info!(before, now = program_id, "took over from an earlier process");
+        }
+        Ok(attachments)
+    }
+
+    /// Whether another process has taken over the ports that were [pinned](Self::attach_pinned). Then this one's
+    /// table is of no consequence: nobody reads it.
+    #[must_use]
+    pub fn is_superseded(&self) -> bool {
+        let owner = self.pinned_in.as_deref().and_then(owner);
+        owner.is_some_and(|owner| self.program_id().is_ok_and(|program| program != owner))
+    }
+
+    /// Detaches the program from all interfaces, also from those that were [pinned](Self::attach_pinned), and removes
+    /// the pins.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwarderError::Superseded`], or [`ForwarderError::Bpf`].
+    pub fn detach_all(&mut self) -> Result<(), ForwarderError> {
+        if let Some(directory) = self.pinned_in.clone() {
+            self.lock_pins(&directory)?.remove_all()?;
+            self.pinned_in = None;
+        }
+        self.close(|_| true)
+    }
+
+    /// Closes links. What is not pinned is detached.
+    fn close(&mut self, which: impl Fn(&Attachment) -> bool) -> Result<(), ForwarderError> {
+        let mut links =
+            self.attached.extract_if(.., |(attachment, _)| which(attachment)).map(|(_, link)| link);
+        program_mut(&mut self.ebpf, PROGRAM)
+            .and_then(|program| links.try_for_each(|link| program.detach(link)))
+            .map_err(|error| ForwarderError::new("detaching the XDP program", error))
+    }
+
+    /// Attaches to a port that runs no program.
+    fn attach_new(&mut self, config: &AttachConfig, ifindex: u32) -> Result<Attachment, ForwarderError> {
         let interface = &config.interface;
-        let ifindex = ifindex(interface)
-            .map_err(|_| ForwarderError::NoSuchInterface { interface: interface.clone() })?;
-        check_port(config, ifindex)?;
         let (link, mode, fallback) = match config.mode {
             AttachMode::Native | AttachMode::Generic => {
                 (self.attach_link(interface, ifindex, config.mode)?, config.mode, None)
@@ -200,22 +314,91 @@ impl XdpForwarder {
         Ok(attachment)
     }
 
-    /// Detaches the program from an interface.
+    /// Replaces the program of a port that is pinned; `None` if it is not, or in another mode than it is to be.
+    fn take_over(
+        &mut self,
+        pins: &Pins,
+        config: &AttachConfig,
+        ifindex: u32,
+    ) -> Result<Option<Attachment>, ForwarderError> {
+        let interface = config.interface.clone();
+        let Some((link, pinned)) = pins.link(ifindex) else { return Ok(None) };
+        let port = read_link(ifindex)
+            .map_err(|error| ForwarderError::new(format!("asking about {interface}"), error))?;
+        let mode = if port.generic { AttachMode::Generic } else { AttachMode::Native };
+        // A link whose port is gone, or was replaced by another one of its index, is of no use.
+        if port.program != Some(pinned) || ![AttachMode::Automatic, mode].contains(&config.mode) {
+            drop(link);
+            pins.remove_port(ifindex)?;
+            self.close(|attachment| attachment.ifindex == ifindex)?;
+            return Ok(None);
+        }
+        let link = self.replace(link).map_err(|error| {
+            ForwarderError::new(format!("replacing the XDP program of {interface}"), error)
+        })?;
+        let attachment = Attachment { interface, ifindex, mode, fallback: None };
+        self.close(|attachment| attachment.ifindex == ifindex)?;
+        self.attached.push((attachment.clone(), link));
+        Ok(Some(attachment))
+    }
+
+    fn attach_and_pin(
+        &mut self,
+        pins: &Pins,
+        config: &AttachConfig,
+        ifindex: u32,
+    ) -> Result<Attachment, ForwarderError> {
+        let attachment = self.attach_new(config, ifindex)?;
+        let attempt = || format!("pinning the link to {}", config.interface);
+        let Some((_, link)) = self.attached.pop() else { return Ok(attachment) };
+        let link: XdpLink = program_mut(&mut self.ebpf, PROGRAM)
+            .and_then(|program| program.take_link(link))
+            .map_err(|error| ForwarderError::new(attempt(), error))?;
+        let link = FdLink::try_from(link).map_err(|error| ForwarderError::new(attempt(), error))?;
+        let link = link.pin(pins.port(ifindex)).map_err(|error| ForwarderError::new(attempt(), error))?;
+        let link = self.replace(link.into()).map_err(|error| ForwarderError::new(attempt(), error))?;
+        self.attached.push((attachment.clone(), link));
+        Ok(attachment)
+    }
+
+    /// Makes a link run this program.
+    fn replace(&mut self, link: FdLink) -> Result<XdpLinkId, Box<dyn std::error::Error + Send + Sync>> {
+        let link = XdpLink::try_from(link)?;
+        Ok(program_mut(&mut self.ebpf, PROGRAM)?.attach_to_link(link)?)
+    }
+
+    /// Locks a directory, unless it was this forwarder's and is not any longer.
+    fn lock_pins(&self, directory: &Path) -> Result<Pins, ForwarderError> {
+        let pins = Pins::lock(directory)?;
+        if self.pinned_in.as_deref() == Some(directory) && self.is_superseded() {
+            return Err(ForwarderError::Superseded { directory: directory.to_owned() });
+        }
+        Ok(pins)
+    }
+
+    fn counters(&self) -> Result<Counters, MapsError> {
+        let [slots, traffic, passes] = Counters::MAPS.map(|name| array(&self.ebpf, name));
+        Counters::map([slots?, traffic?, passes?])
+    }
+
+    /// Detaches the program from an interface, also if it is pinned there.
     ///
     /// # Errors
     ///
-    /// [`ForwarderError::NotAttached`], or [`ForwarderError::Bpf`].
+    /// [`ForwarderError::NotAttached`], [`ForwarderError::Superseded`], or [`ForwarderError::Bpf`].
     pub fn detach(&mut self, interface: &str) -> Result<(), ForwarderError> {
         // More than one if an interface went away and another of its name was attached.
-        let is_it = |(attachment, _): &mut (Attachment, _)| attachment.interface == interface;
-        let links: Vec<_> = self.attached.extract_if(.., is_it).map(|(_, link)| link).collect();
-        if links.is_empty() {
+        let is_it = |attachment: &Attachment| attachment.interface == interface;
+        let ports: Vec<u32> =
+            self.attachments().filter(|it| is_it(it)).map(|attachment| attachment.ifindex).collect();
+        if ports.is_empty() {
             return Err(ForwarderError::NotAttached { interface: interface.to_owned() });
         }
-        let program = program_mut(&mut self.ebpf, PROGRAM);
-        let detached =
-            program.and_then(|program| links.into_iter().try_for_each(|link| program.detach(link)));
-        detached.map_err(|error| ForwarderError::new(format!("detaching from {interface}"), error))
+        if let Some(directory) = &self.pinned_in {
+            let pins = self.lock_pins(directory)?;
+            ports.into_iter().try_for_each(|ifindex| pins.remove_port(ifindex))?;
+        }
+        self.close(is_it)
     }
 
     /// Where it is attached.
@@ -316,13 +499,19 @@ fn check_kernel() -> Result<(), ForwarderError> {
     Ok(())
 }
 
-/// Refuses ports that are taken, or whose frames do not show what the program must see.
-fn check_port(config: &AttachConfig, ifindex: u32) -> Result<(), ForwarderError> {
+fn find_interface(config: &AttachConfig) -> Result<u32, ForwarderError> {
+    let interface = &config.interface;
+    ifindex(interface).map_err(|_| ForwarderError::NoSuchInterface { interface: interface.clone() })
+}
+
+/// Refuses ports that are taken, but for those that run the program `pinned`, or whose frames do not show what the
+/// program must see.
+fn check_port(config: &AttachConfig, ifindex: u32, pinned: Option<u32>) -> Result<(), ForwarderError> {
     let interface = config.interface.clone();
     let attempt = || format!("asking about {interface}");
     let link = read_link(ifindex).map_err(|error| ForwarderError::new(attempt(), error))?;
     match link {
-        PortLink { program: program @ Some(_), .. } => {
+        PortLink { program: program @ Some(_), .. } if program != pinned => {
             Err(ForwarderError::AlreadyAttached { interface, program })
         }
         // A software port's VLAN tags are taken off, or not put on, by the sender.

@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{Map, MapError},
+    maps::{Map, MapData, MapError},
 };
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, PassReason, Shared};
 use rustix::thread::{MembarrierCommand, membarrier};
@@ -50,12 +50,15 @@ pub(crate) enum MapsError {
     Missing(&'static str),
     #[error("map {name} cannot be mapped: {error}")]
     Mmap { name: &'static str, error: rustix::io::Errno },
+    #[error("map {name} has values of {size} bytes, which is another layout")]
+    OtherLayout { name: &'static str, size: u32 },
     #[error(transparent)]
     Map(#[from] MapError),
 }
 
 impl BpfTable {
-    /// The lengths that the maps must be created with.
+    /// The lengths that the maps must be created with. Counters have a column for each CPU, and one more for
+    /// what earlier processes counted ([`Counters`](super::Counters)).
     pub(crate) fn map_lengths(config: &TableConfig, cpus: u32) -> [(&'static str, u32); 7] {
         [
             ("CELLS_V4", config.cell_buckets(Family::V4)),
@@ -63,8 +66,8 @@ impl BpfTable {
             ("EXCEPTIONS_V4", config.exception_buckets()),
             ("EXCEPTIONS_V6", config.exception_buckets()),
             ("FORWARDINGS", config.slots),
-            ("TRAFFIC", config.slots.saturating_mul(cpus)),
-            ("PASSES", cpus),
+            ("TRAFFIC", config.slots.saturating_mul(cpus + 1)),
+            ("PASSES", cpus + 1),
         ]
     }
 
@@ -78,7 +81,7 @@ impl BpfTable {
         let buckets = |family| config.cell_buckets(family) as usize;
         let exception_buckets = config.exception_buckets() as usize;
         let slots = config.slots as usize;
-        let cpus = cpus as usize;
+        let columns = cpus as usize + 1;
         let regions = Regions {
             control: map(ebpf, "CONTROL", 1)?,
             cells_v4: map(ebpf, "CELLS_V4", buckets(Family::V4))?,
@@ -91,8 +94,8 @@ impl BpfTable {
             exception_tuples_v6: map(ebpf, "UPPER_TUPLES_V6", EXCEPTION_LISTS)?,
             forwardings: map(ebpf, "FORWARDINGS", slots)?,
             ports: map(ebpf, "PORTS", PORT_SLOTS)?,
-            traffic: map(ebpf, "TRAFFIC", slots * cpus)?,
-            passes: map(ebpf, "PASSES", cpus)?,
+            traffic: map(ebpf, "TRAFFIC", slots * columns)?,
+            passes: map(ebpf, "PASSES", columns)?,
         };
         let devices = ebpf.take_map("DEVICES").ok_or(MapsError::Missing("DEVICES"))?;
         Ok(Self {
@@ -103,16 +106,23 @@ impl BpfTable {
     }
 }
 
-fn map<T: Shared>(ebpf: &mut Ebpf, name: &'static str, length: usize) -> Result<Region<T>, MapsError> {
-    let Some(Map::Array(data)) = ebpf.map(name) else { return Err(MapsError::Missing(name)) };
-    let fd: BorrowedFd<'_> = data.fd().as_fd();
+/// An array map of an object.
+pub(crate) fn array<'e>(ebpf: &'e Ebpf, name: &'static str) -> Result<&'e MapData, MapsError> {
+    match ebpf.map(name) {
+        Some(Map::Array(data)) => Ok(data),
+        _ => Err(MapsError::Missing(name)),
+    }
+}
+
+fn map<T: Shared>(ebpf: &Ebpf, name: &'static str, length: usize) -> Result<Region<T>, MapsError> {
+    let fd: BorrowedFd<'_> = array(ebpf, name)?.fd().as_fd();
     Region::map(fd, length).map_err(|error| MapsError::Mmap { name, error })
 }
 
-/// Returns when every packet that was in the program at the call has left it.
+/// Returns when every packet that was in a program at the call has left it.
 ///
 /// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
-fn grace_period() {
+pub(crate) fn grace_period() {
     if membarrier(MembarrierCommand::Global).is_err() {
         // Not available with nohz_full. A packet is in the program for microseconds.
         std::thread::sleep(Duration::from_millis(50));

@@ -13,10 +13,15 @@ use std::{fmt, io, net::IpAddr, time::Duration};
 use fastswan_ebpf::{MAX_TUPLES, PassReason};
 use ipnet::IpNet;
 
+pub(crate) use self::{
+    bpf::{MapsError, array, grace_period},
+    counters::Counters,
+};
 pub use self::{bpf::BpfTable, memory::MemoryTable};
 use crate::policy::{Family, MacAddr, PortMatch};
 
 mod bpf;
+mod counters;
 mod devices;
 mod memory;
 mod mmap;
@@ -136,13 +141,17 @@ pub struct TableUpdate {
     pub exceptions: Vec<(Exception, bool)>,
     /// Slots to fill, or to free. A slot that was freed and is filled again starts with counters at zero.
     pub slots: Vec<(Slot, Option<Standing>)>,
+    /// The kernel's index of the policy that a filled slot belongs to. A process that takes over finds the
+    /// policy's counters by it; those of slots without one end with the process.
+    pub owners: Vec<(Slot, u32)>,
 }
 
 impl TableUpdate {
     /// How many changes it names.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.cells.len() + self.facts.len() + self.guards.len() + self.exceptions.len() + self.slots.len()
+        let Self { cells, facts, guards, exceptions, slots, owners } = self;
+        cells.len() + facts.len() + guards.len() + exceptions.len() + slots.len() + owners.len()
     }
 
     /// Whether it changes nothing.

@@ -97,6 +97,7 @@ mod tests {
                 guards: additions_and_removals(&old.guards, &self.guards),
                 exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
                 slots: changes(&old.slots, &self.slots),
+                ..TableUpdate::default()
             }
         }
 

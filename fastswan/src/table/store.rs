@@ -146,6 +146,9 @@ impl Store {
         for (slot, standing) in &update.slots {
             self.set_slot(*slot, standing.as_ref())?;
         }
+        for (slot, policy) in &update.owners {
+            self.record(*slot)?.policy.store(u64::from(*policy));
+        }
         for (cell, verdict) in &update.cells {
             if let Some(verdict) = verdict {
                 self.set_cell(cell, Some(stored_verdict(*verdict)))?;
@@ -230,9 +233,7 @@ impl Store {
     }
 
     fn set_slot(&mut self, slot: Slot, standing: Option<&Standing>) -> Result<(), TableError> {
-        let Some(record) = self.forwardings.get(slot.0 as usize) else {
-            return Err(TableError::NoSuchSlot { slot, limit: self.capacity.slots });
-        };
+        let record = self.record(slot)?;
         match standing {
             Some(Ok(forwarding)) => {
                 let (source, destination) = forwarding.rewrite.unwrap_or_default();
@@ -242,7 +243,10 @@ impl Store {
                 record.device_and_length.store(u64::from(forwarding.ifindex) | length);
             }
             Some(Err(reason)) => record.device_and_length.store((*reason as u64 + 1) << 32),
-            None => record.device_and_length.store(0),
+            None => {
+                record.device_and_length.store(0);
+                record.policy.store(0);
+            }
         }
         if standing.is_some() {
             self.retired.remove(&slot);
@@ -250,6 +254,11 @@ impl Store {
             self.retired.insert(slot);
         }
         Ok(())
+    }
+
+    fn record(&self, slot: Slot) -> Result<&ForwardingRecord, TableError> {
+        let limit = self.capacity.slots;
+        self.forwardings.get(slot.0 as usize).ok_or(TableError::NoSuchSlot { slot, limit })
     }
 
     pub(super) fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
