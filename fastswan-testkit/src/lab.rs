@@ -8,6 +8,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io,
+    path::{Path, PathBuf},
     process::Command,
     sync::{
         Mutex, PoisonError,
@@ -16,7 +17,10 @@ use std::{
 };
 
 use fastswan::policy::MacAddr;
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, setns},
+};
 
 use crate::sys::{Ethtool, ethtool_set, packet_socket};
 
@@ -179,6 +183,44 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         remove(&self.name);
+    }
+}
+
+/// A BPF file system of one's own, to pin in; it is gone when it is dropped.
+#[derive(Debug)]
+pub struct BpfFileSystem {
+    directory: PathBuf,
+}
+
+impl BpfFileSystem {
+    /// Mounts one on a new temporary directory.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::System`], for instance without root.
+    pub fn mount() -> Result<Self, LabError> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("{PREFIX}-{}-{number}", std::process::id()));
+        let failed = |error: io::Error| LabError::system(format!("mounting {}", directory.display()), error);
+        fs::create_dir(&directory).map_err(failed)?;
+        let data: Option<&str> = None;
+        mount(Some("bpf"), &directory, Some("bpf"), MsFlags::empty(), data)
+            .map_err(|errno| failed(errno.into()))?;
+        Ok(Self { directory })
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.directory
+    }
+}
+
+impl Drop for BpfFileSystem {
+    fn drop(&mut self) {
+        let _ = umount2(&self.directory, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.directory);
     }
 }
 

@@ -21,10 +21,8 @@ use fastswan::{
 };
 use fastswan_testkit::{
     frames::Frame,
-    lab::{self, Namespace},
+    lab::{self, BpfFileSystem, Namespace},
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use tempfile::TempDir;
 
 /// Set for the copy of this program that gives up its privileges.
 const UNPRIVILEGED: &str = "FASTSWAN_TEST_UNPRIVILEGED";
@@ -221,24 +219,6 @@ fn an_interface_that_was_replaced_by_another_of_its_name_is_attached_and_detache
     });
 }
 
-/// A BPF file system that is gone when the test is.
-struct BpfFileSystem(TempDir);
-
-impl BpfFileSystem {
-    fn mount() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let none: Option<&str> = None;
-        mount(Some("bpf"), directory.path(), Some("bpf"), MsFlags::empty(), none).unwrap();
-        Self(directory)
-    }
-}
-
-impl Drop for BpfFileSystem {
-    fn drop(&mut self) {
-        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
-    }
-}
-
 /// Where a forwarder's table sends what comes to lan0: back, for the policy with this index, in this slot.
 fn hairpin(index: u32, slot: u32) -> (XdpForwarder, BpfTable) {
     let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 };
@@ -294,8 +274,8 @@ fn pinned_story(what: &str, tell: impl FnOnce(&Namespace, &Path) + Send) {
         for device in ["lan0", "lan1"] {
             namespace.ip(&format!("link set {device} up")).unwrap();
         }
-        let file_system = BpfFileSystem::mount();
-        tell(namespace, &file_system.0.path().join("pins"));
+        let file_system = BpfFileSystem::mount().unwrap();
+        tell(namespace, &file_system.path().join("pins"));
     });
 }
 
@@ -346,11 +326,8 @@ fn a_process_that_was_superseded_changes_nothing_and_is_told() {
         send_ten(|| table.traffic(Slot(0)).packets);
         assert_eq!(old_table.traffic(Slot(0)).packets, 0);
 
-        let again = [
-            old.attach_pinned(pins, &[port("lan0")]).map(drop),
-            old.detach("lan0"),
-            old.detach_all(),
-        ];
+        let again =
+            [old.attach_pinned(pins, &[port("lan0")]).map(drop), old.detach("lan0"), old.detach_all()];
         for result in again {
             let error = result.unwrap_err();
             assert!(matches!(error, ForwarderError::Superseded { .. }), "{error}");

@@ -127,6 +127,7 @@ fn with_policies(egress: u32) -> ProgRun {
             ]
             .map(|exception| (exception, true))
             .to_vec(),
+            ..TableUpdate::default()
         })
         .unwrap();
     program.table.set_port(&port()).unwrap();

@@ -95,8 +95,8 @@ async fn main() -> anyhow::Result<()> {
         ..TableConfig::default()
     };
     let (mut forwarder, table) = XdpForwarder::load(&config)?;
-    let mut gateway = Gateway::new(NetlinkSource::open()?, table, &host)
-        .with_lease(Duration::from_millis(arguments.lease));
+    let mut gateway =
+        Gateway::new(NetlinkSource::open()?, table, &host).with_lease(Duration::from_millis(arguments.lease));
     // Whoever runs before this process goes on until it knows all.
     gateway.synchronise().await?;
     let configs: Vec<_> = arguments

@@ -208,10 +208,9 @@ impl Compiler {
         update.slots.extend(standings);
         pending.owners.sort_unstable();
         pending.owners.dedup();
-        let owners = pending.owners.into_iter().filter_map(|key| {
-            let index = database.policy_with_key(key)?.index;
-            Some((self.slots.get(key)?, index)).filter(|_| index != 0)
-        });
+        let owners = pending.owners.into_iter();
+        let owners =
+            owners.filter_map(|key| Some((self.slots.get(key)?, database.policy_with_key(key)?.index)));
         update.owners.extend(owners);
         update
     }

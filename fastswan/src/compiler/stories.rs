@@ -472,6 +472,19 @@ fn a_policy_keeps_its_slot_while_it_exists_and_slots_are_reused_oldest_first() {
 }
 
 #[test]
+fn a_slot_is_told_with_the_kernels_index_of_its_policy_and_again_when_that_changes() {
+    let indexed = |index| Policy { index, ..site() };
+    let mut scene = Scene::new().has(indexed(81));
+    let compile = |scene: &mut Scene| scene.compiler.compile(&scene.database);
+    assert_eq!(compile(&mut scene).owners, [(Slot(0), 81)]);
+    scene.after(PolicyEvent::SaRemoved(association().id));
+    let update = compile(&mut scene);
+    assert_eq!((update.len(), update.owners), (1, vec![]), "a lost association is one write");
+    scene.after(PolicyEvent::PolicyRemoved(site().id)).after(PolicyEvent::Policy(indexed(89)));
+    assert_eq!(compile(&mut scene).owners.last().map(|(_, index)| *index), Some(89));
+}
+
+#[test]
 fn cells_that_do_not_fit_pass_and_so_do_the_wider_ones_that_would_catch_their_packets() {
     let narrow = |n: u8| with_priority(5, bypass("10.1.0.0/16", &format!("10.2.{n}.0/24")));
     let capacity = Capacity { tuples: 1, ..AMPLE };

@@ -109,7 +109,8 @@ impl Pins {
             let path = folder.join(name);
             remove(&path)?;
             let map = array(ebpf, name).map_err(|error| ForwarderError::new("looking for a map", error))?;
-            map.pin(&path).map_err(|error| ForwarderError::new(format!("pinning {}", path.display()), error))?;
+            map.pin(&path)
+                .map_err(|error| ForwarderError::new(format!("pinning {}", path.display()), error))?;
         }
         Ok(())
     }

@@ -70,5 +70,6 @@ fn map<T: Shared>(map: &MapData, name: &'static str) -> Result<Region<T>, MapsEr
     if info.value_size() as usize != size_of::<T>() {
         return Err(MapsError::OtherLayout { name, size: info.value_size() });
     }
-    Region::map(map.fd().as_fd(), info.max_entries() as usize).map_err(|error| MapsError::Mmap { name, error })
+    Region::map(map.fd().as_fd(), info.max_entries() as usize)
+        .map_err(|error| MapsError::Mmap { name, error })
 }

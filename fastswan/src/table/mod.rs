@@ -13,11 +13,11 @@ use std::{fmt, io, net::IpAddr, time::Duration};
 use fastswan_ebpf::{MAX_TUPLES, PassReason};
 use ipnet::IpNet;
 
+pub use self::{bpf::BpfTable, memory::MemoryTable};
 pub(crate) use self::{
     bpf::{MapsError, array, grace_period},
     counters::Counters,
 };
-pub use self::{bpf::BpfTable, memory::MemoryTable};
 use crate::policy::{Family, MacAddr, PortMatch};
 
 mod bpf;
@@ -141,7 +141,7 @@ pub struct TableUpdate {
     pub exceptions: Vec<(Exception, bool)>,
     /// Slots to fill, or to free. A slot that was freed and is filled again starts with counters at zero.
     pub slots: Vec<(Slot, Option<Standing>)>,
-    /// The kernel's index of the policy that a filled slot belongs to. A process that takes over finds the
+    /// The kernel's index of the policy that a filled slot belongs to, or 0. A process that takes over finds the
     /// policy's counters by it; those of slots without one end with the process.
     pub owners: Vec<(Slot, u32)>,
 }
