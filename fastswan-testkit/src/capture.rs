@@ -8,6 +8,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    net::if_::if_nametoindex,
     sys::{
         socket::{
             AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket,
@@ -17,7 +18,7 @@ use nix::{
     },
 };
 
-use crate::lab::Namespace;
+use crate::{lab::Namespace, sys::packet_socket};
 
 /// Room for what arrives while nobody reads.
 const RECEIVE_BUFFER: usize = 64 << 20;
@@ -50,6 +51,20 @@ impl Capture {
         let socket = namespace.enter(|| {
             socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
         })?;
+        Self::of(socket)
+    }
+
+    /// Keeps the frames of one device of a namespace.
+    ///
+    /// # Errors
+    ///
+    /// The errno of a system call; `ENODEV` if there is no such device.
+    pub fn at(namespace: &Namespace, device: &str) -> io::Result<Self> {
+        let all = u16::try_from(libc::ETH_P_ALL).map_err(io::Error::other)?;
+        Self::of(namespace.enter(|| packet_socket(if_nametoindex(device)?, all))?)
+    }
+
+    fn of(socket: OwnedFd) -> io::Result<Self> {
         setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
         Ok(Self { socket, buffer: vec![0; 1 << 16] })
     }

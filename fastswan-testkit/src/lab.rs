@@ -377,7 +377,8 @@ fn delete(name: &str) {
     let _ = Command::new("ip").args(["netns", "del", name]).output();
 }
 
-fn ip(arguments: &[&str]) -> Result<String, LabError> {
+/// Runs `ip` in this thread's namespace.
+pub(crate) fn ip(arguments: &[&str]) -> Result<String, LabError> {
     let command = format!("ip {}", arguments.join(" "));
     let output = Command::new("ip").args(arguments).output();
     let output = output.map_err(|error| LabError::Start { command: command.clone(), error })?;

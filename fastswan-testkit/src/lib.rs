@@ -8,13 +8,16 @@
 //! - [`model`]: what the program should do with a frame, written a second time;
 //! - [`conformance`]: the program against the model, at random;
 //! - [`oracle`]: the kernel as judge of the whole mirror;
+//! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
-//! - [`table_suite`]: what every table must do.
+//! - [`table_suite`]: what every table must do;
+//! - [`vm`]: guests with other kernels and the software NIC.
 
 pub mod capture;
 pub mod conformance;
 pub mod frames;
+pub mod guest;
 pub mod lab;
 pub mod model;
 pub mod oracle;
@@ -23,6 +26,7 @@ pub mod promote;
 pub mod site;
 mod sys;
 pub mod table_suite;
+pub mod vm;
 pub mod xfrm;
 
 /// The example in the README is compiled.

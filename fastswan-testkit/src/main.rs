@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::command::{ci, demo, doctor, ebpf, oracle};
+use crate::command::{ci, demo, doctor, ebpf, guest, oracle, vm};
 
 /// Shows fastswan, builds its bytecode and runs its tests.
 #[derive(Debug, Parser)]
@@ -19,6 +19,12 @@ enum Command {
     Ebpf(ebpf::Command),
     /// Lets the kernel judge which packets are forwarded, and for which policy.
     Oracle(oracle::Arguments),
+    /// Runs scenarios in guests with other kernels, a software NIC and strongSwan.
+    #[command(subcommand)]
+    Vm(vm::Command),
+    /// What a guest is told to do.
+    #[command(subcommand, hide = true)]
+    Guest(guest::Command),
     /// Installs what the tests need and runs all of them.
     Ci(ci::Arguments),
     /// Tells what this machine can run, and why not.
@@ -41,6 +47,8 @@ fn run() -> anyhow::Result<()> {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ebpf(command) => ebpf::run(command),
         Command::Oracle(arguments) => oracle::run(&arguments),
+        Command::Vm(command) => vm::run(&command),
+        Command::Guest(command) => guest::run(command),
         Command::Ci(arguments) => ci::run(&arguments),
         Command::Doctor => {
             doctor::run();

@@ -3,14 +3,15 @@
 //! Run as root: `cargo run --bin mirror -- lan0 nic0`. What it does is logged to stderr (`RUST_LOG=debug` tells
 //! more), and what it did is printed when it ends.
 
-use std::{future::Future, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use fastswan::{
     Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder,
-    compiler::Flow,
+    compiler::{Flow, PolicyState},
     forwarder::{AttachConfig, AttachMode},
+    gateway::Report,
     table::TableConfig,
 };
 use tokio::{
@@ -50,6 +51,9 @@ struct Arguments {
     /// Seconds between two reports; 0 for none but the last.
     #[arg(long, default_value_t = 60)]
     report: u64,
+    /// Prints each report as a JSON object on a line.
+    #[arg(long)]
+    json: bool,
     /// A packet to explain in each report: why it is fast, or why not. As in
     /// "10.1.0.5 10.2.0.9 17 1000 2000": addresses, and if need be protocol number and ports.
     #[arg(long, value_parser = flow)]
@@ -132,7 +136,12 @@ async fn main() -> anyhow::Result<()> {
                 }
             })
             .await?;
-        print!("{}", gateway.report());
+        let report = gateway.report();
+        if arguments.json {
+            println!("{}", json(&report));
+        } else {
+            print!("{report}");
+        }
         for flow in &arguments.explain {
             println!("{} to {}: {}", flow.source, flow.destination, gateway.explain(flow));
         }
@@ -141,6 +150,20 @@ async fn main() -> anyhow::Result<()> {
         bail!("another process has taken over the ports pinned in {}", directory.display());
     }
     Ok(())
+}
+
+/// A report in numbers: packets of policies that are gone are not in it.
+fn json(report: &Report) -> serde_json::Value {
+    let fast = report.policies.iter().filter(|(policy, _)| policy.state == PolicyState::Fast);
+    let passed: BTreeMap<_, _> =
+        report.passes.iter().map(|(reason, packets)| (reason.name(), packets)).collect();
+    serde_json::json!({
+        "policies": report.policies.len(),
+        "fast_policies": fast.count(),
+        "fast_packets": report.policies.iter().map(|(_, traffic)| traffic.packets).sum::<u64>(),
+        "fast_bytes": report.policies.iter().map(|(_, traffic)| traffic.bytes).sum::<u64>(),
+        "passed": passed,
+    })
 }
 
 /// Waits until another process has taken over.

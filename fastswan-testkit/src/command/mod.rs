@@ -4,7 +4,9 @@ pub(crate) mod ci;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod ebpf;
+pub(crate) mod guest;
 pub(crate) mod oracle;
+pub(crate) mod vm;
 
 use std::path::{Path, PathBuf};
 

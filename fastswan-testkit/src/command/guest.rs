@@ -1,0 +1,59 @@
+//! `testkit guest`: what a guest is told to do. Nobody else calls it.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command as Process,
+};
+
+use anyhow::{Context as _, ensure};
+use clap::Subcommand;
+use fastswan_testkit::guest::{Scenario, append_line, nic};
+
+/// What a guest can do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Tells scenarios, each in a process of its own.
+    Run {
+        /// Their names.
+        names: Vec<String>,
+        /// Where a JSON object is appended for each.
+        #[arg(long)]
+        results: PathBuf,
+        /// Where their logs go.
+        #[arg(long)]
+        logs: PathBuf,
+    },
+    /// Tells one scenario.
+    Tell {
+        /// Its name.
+        name: String,
+        /// Where its logs go.
+        #[arg(long)]
+        logs: PathBuf,
+    },
+}
+
+pub(crate) fn run(command: Command) -> anyhow::Result<()> {
+    ensure!(nic::is_there(), "this is for guests that have the software NIC: use `cargo testkit vm`");
+    match command {
+        Command::Run { names, results, logs } => run_all(&names, &results, &logs),
+        Command::Tell { name, logs } => named(&name)?.tell(&logs),
+    }
+}
+
+fn run_all(names: &[String], results: &Path, logs: &Path) -> anyhow::Result<()> {
+    for name in names {
+        let scenario = named(name)?;
+        let logs = logs.join(name);
+        let mut teller = Process::new(std::env::current_exe()?);
+        teller.args(["guest", "tell", name, "--logs"]).arg(&logs);
+        let outcome = scenario.run(&mut teller, &logs);
+        append_line(results, &serde_json::to_string(&outcome)?)?;
+    }
+    Ok(())
+}
+
+fn named(name: &str) -> anyhow::Result<Scenario> {
+    Scenario::named(name)
+        .with_context(|| format!("no scenario is called {name}: see `cargo testkit vm list`"))
+}

@@ -1,0 +1,55 @@
+//! What is told.
+
+mod driver;
+mod families;
+mod lifecycle;
+mod oddities;
+mod processes;
+mod scale;
+mod scene;
+mod silent;
+mod spoof;
+
+use std::time::Duration;
+
+use super::Scenario;
+
+/// In the order in which they are told.
+pub(super) fn all() -> Vec<Scenario> {
+    let scenario = |name, about, tell| Scenario {
+        name,
+        about,
+        expected_failure: None,
+        limit: Duration::from_secs(120),
+        tell,
+    };
+    let failing = |reason, scenario: Scenario| Scenario { expected_failure: Some(reason), ..scenario };
+    vec![
+        scenario("establish", "a tunnel comes up, and its packets are fast", lifecycle::establish),
+        scenario("rekey", "associations are replaced again and again", lifecycle::rekey),
+        scenario("delete", "the tunnel is deleted, and then IKE terminated", lifecycle::delete),
+        scenario("trap", "the first packet brings the tunnel up", lifecycle::trap),
+        failing(
+            "link events are not followed: policies that went with the link are thought to be there still",
+            scenario("flap", "the NIC's link goes down and up, then a rekey", silent::flap),
+        ),
+        failing(
+            "link events are not followed: policies that went with the driver are thought to be there still",
+            scenario("unload", "the NIC's driver is removed, and comes back", silent::unload),
+        ),
+        failing(
+            "link events are not followed: policies that stayed behind are thought to be there still",
+            scenario("move", "the NIC moves to another namespace", silent::move_away),
+        ),
+        scenario("charon-kill", "charon is killed, and starts again", processes::charon_kill),
+        scenario("mirror-kill", "the mirror is killed, and starts again", processes::mirror_kill),
+        scenario("mirror-stop", "the mirror is stopped, superseded, and wakes up", processes::mirror_stop),
+        scenario("spoof", "forged packets come in clear from the wire", spoof::spoof),
+        scenario("fragments-options", "odd packets fare as without a mirror", oddities::fragments_options),
+        scenario("ipv6", "IPv6 in IPv6, in IPv4, and IPv4 in IPv6", families::ipv6),
+        scenario("esn", "extended sequence numbers, across 2^32", families::esn),
+        scenario("transport", "gateways talk to each other in transport mode", families::transport),
+        scenario("many", "1,000 tunnels", scale::many),
+        scenario("driver", "100 link flaps, unloading and loading of the NIC", driver::driver),
+    ]
+}
