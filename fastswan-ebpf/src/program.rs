@@ -246,7 +246,7 @@ fn packet_v4(frame: Frame, network: usize, control: &Control, port: Arrival) -> 
     if u16::from_be(header.fragment) & !DONT_FRAGMENT != 0 {
         return Err(PassReason::Fragment.into());
     }
-    let length = u16::from_be(header.total_length) as usize;
+    let length = length_of(header.total_length);
     if length < size_of::<Ipv4>() || frame.start + network + length > frame.end {
         return Err(PassReason::BadLength.into());
     }
@@ -298,7 +298,7 @@ fn packet_v6(frame: Frame, network: usize, control: &Control, port: Arrival) -> 
     if is_extension_header(header.next_header) {
         return Err(PassReason::ExtensionHeader.into());
     }
-    let payload = u16::from_be(header.payload_length) as usize;
+    let payload = length_of(header.payload_length);
     let length = size_of::<Ipv6>() + payload;
     if payload == 0 || frame.start + network + length > frame.end {
         return Err(PassReason::BadLength.into());
@@ -597,6 +597,16 @@ fn write_ethernet(frame: Frame, addresses: (u64, u64), ether_type: u16) -> Resul
         (*ethernet).ether_type = ether_type.to_be();
     }
     Ok(())
+}
+
+/// The length that a header's field holds. The verifier of Linux 6.12 takes a number whose bytes were swapped for any
+/// number of 64 bits; so it is masked, where the compiler cannot see that this changes nothing.
+#[inline(always)]
+fn length_of(field: u16) -> usize {
+    let mut length = u64::from(u16::from_be(field));
+    // SAFETY: this changes one register.
+    unsafe { asm!("{0} &= 0xffff", inout(reg) length, options(pure, nomem, nostack)) };
+    length as usize
 }
 
 #[inline(always)]

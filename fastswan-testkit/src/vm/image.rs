@@ -71,7 +71,7 @@ impl Image {
             vmlinuz: folder.join("vmlinuz"),
             initrd: folder.join("initrd"),
         };
-        let sources = [nic_sources(), testkit().join("vm/init")];
+        let sources = [nic_sources(), testkit().join("vm/init"), testkit().join("src/vm")];
         let made_of = digest_of_folders(&sources)?;
         let made_of = format!("{} {} {version} {MODULES:?} {LEFT_OUT:?} {made_of:x}", root.stamp, tree.stamp);
         let stamp =
@@ -105,13 +105,14 @@ impl Image {
 
 /// Files that the root file system does not have: the guest's first process, modules, mount points.
 fn add_kernel_parts(tree: &Tree, version: &str, added: &Path) -> Result<(), VmError> {
-    for name in ["dev", "host", "modules", "proc", "root", "run", "sys", "tmp", "usr/bin"] {
+    for name in ["dev", "host", "modules", "proc", "root", "run", "sys", "tmp", "usr/bin", "var"] {
         create_folder(&added.join(name))?;
     }
     let init = added.join("init");
     copy(&testkit().join("vm/init"), &init)?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))
         .map_err(VmError::system(format!("making {} executable", init.display())))?;
+    link("../run", &added.join("var/run"))?;
     // Tools that no package of the root has.
     for name in ["cat", "cut", "dmesg", "ls", "mkdir", "mount", "poweroff", "sleep", "sync", "umount"] {
         link("busybox", &added.join("usr/bin").join(name))?;
@@ -170,7 +171,6 @@ fn build_nic(tree: &Tree, version: &str, module: &Path) -> Result<(), VmError> {
             "CC=gcc-14",
             "HOSTCC=gcc-14",
             "KCFLAGS=-Werror",
-            "W=1",
             "CONFIG_DEBUG_INFO_BTF_MODULES=",
             "modules",
         ]);
