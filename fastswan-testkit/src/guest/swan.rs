@@ -132,7 +132,7 @@ impl Swan {
             .filter(|line| !line.starts_with("plugin '"))
             .map(str::to_owned)
             .collect();
-        let said = said.join("\n");
+        let said = said[said.len().saturating_sub(8)..].join("; ");
         ensure!(output.status.success(), "swanctl {} in {}: {said}", arguments.join(" "), self.namespace);
         Ok(said)
     }

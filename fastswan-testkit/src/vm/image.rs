@@ -32,6 +32,9 @@ const MODULES: [&str; 14] = [
     "xfrm_user",
 ];
 
+/// Modules that not all kernels have: in later ones they are part of others.
+const OLDER_MODULES: [&str; 1] = ["ghash_generic"];
+
 /// What is not needed in a guest, and large.
 const LEFT_OUT: [&str; 12] = [
     "usr/include",
@@ -135,8 +138,10 @@ fn modules(tree: &Tree, version: &str) -> Result<Vec<PathBuf>, VmError> {
     };
     inside(&["/usr/sbin/depmod", version])?;
     let mut paths: Vec<PathBuf> = Vec::new();
-    for module in MODULES {
-        let needed = inside(&["/usr/sbin/modprobe", "--set-version", version, "--show-depends", module])?;
+    let needed = |module| inside(&["/usr/sbin/modprobe", "--set-version", version, "--show-depends", module]);
+    let older = OLDER_MODULES.into_iter().filter_map(|module| needed(module).ok());
+    for needed in older.map(Ok).chain(MODULES.into_iter().map(needed)) {
+        let needed = needed?;
         for path in needed.lines().filter_map(|line| line.strip_prefix("insmod ")) {
             let path = PathBuf::from(path.trim());
             if !paths.contains(&path) {
