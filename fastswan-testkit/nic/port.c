@@ -456,7 +456,7 @@ static int port_change_mtu(struct net_device *dev, int mtu)
 	struct tn_port *port = netdev_priv(dev);
 
 	if (rtnl_dereference(port->prog) && mtu > tn_xdp_mtu()) {
-		netdev_warn(dev, "with an XDP program the MTU is at most %u\n", tn_xdp_mtu());
+		netdev_info(dev, "with an XDP program the MTU is at most %u\n", tn_xdp_mtu());
 		return -EINVAL;
 	}
 	WRITE_ONCE(dev->mtu, mtu);
