@@ -149,6 +149,7 @@ static int take_seq(struct tn_sa *sa, const struct tn_flow *flow, u64 *seq)
 		*seq = ++sa->seq;
 		sa->packets++;
 		sa->bytes += flow->l3len;
+		sa->used = ktime_get_real_seconds();
 		tell = used + 1 == soft || used + 1 == hard;
 	}
 	spin_unlock_bh(&sa->lock);
@@ -283,6 +284,7 @@ static int accept(struct tn_sa *sa, u64 seq, unsigned int len)
 		seq_seen(sa, seq);
 		sa->packets++;
 		sa->bytes += len;
+		sa->used = ktime_get_real_seconds();
 		tell = used + 1 == soft || used + 1 == hard;
 	}
 	spin_unlock_bh(&sa->lock);

@@ -12,7 +12,7 @@
 
 #define OUTER_ROOM	64	/* an IPv6 and an ESP header, aligned */
 #define TRAILER_ROOM	32	/* padding, pad length, next header, ICV */
-#define HEADROOM	(XDP_PACKET_HEADROOM + OUTER_ROOM)
+#define HEADROOM	(XDP_PACKET_HEADROOM + OUTER_ROOM + NET_IP_ALIGN)
 #define TAILROOM	SKB_DATA_ALIGN(sizeof(struct skb_shared_info))
 #define LARGE_ORDER	2
 

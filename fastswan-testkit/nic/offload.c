@@ -249,6 +249,8 @@ static void state_update_stats(struct xfrm_state *x)
 	spin_lock_bh(&sa->lock);
 	x->curlft.packets += sa->packets - sa->told_packets;
 	x->curlft.bytes += sa->bytes - sa->told_bytes;
+	if (sa->used)
+		WRITE_ONCE(x->lastused, sa->used);
 	x->stats.replay += sa->replays - sa->told_replays;
 	x->stats.integrity_failed += sa->bad - sa->told_bad;
 	sa->told_packets = sa->packets;

@@ -130,6 +130,18 @@ static void transmit(struct tn_port *port, struct tn_frame *frame, enum tn_path 
 	}
 }
 
+/*
+ * Under an offloaded tunnel the kernel does not write the Ethernet header of a
+ * forwarded packet (xfrm_dev_direct_output): what stands there is left over.
+ */
+static void restore_type(struct tn_frame *frame, const struct sk_buff *skb)
+{
+	struct ethhdr *eth = (void *)tn_data(frame);
+
+	if (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6))
+		eth->h_proto = skb->protocol;
+}
+
 static netdev_tx_t start_xmit(struct sk_buff *skb, struct net_device *dev)
 {
 	struct tn_port *port = netdev_priv(dev);
@@ -145,6 +157,7 @@ static netdev_tx_t start_xmit(struct sk_buff *skb, struct net_device *dev)
 		dev_kfree_skb_any(skb);
 		return NETDEV_TX_OK;
 	}
+	restore_type(frame, skb);
 	skb_tx_timestamp(skb);
 	rcu_read_lock();
 	transmit(port, frame, TN_PATH_STACK);
@@ -308,8 +321,8 @@ static bool inbound_allowed(struct tn_port *port, const struct tn_sa *sa, const 
 	return false;
 }
 
-/* The state that decrypted the frame is returned in @x, referenced. */
-static bool process_in(struct tn_port *port, struct tn_frame *frame, struct xfrm_state **x)
+/* The state that decrypted the frame is returned in @x, referenced; in @esp whether it still is ESP. */
+static bool process_in(struct tn_port *port, struct tn_frame *frame, struct xfrm_state **x, bool *esp)
 {
 	struct tn_flow flow;
 	struct tn_sa *sa;
@@ -325,6 +338,7 @@ static bool process_in(struct tn_port *port, struct tn_frame *frame, struct xfrm
 	sa = tn_sa_in(port, &flow);
 	if (!sa) {
 		tn_count(port, TN_RX_NO_SA);
+		*esp = true;
 		return true;
 	}
 	if (!decrypt(port, sa, frame, &flow) || !inbound_allowed(port, sa, &flow))
@@ -354,12 +368,13 @@ static void receive(struct tn_port *port, struct tn_frame *frame, bool *redirect
 {
 	struct xfrm_state *x = NULL;
 	struct sk_buff *skb;
+	bool esp = false;
 
 	if (frame->len > READ_ONCE(port->dev->mtu) + TN_L2_MAX) {
 		tn_count(port, TN_RX_TOO_LONG);
 		goto drop;
 	}
-	if (!process_in(port, frame, &x))
+	if (!process_in(port, frame, &x, &esp))
 		goto drop;
 	dev_sw_netstats_rx_add(port->dev, frame->len);
 	skb = to_stack(port, frame, redirected);
@@ -370,7 +385,11 @@ static void receive(struct tn_port *port, struct tn_frame *frame, bool *redirect
 		goto out;
 	}
 	skb->protocol = eth_type_trans(skb, port->dev);
-	napi_gro_receive(&port->napi, skb);
+	/* GRO would decrypt it (esp4_offload) before a capture sees what was on the wire. */
+	if (esp)
+		netif_receive_skb(skb);
+	else
+		napi_gro_receive(&port->napi, skb);
 out:
 	if (x)
 		xfrm_state_put(x);
@@ -456,7 +475,7 @@ static int port_change_mtu(struct net_device *dev, int mtu)
 	struct tn_port *port = netdev_priv(dev);
 
 	if (rtnl_dereference(port->prog) && mtu > tn_xdp_mtu()) {
-		netdev_warn(dev, "with an XDP program the MTU is at most %u\n", tn_xdp_mtu());
+		netdev_info(dev, "with an XDP program the MTU is at most %u\n", tn_xdp_mtu());
 		return -EINVAL;
 	}
 	WRITE_ONCE(dev->mtu, mtu);

@@ -129,6 +129,7 @@ struct tn_sa {
 	DECLARE_BITMAP(seen, TN_WINDOW_MAX);
 	u64 base;		/* packets before the port had it */
 	u64 packets, bytes, replays, bad;
+	time64_t used;		/* s, wall clock, of the last packet */
 	u64 told_packets, told_bytes, told_replays, told_bad;
 };
 
