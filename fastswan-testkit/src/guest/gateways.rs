@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! host a          gateway A                        gateway B           host b
-//! eth0 ───── lan0         nic0 ═══ the wire ═══ nic0        lan0 ───── eth0
+//! eth0 ───── lan0         nic0 ═══ the wire ─── nic0        lan0 ───── eth0
 //! 10.1.0.5   10.1.0.1  192.0.2.1               192.0.2.2  10.2.0.1   10.2.0.9
 //! 2001:db8:1::5     2001:db8:f::1           2001:db8:f::2        2001:db8:2::9
 //! ```
 //!
-//! Both ends of the wire are ports of the software NIC. A offloads to its port, B does not: its kernel's own ESP judges
-//! what comes from A. Neighbours are known, since a mirror looks at them once.
+//! A's nic0 is a port of the software NIC. The other port is in a namespace of its own, the wire, and bridged to B: there
+//! nobody decrypts, so a capture shows what is sent. (At B it would show decrypted packets as well.) B offloads nothing: its
+//! kernel's own ESP judges what comes from A. Neighbours are known, since a mirror looks at them once.
+
+use std::fmt::Write as _;
 
 use anyhow::Context as _;
 use fastswan::policy::MacAddr;
@@ -26,6 +29,9 @@ pub const NIC_A: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
 pub const NIC_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 3]);
 /// Of B's lan0.
 pub const LAN_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 4]);
+/// Of the wire's bridge and of its end at B, which nobody sends to.
+const WIRE: MacAddr = MacAddr([2, 0, 0, 0, 0, 5]);
+const WIRE_1: MacAddr = MacAddr([2, 0, 0, 0, 0, 6]);
 /// Of host b.
 pub const HOST_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xbb]);
 
@@ -43,13 +49,15 @@ pub struct Gateways {
     pub b: Namespace,
     /// The host behind B.
     pub host_b: Namespace,
-    wire: Pair,
+    /// Between the gateways: `wire0` leads to A, `wire1` to B.
+    pub wire: Namespace,
+    pair: Pair,
 }
 
 impl Gateways {
     /// A's port of the NIC.
     pub const PORT_A: Port = Pair::PORTS[0];
-    /// B's port of the NIC.
+    /// The port at the other end of the wire.
     pub const PORT_B: Port = Pair::PORTS[1];
 
     /// Makes them. They forward; nothing is encrypted yet.
@@ -58,14 +66,24 @@ impl Gateways {
     ///
     /// If the lab or the NIC is not to be had.
     pub fn new() -> anyhow::Result<Self> {
-        let wire = Pair::new().context("making a pair of ports: is the test NIC loaded?")?;
+        let pair = Pair::new().context("making a pair of ports: is the test NIC loaded?")?;
         let gateways = Self {
             host_a: Namespace::new("hosta")?,
             a: Namespace::new("gatea")?,
             b: Namespace::new("gateb")?,
             host_b: Namespace::new("hostb")?,
-            wire,
+            wire: Namespace::new("wire")?,
+            pair,
         };
+        gateways.wire.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+        gateways
+            .wire
+            .ip(&format!("link add bridge0 address {WIRE} type bridge stp_state 0 mcast_snooping 0"))?;
+        gateways.wire.ip("link set bridge0 up")?;
+        let end_b = End { namespace: &gateways.b, device: "nic0", mac: NIC_B, addresses: &[] };
+        let wire_1 = End { namespace: &gateways.wire, device: "wire1", mac: WIRE_1, addresses: &[] };
+        join(end_b, wire_1, 1500)?;
+        gateways.wire.ip("link set wire1 master bridge0")?;
         gateways.plug()?;
         let end = |namespace, device, mac, addresses| End { namespace, device, mac, addresses };
         let Self { host_a, a, b, host_b, .. } = &gateways;
@@ -93,9 +111,16 @@ impl Gateways {
     ///
     /// [`LabError`].
     fn plug(&self) -> Result<(), LabError> {
-        for (namespace, port) in [(&self.a, Self::PORT_A), (&self.b, Self::PORT_B)] {
-            crate::lab::ip(&["link", "set", port.name(), "netns", namespace.name(), "name", "nic0"])?;
+        for (namespace, port, name) in [(&self.a, Self::PORT_A, "nic0"), (&self.wire, Self::PORT_B, "wire0")]
+        {
+            crate::lab::ip(&["link", "set", port.name(), "netns", namespace.name(), "name", name])?;
         }
+        // The NIC addresses what it encrypts to the port at the other end, which thus has B's address; and the bridge is
+        // not to take that for its own.
+        self.wire.ip(&format!("link set wire0 address {NIC_B} master bridge0 up"))?;
+        let (wire, address) = (self.wire.name(), NIC_B.to_string());
+        let own = ["bridge", "fdb", "del", address.as_str(), "dev", "wire0", "master"];
+        crate::lab::ip(&[&["netns", "exec", wire], &own[..]].concat())?;
         self.set_up_ends()
     }
 
@@ -105,7 +130,7 @@ impl Gateways {
     ///
     /// If it is not to be had.
     pub fn renew_wire(&mut self) -> anyhow::Result<()> {
-        self.wire = Pair::new().context("making a pair of ports")?;
+        self.pair = Pair::new().context("making a pair of ports")?;
         Ok(self.plug()?)
     }
 
@@ -180,13 +205,13 @@ impl Gateways {
         for (name, gateway, port) in [("A", &self.a, Self::PORT_A), ("B", &self.b, Self::PORT_B)] {
             for what in ["-s xfrm policy", "-s xfrm state", "-s link", "route", "neighbour"] {
                 let said = gateway.ip(what).unwrap_or_else(|error| error.to_string());
-                text += &format!("== {name}: ip {what}\n{said}\n");
+                let _ = writeln!(text, "== {name}: ip {what}\n{said}");
             }
             let statistics =
                 gateway.enter(|| std::fs::read_to_string("/proc/net/xfrm_stat").unwrap_or_default());
-            text += &format!("== {name}: xfrm_stat\n{statistics}\n");
+            let _ = writeln!(text, "== {name}: xfrm_stat\n{statistics}");
             for table in ["stats", "associations", "policies", "clear"] {
-                text += &format!("== {name}: NIC {table}\n{}\n", port.table(table));
+                let _ = writeln!(text, "== {name}: NIC {table}\n{}", port.table(table));
             }
         }
         text

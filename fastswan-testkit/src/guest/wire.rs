@@ -20,7 +20,7 @@ use crate::capture::Capture;
 const EXAMPLES: usize = 5;
 const IKE: u16 = 500;
 
-/// Follows the wire, at B's port.
+/// Follows the wire.
 #[derive(Debug)]
 pub struct Wire {
     stop: Arc<AtomicBool>,
@@ -47,7 +47,7 @@ impl Wire {
     ///
     /// If it cannot be captured.
     pub fn follow(gateways: &Gateways) -> std::io::Result<Self> {
-        let mut capture = Capture::at(&gateways.b, "nic0")?;
+        let mut capture = Capture::at(&gateways.wire, "wire0")?;
         let stop = Arc::new(AtomicBool::new(false));
         let ending = Arc::clone(&stop);
         let thread = thread::spawn(move || {

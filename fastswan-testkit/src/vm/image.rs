@@ -15,10 +15,11 @@ use super::{
 };
 
 /// Kernel modules that guests load, each with those that it needs.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 15] = [
     "9p",
     "9pnet_virtio",
     "aesni_intel",
+    "bridge",
     "cls_bpf",
     "echainiv",
     "esp4",
@@ -172,13 +173,7 @@ fn build_nic(tree: &Tree, version: &str, module: &Path) -> Result<(), VmError> {
         .args(["make", "--silent", "--directory"])
         .arg(format!("/usr/src/linux-headers-{version}"))
         .arg(format!("M=/{}", inside.display()))
-        .args([
-            "CC=gcc-14",
-            "HOSTCC=gcc-14",
-            "KCFLAGS=-Werror",
-            "CONFIG_DEBUG_INFO_BTF_MODULES=",
-            "modules",
-        ]);
+        .args(["CC=gcc-14", "HOSTCC=gcc-14", "KCFLAGS=-Werror", "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]);
     run(&format!("building the test NIC for Linux {version}"), "util-linux", "unshare", &mut command)?;
     copy(&folder.join("testnic.ko"), module)?;
     remove_folder(&folder)

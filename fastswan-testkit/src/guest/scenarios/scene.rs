@@ -55,7 +55,7 @@ impl Default for Plan<'_> {
 pub(super) struct Scene {
     pub(super) gateways: Gateways,
     pub(super) swan_a: Swan,
-    pub(super) swan_b: Swan,
+    _swan_b: Swan,
     pub(super) mirror: Option<Mirror>,
     pub(super) traffic: Option<Traffic>,
     wire: Option<Wire>,
@@ -80,7 +80,15 @@ impl Scene {
         let swan_a = Swan::start(&gateways.a, "swan-a", connection_a, true, &logs)?;
         let swan_b = Swan::start(&gateways.b, "swan-b", connection_b, false, &logs)?;
         let mirror = Mirror::start(&gateways, "mirror", plan.mirror, &logs)?;
-        Ok(Self { gateways, swan_a, swan_b, mirror: Some(mirror), traffic: None, wire: Some(wire), logs })
+        Ok(Self {
+            gateways,
+            swan_a,
+            _swan_b: swan_b,
+            mirror: Some(mirror),
+            traffic: None,
+            wire: Some(wire),
+            logs,
+        })
     }
 
     /// The same, with tunnels that are up and traffic that is fast.
@@ -137,7 +145,7 @@ impl Scene {
     }
 
     /// Whether nothing is fast any longer one second from now.
-    pub(super) fn is_slow_within_a_second(&mut self) -> bool {
+    pub(super) fn is_slow_within_a_second() -> bool {
         std::thread::sleep(std::time::Duration::from_secs(1));
         let before = Self::redirected();
         let grows = || Self::redirected() != before;

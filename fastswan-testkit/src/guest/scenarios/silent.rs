@@ -10,7 +10,7 @@ pub(super) fn flap(story: &mut Story) -> anyhow::Result<()> {
     let mut scene = Scene::established(story, Plan { refuse_clear: true, ..Plan::default() })?;
     scene.traffic()?.may_lose(true);
     scene.gateways.a.ip("link set nic0 down")?;
-    story.expect(scene.is_slow_within_a_second(), STILL_FAST);
+    story.expect(Scene::is_slow_within_a_second(), STILL_FAST);
     scene.gateways.a.ip("link set nic0 up")?;
     scene.gateways.route()?;
     scene.swan_a.swanctl(&["--rekey", "--child", "net"])?;
@@ -48,7 +48,7 @@ pub(super) fn move_away(story: &mut Story) -> anyhow::Result<()> {
     scene.traffic()?.may_lose(true);
     let host = scene.gateways.host_a.name().to_owned();
     scene.gateways.a.ip(&format!("link set nic0 netns {host}"))?;
-    story.expect(scene.is_slow_within_a_second(), STILL_FAST);
+    story.expect(Scene::is_slow_within_a_second(), STILL_FAST);
     let gateway = scene.gateways.a.name().to_owned();
     scene.gateways.host_a.ip(&format!("link set nic0 netns {gateway}"))?;
     scene.gateways.set_up_ends()?;

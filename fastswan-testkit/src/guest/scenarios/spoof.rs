@@ -50,7 +50,7 @@ fn forge(scene: &Scene, count: u64) -> anyhow::Result<()> {
     let mut forger = NIC_B;
     forger.0[5] = 0x66;
     let frame = frame.macs(forger, NIC_A).build();
-    let mut wire = scene.gateways.b.enter(|| lab::wire("nic0"))?;
+    let mut wire = scene.gateways.wire.enter(|| lab::wire("wire0"))?;
     for _ in 0..count {
         wire.write_all(&frame)?;
     }
