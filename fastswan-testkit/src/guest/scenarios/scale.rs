@@ -44,10 +44,6 @@ pub(super) fn many(story: &mut Story) -> anyhow::Result<()> {
     ensure!(counted.fast_packets > 0, "no packet was counted");
     story.add("fast_packets", counted.fast_packets);
     scene.gateways.refuse_clear()?;
-    scene
-        .gateways
-        .a
-        .ip("xfrm policy add src 10.1.0.0/16 dst 10.0.0.0/8 dir out action block priority 4000000000")?;
     let start = Instant::now();
     scene.gateways.a.ip("xfrm state flush")?;
     story.figure("flush_ms", elapsed(start));
