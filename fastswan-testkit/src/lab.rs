@@ -146,17 +146,6 @@ impl Namespace {
         ip(&all)
     }
 
-    /// Runs `tc` with arguments separated by spaces.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Self::ip`].
-    pub fn tc(&self, arguments: &str) -> Result<String, LabError> {
-        let mut all = vec!["-n", &self.name];
-        all.extend(arguments.split_whitespace());
-        run("tc", &all)
-    }
-
     /// Sets a sysctl, written with dots, or with slashes if a name in it has a dot.
     ///
     /// # Errors
@@ -390,12 +379,8 @@ fn delete(name: &str) {
 
 /// Runs `ip` in this thread's namespace.
 pub(crate) fn ip(arguments: &[&str]) -> Result<String, LabError> {
-    run("ip", arguments)
-}
-
-fn run(program: &str, arguments: &[&str]) -> Result<String, LabError> {
-    let command = format!("{program} {}", arguments.join(" "));
-    let output = Command::new(program).args(arguments).output();
+    let command = format!("ip {}", arguments.join(" "));
+    let output = Command::new("ip").args(arguments).output();
     let output = output.map_err(|error| LabError::Start { command: command.clone(), error })?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());

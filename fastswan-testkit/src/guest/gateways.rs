@@ -7,9 +7,9 @@
 //! 2001:db8:1::5     2001:db8:f::1           2001:db8:f::2        2001:db8:2::9
 //! ```
 //!
-//! A's nic0 is a port of the software NIC. The other port is in a namespace of its own, the wire, which passes everything on
-//! to B: there nobody decrypts, so a capture shows what is sent. (At B it would show decrypted packets as well.) B offloads
-//! nothing: its kernel's own ESP judges what comes from A. Neighbours are known, since a mirror looks at them once.
+//! A's nic0 is a port of the software NIC. The other port is in a namespace of its own, the wire, and bridged to B: there
+//! nobody decrypts, so a capture shows what is sent. (At B it would show decrypted packets as well.) B offloads nothing: its
+//! kernel's own ESP judges what comes from A. Neighbours are known, since a mirror looks at them once.
 
 use std::fmt::Write as _;
 
@@ -29,8 +29,9 @@ pub const NIC_A: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
 pub const NIC_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 3]);
 /// Of B's lan0.
 pub const LAN_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 4]);
-/// Of the wire's end at B, which nobody sends to.
+/// Of the wire's bridge and of its end at B, which nobody sends to.
 const WIRE: MacAddr = MacAddr([2, 0, 0, 0, 0, 5]);
+const WIRE_1: MacAddr = MacAddr([2, 0, 0, 0, 0, 6]);
 /// Of host b.
 pub const HOST_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xbb]);
 
@@ -75,9 +76,14 @@ impl Gateways {
             pair,
         };
         gateways.wire.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+        gateways
+            .wire
+            .ip(&format!("link add bridge0 address {WIRE} type bridge stp_state 0 mcast_snooping 0"))?;
+        gateways.wire.ip("link set bridge0 up")?;
         let end_b = End { namespace: &gateways.b, device: "nic0", mac: NIC_B, addresses: &[] };
-        let wire_1 = End { namespace: &gateways.wire, device: "wire1", mac: WIRE, addresses: &[] };
+        let wire_1 = End { namespace: &gateways.wire, device: "wire1", mac: WIRE_1, addresses: &[] };
         join(end_b, wire_1, 1500)?;
+        gateways.wire.ip("link set wire1 master bridge0")?;
         gateways.plug()?;
         let end = |namespace, device, mac, addresses| End { namespace, device, mac, addresses };
         let Self { host_a, a, b, host_b, .. } = &gateways;
@@ -109,16 +115,12 @@ impl Gateways {
         {
             crate::lab::ip(&["link", "set", port.name(), "netns", namespace.name(), "name", name])?;
         }
-        // The NIC sends what it has encrypted to its peer's address.
-        self.wire.ip(&format!("link set wire0 address {NIC_B} up"))?;
-        for (from, to) in [("wire0", "wire1"), ("wire1", "wire0")] {
-            // What was there led to a port that is gone.
-            let _ = self.wire.tc(&format!("qdisc delete dev {from} ingress"));
-            self.wire.tc(&format!("qdisc add dev {from} ingress"))?;
-            self.wire.tc(&format!(
-                "filter add dev {from} ingress matchall action mirred egress redirect dev {to}"
-            ))?;
-        }
+        // The NIC addresses what it encrypts to the port at the other end, which thus has B's address; and the bridge is
+        // not to take that for its own.
+        self.wire.ip(&format!("link set wire0 address {NIC_B} master bridge0 up"))?;
+        let (wire, address) = (self.wire.name(), NIC_B.to_string());
+        let own = ["bridge", "fdb", "del", address.as_str(), "dev", "wire0", "master"];
+        crate::lab::ip(&[&["netns", "exec", wire], &own[..]].concat())?;
         self.set_up_ends()
     }
 
@@ -177,19 +179,17 @@ impl Gateways {
         ]
     }
 
-    /// Makes both kernels refuse to forward between the hosts' networks in clear, should no tunnel be there. A tunnel's policy
-    /// would replace one with the same selector, so these are about all sources.
+    /// Makes both kernels refuse to forward between the hosts' networks in clear, should no tunnel be there.
     ///
     /// # Errors
     ///
     /// [`LabError`].
     pub fn refuse_clear(&self) -> Result<(), LabError> {
-        for (gateway, there) in [(&self.a, 2), (&self.b, 1)] {
-            for (all, destination) in
-                [("0.0.0.0/0", format!("10.{there}.0.0/16")), ("::/0", format!("2001:db8:{there}::/48"))]
-            {
+        for gateway in [&self.a, &self.b] {
+            // Wider than what is negotiated: charon takes over policies that have the selectors of its own.
+            for networks in ["10.0.0.0/8", "2001:db8::/45"] {
                 gateway.ip(&format!(
-                    "xfrm policy add src {all} dst {destination} dir out action block priority 4000000000"
+                    "xfrm policy add src {networks} dst {networks} dir out action block priority 4000000000"
                 ))?;
             }
         }

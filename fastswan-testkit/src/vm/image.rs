@@ -15,13 +15,12 @@ use super::{
 };
 
 /// Kernel modules that guests load, each with those that it needs.
-const MODULES: [&str; 16] = [
+const MODULES: [&str; 15] = [
     "9p",
     "9pnet_virtio",
-    "act_mirred",
     "aesni_intel",
+    "bridge",
     "cls_bpf",
-    "cls_matchall",
     "echainiv",
     "esp4",
     "esp4_offload",
