@@ -37,10 +37,7 @@ pub(super) fn all() -> Vec<Scenario> {
             "link events are not followed: policies that went with the driver are thought to be there still",
             scenario("unload", "the NIC's driver is removed, and comes back", silent::unload),
         ),
-        failing(
-            "link events are not followed: policies that stayed behind are thought to be there still",
-            scenario("move", "the NIC moves to another namespace", silent::move_away),
-        ),
+        scenario("move", "the NIC moves to another namespace", silent::move_away),
         scenario("charon-kill", "charon is killed, and starts again", processes::charon_kill),
         scenario("mirror-kill", "the mirror is killed, and starts again", processes::mirror_kill),
         scenario("mirror-stop", "the mirror is stopped, superseded, and wakes up", processes::mirror_stop),

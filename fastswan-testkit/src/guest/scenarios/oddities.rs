@@ -24,6 +24,8 @@ pub(super) fn fragments_options(story: &mut Story) -> anyhow::Result<()> {
     ];
     let mut scene = Scene::established(story, Plan { children: &children, ..Plan::default() })?;
     scene.traffic()?.may_lose(true);
+    // Some are longer than the host would send.
+    scene.gateways.host_a.ip("link set eth0 mtu 1500")?;
     // Only the odd ones from now on.
     if let Some(traffic) = scene.traffic.take() {
         traffic.stop()?;
