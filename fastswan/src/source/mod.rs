@@ -62,6 +62,9 @@ pub enum StaleCause {
     Undecodable,
     /// A dump was cut short or interrupted by a change (`NLM_F_DUMP_INTR`).
     DumpInterrupted,
+    /// The device with this index went down, or left the namespace. The kernel then deletes what was offloaded
+    /// to it and says nothing.
+    DeviceLost(u32),
     /// The source asked for a resynchronisation itself.
     Requested,
 }

@@ -3,7 +3,7 @@
 use std::io;
 
 use bytes::{Bytes, BytesMut};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
+use netlink_sys::{Socket, SocketAddr};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::io::unix::AsyncFd;
 
@@ -25,17 +25,17 @@ pub(super) struct Datagram {
     pub(super) truncated: bool,
 }
 
-/// A socket of `NETLINK_XFRM` in the network namespace of the thread that opened it.
+/// A socket of a netlink protocol in the network namespace of the thread that opened it.
 #[derive(Debug)]
-pub(super) struct XfrmSocket {
+pub(super) struct NetlinkSocket {
     socket: AsyncFd<Socket>,
     buffer: BytesMut,
 }
 
-impl XfrmSocket {
+impl NetlinkSocket {
     /// Opens a socket that hears what is sent to these multicast groups.
-    pub(super) fn open(groups: &[u32], receive_buffer: Option<usize>) -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_XFRM)?;
+    pub(super) fn open(protocol: isize, groups: &[u32], receive_buffer: Option<usize>) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
         socket.set_non_blocking(true)?;
         if let Some(bytes) = receive_buffer {
             set_receive_buffer(&socket, bytes)?;
