@@ -82,6 +82,22 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         }
     }
 
+    /// Takes up what the host does with addresses now: read it again when
+    /// [`HostWatch`](crate::host::HostWatch) says so.
+    ///
+    /// # Errors
+    ///
+    /// [`GatewayError`]. Everything passes to the kernel from then on.
+    pub fn set_host(&mut self, host: &HostFacts) -> Result<(), GatewayError> {
+        self.compiler.set_host(host);
+        if !self.database.is_current() {
+            return Ok(());
+        }
+        let update = self.compiler.compile(&self.database);
+        let result = self.write(&update).map_err(GatewayError::from);
+        self.off_if_failed(result)
+    }
+
     /// Follows the source until the table holds all that it knows, for instance before the program is
     /// [attached](crate::XdpForwarder::attach_pinned) in place of an earlier one. Without
     /// [`Self::run_until`] soon after, the lease runs out. Returns at once if nothing is missing, or if the source

@@ -23,10 +23,11 @@ use netlink_sys::protocols::NETLINK_XFRM;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 pub use self::decode::{Content, DecodeError, Message, decode};
+pub(crate) use self::socket::NetlinkSocket;
 use self::{
     dump::{Dump, DumpError},
     links::Links,
-    socket::{Datagram, NetlinkSocket},
+    socket::Datagram,
 };
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
 use crate::{database::Database, policy::OffloadDev};
