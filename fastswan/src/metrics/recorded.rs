@@ -261,6 +261,8 @@ mod tests {
             without.expect(&[("associations", 0), ("resyncs_total cause=start", 0), ("lag_seconds", 1)]);
 
             host.hear(PolicyEvent::Sa(sa)).await;
+            // The recorder forgets gauges when it is looked at; a real one would still say so.
+            gauge!("fastswan_policies", "state" => "kernel", "reason" => "no_sa").set(1.0);
             host.gateway.record_metrics();
             let again = Scrape::take(&recorder);
             again.expect(&[("policies state=fast reason=", 1), ("policies state=kernel reason=no_sa", 0)]);
