@@ -208,7 +208,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     }
 
     /// Looks at all that is not counted when it happens, and records the [`metrics`](crate::metrics). Looks at all
-    /// policies: for very many of them, leave it enough of the lease.
+    /// policies, 0.9 µs each as measured with 100,000, and the loop waits meanwhile: the lease must outlast it.
     #[cfg(feature = "metrics")]
     pub fn record_metrics(&mut self) {
         let moment = crate::metrics::Moment {

@@ -21,7 +21,7 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 /// Seconds between two looks at what metrics do not count by themselves.
-const LOOK: u64 = 1;
+const LOOK: u64 = 5;
 
 /// Upper bounds of the histograms.
 const SECONDS: [f64; 9] = [1e-5, 1e-4, 1e-3, 5e-3, 2e-2, 5e-2, 2e-1, 1.0, 5.0];
