@@ -69,6 +69,20 @@ pub enum StaleCause {
     Requested,
 }
 
+impl StaleCause {
+    /// Its name in metrics and events.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Overrun => "overrun",
+            Self::Undecodable => "undecodable",
+            Self::DumpInterrupted => "dump_interrupted",
+            Self::DeviceLost(_) => "device_lost",
+            Self::Requested => "requested",
+        }
+    }
+}
+
 /// A source of policies.
 ///
 /// The trait is dyn-safe: `Box<dyn PolicySource>` is a source too. [`into_stream`] makes a
@@ -85,12 +99,21 @@ pub trait PolicySource: Send {
     ///
     /// [`SourceError`]: the source cannot go on, and nothing that it said may be relied on any longer.
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError>;
+
+    /// How many events it holds that were not read yet, as far as it knows; for metrics.
+    fn queued(&self) -> usize {
+        0
+    }
 }
 
 #[async_trait]
 impl<S: PolicySource + ?Sized> PolicySource for Box<S> {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
         (**self).next_event().await
+    }
+
+    fn queued(&self) -> usize {
+        (**self).queued()
     }
 }
 

@@ -360,4 +360,9 @@ impl PolicySource for NetlinkSource {
             }
         }
     }
+
+    /// Without what is still in the socket.
+    fn queued(&self) -> usize {
+        self.ready.len()
+    }
 }
