@@ -11,6 +11,7 @@ use fastswan::{
     Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder,
     compiler::Flow,
     forwarder::{AttachConfig, AttachMode},
+    host::HostWatch,
     table::TableConfig,
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
@@ -101,6 +102,7 @@ async fn main() -> anyhow::Result<()> {
     if let Some(address) = arguments.metrics {
         serve_metrics(address)?;
     }
+    let mut watch = HostWatch::open()?;
     let host = HostFacts::read()?;
     let config = TableConfig {
         cells_v4: arguments.cells_v4,
@@ -130,6 +132,7 @@ async fn main() -> anyhow::Result<()> {
 
     let mut stopped = std::pin::pin!(stop_signal()?);
     let mut ended = false;
+    let mut host_changed = false;
     let mut next_report = seconds_from_now(arguments.report);
     while !ended {
         let pause = async {
@@ -139,15 +142,21 @@ async fn main() -> anyhow::Result<()> {
                 None => std::future::pending().await,
             }
         };
+        let mut watched = Ok(());
         gateway
             .run_until(async {
                 tokio::select! {
                     () = &mut stopped => ended = true,
                     () = superseded(&forwarder) => ended = true,
+                    result = watch.changed() => { host_changed = true; watched = result }
                     () = pause => {}
                 }
             })
             .await?;
+        watched.context("watching links, addresses, routes, rules and neighbours")?;
+        if std::mem::take(&mut host_changed) {
+            gateway.set_host(&HostFacts::read()?)?;
+        }
         gateway.record_metrics();
         if !ended && next_report.is_none_or(|next| Instant::now() < next) {
             continue;
