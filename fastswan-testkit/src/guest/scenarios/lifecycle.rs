@@ -52,7 +52,7 @@ pub(super) fn delete(story: &mut Story) -> anyhow::Result<()> {
 }
 
 pub(super) fn trap(story: &mut Story) -> anyhow::Result<()> {
-    let mut scene = Scene::set_up(story, Plan::default())?;
+    let mut scene = Scene::set_up(story, Plan { refuse_clear: true, ..Plan::default() })?;
     scene.swan_a.swanctl(&["--install", "--child", "net"])?;
     story.expect(inbound_associations(&scene)? == 0, "there is an association before the first packet");
     let mut traffic = Traffic::start(&scene.gateways)?;
