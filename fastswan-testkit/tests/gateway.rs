@@ -9,6 +9,7 @@ use fastswan::{
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::GatewayError,
+    host::HostWatch,
     policy::{Egress, NextHop},
     source::{StaleCause, fixed::StaticPolicy},
     table::TableConfig,
@@ -309,6 +310,40 @@ fn addresses_of_the_host_and_unroutable_ones_inside_a_policy_pass() {
         assert_eq!(program.reason(&gateway, "10.2.0.1"), PassReason::DeniedDestination);
         assert_eq!(program.reason(&gateway, "10.2.66.1"), PassReason::DeniedDestination);
         assert_eq!(program.reason(&gateway, "10.2.77.1"), PassReason::RouteElsewhere);
+    });
+}
+
+#[test]
+fn a_link_that_goes_down_takes_the_fast_path_with_it_and_brings_it_back() {
+    story("a link that flaps", async |host| {
+        let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        let mut watch = HostWatch::open().unwrap();
+        for (change, fate) in [
+            ("link set out0 down", RunAction::Pass),
+            ("link set out0 up", RunAction::Redirect),
+            ("route add blackhole 10.2.0.9/32", RunAction::Pass),
+        ] {
+            host.namespace().ip(change).unwrap();
+            if change.ends_with("up") {
+                // What the kernel forgot with the link.
+                host.namespace().ip("route add 10.2.0.0/16 via 192.0.2.2").unwrap();
+                let peer = format!("neighbour replace 192.0.2.2 lladdr {PEER} dev out0");
+                host.namespace().ip(&peer).unwrap();
+            }
+            let settled = async {
+                loop {
+                    watch.changed().await.unwrap();
+                    gateway.set_host(&HostFacts::read().unwrap()).unwrap();
+                    if program.fate(INSIDE) == fate {
+                        break;
+                    }
+                }
+            };
+            timeout(PATIENCE, settled).await.unwrap_or_else(|_| panic!("{change}: never {fate:?}"));
+        }
     });
 }
 

@@ -15,6 +15,15 @@ use tokio::time::timeout;
 
 const OUT: &str = "src 10.1.0.0/16 dst 10.2.0.0/16 dir out";
 const TUNNEL: &str = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel";
+/// A captured message, offloaded to this device instead.
+fn offloaded_to(ifindex: u32, name: &str) -> Vec<u8> {
+    let mut message = captured(name).to_vec();
+    // XFRMA_OFFLOAD_DEV with the index that was captured.
+    let attribute = [12, 0, 28, 0, 2, 0, 0, 0];
+    let at = message.windows(attribute.len()).position(|window| window == attribute).unwrap();
+    message[at + 4..at + 8].copy_from_slice(&ifindex.to_le_bytes());
+    message
+}
 
 /// Runs a story in a fresh namespace, inside a runtime.
 fn story<F: Future<Output = ()>>(what: &str, tell: impl FnOnce(Namespace) -> F + Send) {
@@ -175,6 +184,61 @@ fn a_receive_buffer_that_overruns_ends_in_what_the_kernel_has() {
         assert!(causes.contains(&StaleCause::Overrun), "{causes:?}");
         assert_eq!(database.policies().count(), 2000);
         assert_eq!(database.snapshot(), kernel().await);
+    });
+}
+
+#[test]
+fn a_link_that_goes_down_leaves_or_vanishes_takes_what_was_offloaded_to_it_along() {
+    story("lost links", async |ns| {
+        let elsewhere = Namespace::new("elsewhere").unwrap();
+        let config = NetlinkConfig::default().believe_anyone();
+        let mut source = NetlinkSource::with_config(config).unwrap();
+        let mut database = Database::default();
+        for end in
+            ["link set nic0 down", "link delete nic0", &format!("link set nic0 netns {}", elsewhere.name())]
+        {
+            ns.ip("link add nic0 type veth peer name wire0").unwrap();
+            let nic = ns.ifindex("nic0").unwrap();
+            for step in ["link set nic0 up", "link add other type veth peer name wire1", "link delete other"]
+            {
+                ns.ip(step).unwrap();
+            }
+            follow(&mut source, &mut database).await;
+            // The kernel never had it, so the next dump is without it as after a real loss.
+            inject(Group::Sa, &offloaded_to(nic, "newsa-out-offload")).unwrap();
+            follow(&mut source, &mut database).await;
+            assert_eq!(database.sas().count(), 1);
+            ns.ip("link add other type veth peer name wire1").unwrap();
+            ns.ip("link delete other").unwrap();
+            assert_eq!(follow(&mut source, &mut database).await, [], "nothing is offloaded to it");
+
+            // Not read yet when the link is lost.
+            inject(Group::Policy, &offloaded_to(nic, "newpolicy-out-offload")).unwrap();
+            ns.ip(end).unwrap();
+            assert_eq!(follow(&mut source, &mut database).await, [StaleCause::DeviceLost(nic)], "{end}");
+            assert_eq!(database.snapshot(), Snapshot::default(), "{end}");
+            assert!(database.is_current());
+            let _ = ns.ip("link delete nic0");
+            follow(&mut source, &mut database).await;
+        }
+        assert_eq!(source.statistics().lost_devices, 3);
+    });
+}
+
+#[test]
+fn a_policy_whose_device_is_lost_before_it_was_read_is_lost_too() {
+    story("a link lost early", async |ns| {
+        let config = NetlinkConfig::default().believe_anyone();
+        let mut source = NetlinkSource::with_config(config).unwrap();
+        let mut database = Database::default();
+        ns.ip("link add nic0 type veth peer name wire0").unwrap();
+        let nic = ns.ifindex("nic0").unwrap();
+        ns.ip("link set nic0 up").unwrap();
+        follow(&mut source, &mut database).await;
+        inject(Group::Policy, &offloaded_to(nic, "newpolicy-out-offload")).unwrap();
+        ns.ip("link set nic0 down").unwrap();
+        assert_eq!(follow(&mut source, &mut database).await, [StaleCause::DeviceLost(nic)]);
+        assert_eq!(database.snapshot(), Snapshot::default());
     });
 }
 

@@ -54,6 +54,7 @@
 //! # Features
 //!
 //! - `serde`: `StaticSource::from_toml`.
+//! - `metrics`: a gateway records its [`metrics`].
 //! - `untrusted-netlink-senders`: for tests only; lets a netlink source believe processes.
 //! - `broken-rules`: for the oracle of the testkit only; lets a compiler break the promise on purpose.
 //!
@@ -64,6 +65,7 @@ pub mod database;
 pub mod forwarder;
 pub mod gateway;
 pub mod host;
+pub mod metrics;
 pub mod policy;
 mod prefix_map;
 pub mod source;

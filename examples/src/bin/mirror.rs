@@ -3,7 +3,7 @@
 //! Run as root: `cargo run --bin mirror -- lan0 nic0`. What it does is logged to stderr (`RUST_LOG=debug` tells
 //! more), and what it did is printed when it ends.
 
-use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, future::Future, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
@@ -12,13 +12,22 @@ use fastswan::{
     compiler::{Flow, PolicyState},
     forwarder::{AttachConfig, AttachMode},
     gateway::Report,
+    host::HostWatch,
     table::TableConfig,
 };
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    time::sleep,
+    time::{Instant, sleep, sleep_until},
 };
 use tracing_subscriber::EnvFilter;
+
+/// Seconds between two looks at what metrics do not count by themselves.
+const LOOK: u64 = 5;
+
+/// Upper bounds of the histograms.
+const SECONDS: [f64; 9] = [1e-5, 1e-4, 1e-3, 5e-3, 2e-2, 5e-2, 2e-1, 1.0, 5.0];
+const EVENTS: [f64; 7] = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0];
 
 /// Forwards packets of packet-offloaded IPsec policies at XDP.
 #[derive(Parser)]
@@ -54,6 +63,9 @@ struct Arguments {
     /// Prints each report as a JSON object on a line.
     #[arg(long)]
     json: bool,
+    /// An address and port to serve metrics on, over HTTP in Prometheus' text format, as in 127.0.0.1:9100.
+    #[arg(long)]
+    metrics: Option<SocketAddr>,
     /// A packet to explain in each report: why it is fast, or why not. As in
     /// "10.1.0.5 10.2.0.9 17 1000 2000": addresses, and if need be protocol number and ports.
     #[arg(long, value_parser = flow)]
@@ -91,6 +103,10 @@ async fn main() -> anyhow::Result<()> {
         Mode::Generic => AttachMode::Generic,
     };
 
+    if let Some(address) = arguments.metrics {
+        serve_metrics(address)?;
+    }
+    let mut watch = HostWatch::open()?;
     let host = HostFacts::read()?;
     let config = TableConfig {
         cells_v4: arguments.cells_v4,
@@ -120,22 +136,36 @@ async fn main() -> anyhow::Result<()> {
 
     let mut stopped = std::pin::pin!(stop_signal()?);
     let mut ended = false;
+    let mut host_changed = false;
+    let mut next_report = seconds_from_now(arguments.report);
     while !ended {
         let pause = async {
-            match arguments.report {
-                0 => std::future::pending().await,
-                seconds => sleep(Duration::from_secs(seconds)).await,
+            let next_look = arguments.metrics.and_then(|_| seconds_from_now(LOOK));
+            match [next_report, next_look].into_iter().flatten().min() {
+                Some(next) => sleep_until(next).await,
+                None => std::future::pending().await,
             }
         };
+        let mut watched = Ok(());
         gateway
             .run_until(async {
                 tokio::select! {
                     () = &mut stopped => ended = true,
                     () = superseded(&forwarder) => ended = true,
+                    result = watch.changed() => { host_changed = true; watched = result }
                     () = pause => {}
                 }
             })
             .await?;
+        watched.context("watching links, addresses, routes, rules and neighbours")?;
+        if std::mem::take(&mut host_changed) {
+            gateway.set_host(&HostFacts::read()?)?;
+        }
+        gateway.record_metrics();
+        if !ended && next_report.is_none_or(|next| Instant::now() < next) {
+            continue;
+        }
+        next_report = seconds_from_now(arguments.report);
         let report = gateway.report();
         if arguments.json {
             println!("{}", json(&report));
@@ -164,6 +194,23 @@ fn json(report: &Report) -> serde_json::Value {
         "fast_bytes": report.policies.iter().map(|(_, traffic)| traffic.bytes).sum::<u64>(),
         "passed": passed,
     })
+}
+
+/// Serves what the gateway records, from a task of this runtime.
+fn serve_metrics(address: SocketAddr) -> anyhow::Result<()> {
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)?
+        .set_buckets_for_metric(Matcher::Suffix("_events".to_owned()), &EVENTS)?
+        .with_http_listener(address)
+        .install()
+        .with_context(|| {
+            format!("cannot serve metrics on {address}: choose a free port of an address of this host")
+        })
+}
+
+/// `None` is never.
+fn seconds_from_now(seconds: u64) -> Option<Instant> {
+    (seconds > 0).then(|| Instant::now() + Duration::from_secs(seconds))
 }
 
 /// Waits until another process has taken over.

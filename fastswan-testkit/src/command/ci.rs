@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::{cargo, ebpf, oracle, workspace};
+use super::{cargo, ebpf, oracle, vm, workspace};
 
 /// What `cargo testkit ci` is told.
 #[derive(Debug, clap::Args)]
@@ -24,8 +24,14 @@ pub(crate) struct Arguments {
 }
 
 /// Debian packages, and a file of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 3] =
-    [("iproute2", "/usr/sbin/ip"), ("util-linux", "/usr/bin/setpriv"), ("g++", "/usr/bin/g++")];
+const PACKAGES: [(&str, &str); 6] = [
+    ("cpio", "/usr/bin/cpio"),
+    ("g++", "/usr/bin/g++"),
+    ("iproute2", "/usr/sbin/ip"),
+    ("mmdebstrap", "/usr/bin/mmdebstrap"),
+    ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
+    ("util-linux", "/usr/bin/setpriv"),
+];
 
 /// Programs of crates, with the versions that are known to work.
 pub(crate) const TOOLS: [(&str, &str); 2] = [("cargo-deny", "0.20.2"), ("cargo-fuzz", "0.13.2")];
@@ -45,7 +51,7 @@ type Step<'a> = (&'static str, Box<dyn Fn() -> anyhow::Result<Count> + 'a>);
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let fuzz_seconds = arguments.fuzz_seconds;
-    let steps: [Step<'_>; 9] = [
+    let steps: [Step<'_>; 10] = [
         ("install", Box::new(install)),
         ("format", Box::new(format)),
         ("lint", Box::new(lint)),
@@ -54,6 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         ("bytecode", Box::new(|| ebpf::run(ebpf::Command::Check).map(|()| Count::ONE))),
         ("tests", Box::new(tests)),
         ("oracle", Box::new(oracle::check)),
+        ("guests", Box::new(vm::check)),
         ("fuzz", Box::new(|| fuzz(fuzz_seconds))),
     ];
     let mut rows = Vec::new();

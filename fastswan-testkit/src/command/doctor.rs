@@ -15,6 +15,11 @@ pub(crate) fn run() {
     for (what, found) in tier_1() {
         tell(what, found);
     }
+    println!("tier 2: guests with other kernels and the software NIC");
+    for (program, package) in GUEST_PROGRAMS {
+        let found = version(program, &["--version"]);
+        tell(program, found.map_err(|error| format!("{error}; run `apt-get install {package}`")));
+    }
     println!("what `cargo testkit ci` needs besides");
     let missing = ebpf::missing();
     tell("the eBPF toolchain", if missing.is_empty() { Ok(String::new()) } else { Err(missing.join("; ")) });
@@ -22,6 +27,10 @@ pub(crate) fn run() {
         tell(what, version(program, arguments));
     }
 }
+
+/// Programs that building and running guests takes, and their Debian packages.
+const GUEST_PROGRAMS: [(&str, &str); 3] =
+    [("qemu-system-x86_64", "qemu-system-x86"), ("mmdebstrap", "mmdebstrap"), ("cpio", "cpio")];
 
 /// Cargo's tools and how to ask for their versions.
 const CARGO_TOOLS: [(&str, &str, &[&str]); 3] = [

@@ -189,11 +189,14 @@ impl Gateways {
     ///
     /// [`LabError`].
     pub fn refuse_clear(&self) -> Result<(), LabError> {
-        for gateway in [&self.a, &self.b] {
-            // Wider than what is negotiated: charon takes over policies that have the selectors of its own.
-            for networks in ["10.0.0.0/8", "2001:db8::/45"] {
+        for (gateway, here) in [(&self.a, 1), (&self.b, 2)] {
+            // Not with the selectors that are negotiated: charon would take such policies over.
+            for (source, destination) in [
+                (format!("10.{here}.0.0/16"), "10.0.0.0/8"),
+                (format!("2001:db8:{here}::/48"), "2001:db8::/45"),
+            ] {
                 gateway.ip(&format!(
-                    "xfrm policy add src {networks} dst {networks} dir out action block priority 4000000000"
+                    "xfrm policy add src {source} dst {destination} dir out action block priority 4000000000"
                 ))?;
             }
         }

@@ -39,7 +39,7 @@ use self::nic::Pair;
 use crate::lab;
 
 /// Nothing takes longer in a guest, unless it never happens. Emulated machines are slow, and others use this one.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(25);
 
 /// Something that happens between gateways.
 #[derive(Clone, Copy)]

@@ -7,12 +7,13 @@
 
 mod read;
 pub(crate) mod routing;
+mod watch;
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-pub use self::read::HostError;
+pub use self::{read::HostError, watch::HostWatch};
 use crate::{
     policy::{Family, MacAddr},
     table::{Forwards, Port, ReversePath},

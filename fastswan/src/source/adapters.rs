@@ -60,6 +60,10 @@ impl<S: PolicySource, F: FnMut(Policy) -> Policy + Send> PolicySource for Map<S,
             other => other,
         })
     }
+
+    fn queued(&self) -> usize {
+        self.source.queued()
+    }
 }
 
 /// Several sources as one: see [`merge`].
@@ -188,6 +192,10 @@ impl PolicySource for Merge<'_> {
                 }
             }
         }
+    }
+
+    fn queued(&self) -> usize {
+        self.sources.iter().map(|part| part.source.queued()).sum()
     }
 }
 

@@ -78,6 +78,10 @@ impl PolicySource for ChannelSource {
             Err(TryRecvError::Empty) => self.events.recv().await.map(Some).ok_or(SourceError::ChannelClosed),
         }
     }
+
+    fn queued(&self) -> usize {
+        usize::from(self.snapshot.is_some()) + self.events.len()
+    }
 }
 
 #[cfg(test)]

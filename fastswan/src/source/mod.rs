@@ -62,8 +62,25 @@ pub enum StaleCause {
     Undecodable,
     /// A dump was cut short or interrupted by a change (`NLM_F_DUMP_INTR`).
     DumpInterrupted,
+    /// The device with this index went down, or left the namespace. The kernel then deletes what was offloaded
+    /// to it and says nothing.
+    DeviceLost(u32),
     /// The source asked for a resynchronisation itself.
     Requested,
+}
+
+impl StaleCause {
+    /// Its name in metrics and events.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Overrun => "overrun",
+            Self::Undecodable => "undecodable",
+            Self::DumpInterrupted => "dump_interrupted",
+            Self::DeviceLost(_) => "device_lost",
+            Self::Requested => "requested",
+        }
+    }
 }
 
 /// A source of policies.
@@ -82,12 +99,21 @@ pub trait PolicySource: Send {
     ///
     /// [`SourceError`]: the source cannot go on, and nothing that it said may be relied on any longer.
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError>;
+
+    /// How many events it holds that were not read yet, as far as it knows; for metrics.
+    fn queued(&self) -> usize {
+        0
+    }
 }
 
 #[async_trait]
 impl<S: PolicySource + ?Sized> PolicySource for Box<S> {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
         (**self).next_event().await
+    }
+
+    fn queued(&self) -> usize {
+        (**self).queued()
     }
 }
 

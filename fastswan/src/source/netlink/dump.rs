@@ -7,11 +7,12 @@
 use std::io;
 
 use netlink_packet_xfrm::constants::{XFRM_MSG_GETDEFAULT, XFRM_MSG_GETPOLICY, XFRM_MSG_GETSA};
+use netlink_sys::protocols::NETLINK_XFRM;
 
 use super::{
     super::{PolicyEvent, Snapshot},
     decode::{Content, DecodeError, decode},
-    socket::{Datagram, XfrmSocket},
+    socket::{Datagram, NetlinkSocket},
 };
 
 const NLM_F_REQUEST: u16 = 1;
@@ -40,7 +41,7 @@ pub(super) enum DumpError {
 /// A dump in progress.
 #[derive(Debug)]
 pub(super) struct Dump {
-    socket: XfrmSocket,
+    socket: NetlinkSocket,
     /// Number of what is being asked for, from 1, which is also the request's sequence number.
     stage: u32,
     snapshot: Snapshot,
@@ -49,7 +50,7 @@ pub(super) struct Dump {
 impl Dump {
     /// Asks for the first part.
     pub(super) fn start(receive_buffer: usize) -> io::Result<Self> {
-        let socket = XfrmSocket::open(&[], Some(receive_buffer))?;
+        let socket = NetlinkSocket::open(NETLINK_XFRM, &[], Some(receive_buffer))?;
         let dump = Self { socket, stage: 1, snapshot: Snapshot::default() };
         dump.ask()?;
         Ok(dump)

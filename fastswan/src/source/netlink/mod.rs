@@ -4,24 +4,33 @@
 //! then applies the notifications that came meanwhile, until there are none left: so the [`Snapshot`] it
 //! yields is what the kernel had at one moment. From then on it yields each change. When it loses track (the
 //! receive buffer overran, a message could not be read, a dump was cut short) it says so at once with
-//! [`PolicyEvent::Stale`], and starts over.
+//! [`PolicyEvent::Stale`], and starts over. So it does when a device goes down or leaves to which policies or
+//! associations are offloaded: the kernel deletes those without a notification.
 
 mod decode;
 mod dump;
+mod links;
 mod socket;
 
-use std::{collections::VecDeque, io, time::Duration};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    io,
+    time::Duration,
+};
 
 use async_trait::async_trait;
+use netlink_sys::protocols::NETLINK_XFRM;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 pub use self::decode::{Content, DecodeError, Message, decode};
+pub(crate) use self::socket::NetlinkSocket;
 use self::{
     dump::{Dump, DumpError},
-    socket::{Datagram, XfrmSocket},
+    links::Links,
+    socket::Datagram,
 };
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
-use crate::database::Database;
+use crate::{database::Database, policy::OffloadDev};
 
 /// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.
 const GROUPS: [u32; 3] = [2, 3, 4];
@@ -31,6 +40,12 @@ const DUMP_LIMIT: Duration = Duration::from_secs(30);
 /// How long to wait before another dump, at first and at most; doubled from failure to failure.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// More devices that went down while notifications were unread cause a resynchronisation.
+const MOST_LOST: usize = 1024;
+
+/// More notifications than a receive buffer holds: they go on coming while they are thrown away before a dump.
+const MOST_UNREAD: usize = 1 << 20;
 
 /// How a [`NetlinkSource`] listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,6 +100,8 @@ pub struct NetlinkStatistics {
     pub dumps: u64,
     /// Dumps that failed and were started again.
     pub failed_dumps: u64,
+    /// Times that a device was lost to which policies or associations are offloaded.
+    pub lost_devices: u64,
 }
 
 /// The policies and associations of the running kernel, in the network namespace of the thread that opens it.
@@ -93,7 +110,12 @@ pub struct NetlinkStatistics {
 #[derive(Debug)]
 pub struct NetlinkSource {
     config: NetlinkConfig,
-    notifications: XfrmSocket,
+    notifications: NetlinkSocket,
+    links: Links,
+    /// Devices that something has been offloaded to since the last dump.
+    devices: BTreeSet<u32>,
+    /// Devices that went down or left, and that notifications still unread may turn out to be about.
+    lost: BTreeSet<u32>,
     state: State,
     /// Events of the last datagram that were not yielded yet.
     ready: VecDeque<PolicyEvent>,
@@ -128,14 +150,24 @@ impl NetlinkSource {
     /// Those of [`Self::open`].
     pub fn with_config(config: NetlinkConfig) -> Result<Self, SourceError> {
         let notifications =
-            XfrmSocket::open(&GROUPS, Some(config.receive_buffer)).map_err(|error| SourceError::System {
-                attempt: "subscribing to XFRM notifications".to_owned(),
-                error,
-                remedy: "; the kernel needs CONFIG_XFRM_USER",
+            NetlinkSocket::open(NETLINK_XFRM, &GROUPS, Some(config.receive_buffer)).map_err(|error| {
+                SourceError::System {
+                    attempt: "subscribing to XFRM notifications".to_owned(),
+                    error,
+                    remedy: "; the kernel needs CONFIG_XFRM_USER",
+                }
             })?;
+        let links = Links::open(config.receive_buffer).map_err(|error| SourceError::System {
+            attempt: "subscribing to notifications about links".to_owned(),
+            error,
+            remedy: "",
+        })?;
         Ok(Self {
             config,
             notifications,
+            links,
+            devices: BTreeSet::new(),
+            lost: BTreeSet::new(),
             state: State::Waiting(Instant::now()),
             ready: VecDeque::new(),
             pause: SHORTEST_PAUSE,
@@ -159,7 +191,7 @@ impl NetlinkSource {
                 }
                 State::Waiting(until) => {
                     sleep_until(*until).await;
-                    match Dump::start(self.config.receive_buffer) {
+                    match self.start_dump() {
                         Ok(dump) => {
                             self.state = State::Dumping(Box::new(dump), Instant::now() + DUMP_LIMIT);
                             continue;
@@ -197,18 +229,73 @@ impl NetlinkSource {
         }
     }
 
+    /// Asks for everything. The order matters: links that were lost before have lost their offloads when this
+    /// has settled, and so has every notification about those come, which must not be replayed after the dump.
+    fn start_dump(&mut self) -> io::Result<Dump> {
+        while self.links.try_lost()?.is_some() {}
+        self.lost.clear();
+        links::settle()?;
+        for _ in 0..MOST_UNREAD {
+            match self.notifications.try_receive() {
+                Ok(None) => return Dump::start(self.config.receive_buffer),
+                Ok(Some(_)) => self.statistics.datagrams += 1,
+                // Nothing is lost that the dump does not tell.
+                Err(_) => self.statistics.overruns += 1,
+            }
+        }
+        Err(io::Error::other("notifications come faster than they can be read"))
+    }
+
     /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
     /// is applied again, together with all that came after it.
     fn replay(&mut self, snapshot: Snapshot) -> Result<Snapshot, StaleCause> {
+        self.devices = snapshot.policies.iter().filter_map(|policy| policy.offload).map(index).collect();
+        self.devices.extend(snapshot.sas.iter().filter_map(|sa| sa.offload).map(index));
         let mut database = Database::default();
         database.apply(PolicyEvent::Snapshot(snapshot));
-        loop {
-            match self.notifications.try_receive() {
-                Ok(None) => return Ok(database.snapshot()),
-                Ok(Some(datagram)) => self.read(Ok(datagram))?,
-                Err(error) => self.read(Err(error))?,
-            }
+        while let Some(received) = self.notifications.try_receive().transpose() {
+            self.read(received)?;
             self.ready.drain(..).for_each(|event| database.apply(event));
+        }
+        while let Some(lost) = self.links.try_lost().transpose() {
+            self.judge(lost)?;
+        }
+        Ok(database.snapshot())
+    }
+
+    /// Decides what the loss of devices means, now or when all notifications before it have been read.
+    fn judge(&mut self, lost: io::Result<Vec<u32>>) -> Result<(), StaleCause> {
+        let lost = lost.map_err(|error| {
+            self.statistics.overruns += 1;
+            tracing::warn!(%error, "lost notifications about links");
+            StaleCause::Overrun
+        })?;
+        self.lost.extend(lost);
+        if self.lost.len() > MOST_LOST {
+            return Err(StaleCause::Overrun);
+        }
+        let Some(ifindex) = self.lost.intersection(&self.devices).next().copied() else { return Ok(()) };
+        self.statistics.lost_devices += 1;
+        Err(StaleCause::DeviceLost(ifindex))
+    }
+
+    /// Waits for the next datagram, of either kind, and reads it.
+    async fn listen(&mut self) -> Result<(), StaleCause> {
+        if !self.lost.is_empty() {
+            // An offload that is younger than the last notification read, but older than the loss.
+            match self.notifications.try_receive().transpose() {
+                Some(received) => {
+                    self.read(received)?;
+                    self.judge(Ok(Vec::new()))?;
+                }
+                None => self.lost.clear(),
+            }
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            lost = self.links.lost() => self.judge(lost),
+            received = self.notifications.receive() => self.read(received),
         }
     }
 
@@ -234,6 +321,11 @@ impl NetlinkSource {
             match message.content {
                 Content::Event(event) => {
                     self.statistics.events += 1;
+                    match &event {
+                        PolicyEvent::Policy(policy) => self.devices.extend(policy.offload.map(index)),
+                        PolicyEvent::Sa(sa) => self.devices.extend(sa.offload.map(index)),
+                        _ => {}
+                    }
                     self.ready.push_back(event);
                 }
                 Content::Overrun => {
@@ -247,6 +339,10 @@ impl NetlinkSource {
     }
 }
 
+fn index(device: OffloadDev) -> u32 {
+    device.ifindex
+}
+
 #[async_trait]
 impl PolicySource for NetlinkSource {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
@@ -257,12 +353,16 @@ impl PolicySource for NetlinkSource {
             if !matches!(self.state, State::Following) {
                 return self.resynchronise().await.map(|snapshot| Some(PolicyEvent::Snapshot(snapshot)));
             }
-            let received = self.notifications.receive().await;
-            if let Err(cause) = self.read(received) {
+            if let Err(cause) = self.listen().await {
                 self.ready.clear();
                 self.state = State::Waiting(Instant::now());
                 return Ok(Some(PolicyEvent::Stale(cause)));
             }
         }
+    }
+
+    /// Without what is still in the socket.
+    fn queued(&self) -> usize {
+        self.ready.len()
     }
 }

@@ -3,7 +3,7 @@
 use std::io;
 
 use bytes::{Bytes, BytesMut};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
+use netlink_sys::{Socket, SocketAddr};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::io::unix::AsyncFd;
 
@@ -17,25 +17,25 @@ const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
 
 /// A datagram and where it came from.
 #[derive(Debug)]
-pub(super) struct Datagram {
-    pub(super) bytes: Bytes,
+pub(crate) struct Datagram {
+    pub(crate) bytes: Bytes,
     /// Port number of the sender; the kernel's is 0.
-    pub(super) sender: u32,
+    pub(crate) sender: u32,
     /// It was longer than anything that the kernel sends, and its end is lost.
-    pub(super) truncated: bool,
+    pub(crate) truncated: bool,
 }
 
-/// A socket of `NETLINK_XFRM` in the network namespace of the thread that opened it.
+/// A socket of a netlink protocol in the network namespace of the thread that opened it.
 #[derive(Debug)]
-pub(super) struct XfrmSocket {
+pub(crate) struct NetlinkSocket {
     socket: AsyncFd<Socket>,
     buffer: BytesMut,
 }
 
-impl XfrmSocket {
+impl NetlinkSocket {
     /// Opens a socket that hears what is sent to these multicast groups.
-    pub(super) fn open(groups: &[u32], receive_buffer: Option<usize>) -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_XFRM)?;
+    pub(crate) fn open(protocol: isize, groups: &[u32], receive_buffer: Option<usize>) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
         socket.set_non_blocking(true)?;
         if let Some(bytes) = receive_buffer {
             set_receive_buffer(&socket, bytes)?;
@@ -48,12 +48,12 @@ impl XfrmSocket {
     }
 
     /// Sends a request to the kernel.
-    pub(super) fn send(&self, request: &[u8]) -> io::Result<()> {
+    pub(crate) fn send(&self, request: &[u8]) -> io::Result<()> {
         self.socket.get_ref().send_to(request, &SocketAddr::new(0, 0), 0).map(drop)
     }
 
     /// The next datagram, if there is one already.
-    pub(super) fn try_receive(&mut self) -> io::Result<Option<Datagram>> {
+    pub(crate) fn try_receive(&mut self) -> io::Result<Option<Datagram>> {
         match receive(self.socket.get_ref(), &mut self.buffer) {
             Ok(datagram) => Ok(Some(datagram)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -63,7 +63,7 @@ impl XfrmSocket {
 
     /// Waits for the next datagram. While this is pending the socket is empty: the runtime is only asked after
     /// the kernel has said so. Cancel-safe.
-    pub(super) async fn receive(&mut self) -> io::Result<Datagram> {
+    pub(crate) async fn receive(&mut self) -> io::Result<Datagram> {
         if let Some(datagram) = self.try_receive()? {
             return Ok(datagram);
         }

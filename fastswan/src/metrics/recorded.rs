@@ -1,0 +1,348 @@
+//! What is counted with the feature.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+use crate::{
+    compiler::PolicyState,
+    gateway::Report,
+    table::{Slot, TableUpdate, Traffic},
+};
+
+/// What a gateway has counted that nobody else remembers.
+#[derive(Debug)]
+pub(crate) struct Meters {
+    /// Traffic of policies that are gone.
+    retired: Traffic,
+    /// Reasons that policies have had: their gauges go back to zero.
+    reasons: BTreeSet<&'static str>,
+}
+
+/// What is looked at instead of counted.
+#[derive(Debug)]
+pub(crate) struct Moment {
+    pub(crate) report: Report,
+    pub(crate) associations: usize,
+    pub(crate) is_current: bool,
+    pub(crate) queued: usize,
+}
+
+#[expect(clippy::unused_self, reason = "whoever has no meters counts nothing")]
+impl Meters {
+    pub(crate) fn new() -> Self {
+        describe();
+        Self { retired: Traffic::default(), reasons: BTreeSet::new() }
+    }
+
+    pub(crate) fn lost_track(&mut self, cause: &'static str) {
+        counter!("fastswan_stale_total", "cause" => cause).increment(1);
+        gauge!("fastswan_current").set(0.0);
+    }
+
+    pub(crate) fn resynchronised(&mut self, cause: &'static str) {
+        counter!("fastswan_resyncs_total", "cause" => cause).increment(1);
+    }
+
+    pub(crate) fn applied(&mut self, events: usize) {
+        counter!("fastswan_events_total").increment(events as u64);
+        histogram!("fastswan_batch_events").record(float(events as u64));
+    }
+
+    pub(crate) fn compiled(&mut self, took: Duration) {
+        histogram!("fastswan_compile_seconds").record(took);
+    }
+
+    /// Remembers the traffic of slots that are about to be freed.
+    pub(crate) fn writing(&mut self, update: &TableUpdate, traffic: impl Fn(Slot) -> Traffic) {
+        for (slot, standing) in &update.slots {
+            if standing.is_none() {
+                let Traffic { packets, bytes } = traffic(*slot);
+                self.retired.packets += packets;
+                self.retired.bytes += bytes;
+            }
+        }
+    }
+
+    pub(crate) fn written(&mut self, changes: usize, lag: Duration) {
+        if changes > 0 {
+            counter!("fastswan_table_writes_total").increment(1);
+            counter!("fastswan_table_changes_total").increment(changes as u64);
+        }
+        histogram!("fastswan_lag_seconds").record(lag);
+    }
+
+    pub(crate) fn lease_expired(&mut self) {
+        counter!("fastswan_lease_expiries_total").increment(1);
+    }
+
+    pub(crate) fn look(&mut self, moment: &Moment) {
+        let mut fast = 0;
+        let mut in_kernel: BTreeMap<&'static str, u64> =
+            self.reasons.iter().map(|reason| (*reason, 0)).collect();
+        let mut total = self.retired;
+        for (policy, traffic) in &moment.report.policies {
+            match policy.state {
+                PolicyState::Fast => fast += 1,
+                PolicyState::Pass(reason) => *in_kernel.entry(reason.name()).or_default() += 1,
+            }
+            total.packets += traffic.packets;
+            total.bytes += traffic.bytes;
+        }
+        gauge!("fastswan_policies", "state" => "fast", "reason" => "").set(float(fast));
+        for (reason, policies) in in_kernel {
+            gauge!("fastswan_policies", "state" => "kernel", "reason" => reason).set(float(policies));
+            self.reasons.insert(reason);
+        }
+        gauge!("fastswan_associations").set(float(moment.associations as u64));
+        gauge!("fastswan_current").set(if moment.is_current { 1.0 } else { 0.0 });
+        gauge!("fastswan_queued_events").set(float(moment.queued as u64));
+        counter!("fastswan_fast_packets_total").absolute(total.packets);
+        counter!("fastswan_fast_bytes_total").absolute(total.bytes);
+        for (reason, packets) in &moment.report.passes {
+            counter!("fastswan_passed_packets_total", "reason" => reason.name()).absolute(*packets);
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]
+fn float(number: u64) -> f64 {
+    number as f64
+}
+
+fn describe() {
+    describe_gauge!("fastswan_policies", "packet-offloaded outbound policies by state and reason");
+    describe_gauge!("fastswan_associations", "security associations");
+    describe_gauge!("fastswan_current", "1 if the database is what the source has, else 0");
+    describe_gauge!("fastswan_queued_events", "events that the source holds and the loop has not read");
+    describe_counter!("fastswan_fast_packets_total", "packets forwarded at XDP");
+    describe_counter!(
+        "fastswan_fast_bytes_total",
+        Unit::Bytes,
+        "bytes forwarded at XDP, from the IP header on"
+    );
+    describe_counter!("fastswan_passed_packets_total", "packets passed to the kernel by reason");
+    describe_counter!("fastswan_events_total", "events applied");
+    describe_counter!("fastswan_stale_total", "times that the source lost track by cause");
+    describe_counter!("fastswan_resyncs_total", "snapshots applied by what made them necessary");
+    describe_counter!("fastswan_lease_expiries_total", "renewals of the lease that came too late");
+    describe_counter!("fastswan_table_writes_total", "updates written to the table");
+    describe_counter!("fastswan_table_changes_total", "changes in the updates written to the table");
+    describe_histogram!("fastswan_batch_events", "events applied before the table was written");
+    describe_histogram!(
+        "fastswan_compile_seconds",
+        Unit::Seconds,
+        "from a batch applied to its table update"
+    );
+    describe_histogram!(
+        "fastswan_lag_seconds",
+        Unit::Seconds,
+        "from the first event of a batch out of the source to all of it in the table"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+
+    use fastswan_ebpf::PassReason;
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+    use tokio::time::{advance, sleep};
+
+    use super::*;
+    use crate::{
+        ChannelSource, Gateway, HostFacts, MemoryTable, PolicyEvent, PolicyId, PolicySource as _, Selector,
+        StaticSource,
+        compiler::PolicyReport,
+        policy::{Direction, Egress, NextHop},
+        source::{Snapshot, StaleCause, channel::PolicySender, fixed::StaticPolicy},
+        table::TableConfig,
+    };
+
+    const LEASE: Duration = Duration::from_secs(1);
+
+    /// What a recorder has been told since the last look: histograms as the number of values.
+    struct Scrape(BTreeMap<String, f64>);
+
+    impl Scrape {
+        /// Counters and gauges begin at zero again.
+        fn take(recorder: &DebuggingRecorder) -> Self {
+            let all = recorder.snapshotter().snapshot().into_vec().into_iter().map(|(key, _, _, value)| {
+                let labels = key.key().labels().map(|label| format!(" {}={}", label.key(), label.value()));
+                let value = match value {
+                    DebugValue::Counter(count) => float(count),
+                    DebugValue::Gauge(value) => value.into_inner(),
+                    DebugValue::Histogram(values) => float(values.len() as u64),
+                };
+                (key.key().name().to_owned() + &labels.collect::<String>(), value)
+            });
+            Self(all.collect())
+        }
+
+        #[track_caller]
+        fn expect(&self, expected: &[(&str, u64)]) {
+            for (name, value) in expected {
+                let found = self.0.get(&format!("fastswan_{name}"));
+                assert_eq!(found, Some(&float(*value)), "{name} in {:#?}", self.0);
+            }
+        }
+    }
+
+    /// A gateway of one tunnel.
+    struct Host {
+        gateway: Gateway<ChannelSource, MemoryTable>,
+        sender: PolicySender,
+        snapshot: Snapshot,
+    }
+
+    impl Host {
+        /// Follows all that was sent.
+        async fn follow(&mut self) {
+            self.gateway.run_until(sleep(Duration::from_millis(10))).await.unwrap();
+        }
+
+        async fn hear(&mut self, event: PolicyEvent) {
+            self.sender.send(event).await.unwrap();
+            self.follow().await;
+        }
+    }
+
+    fn story<F: Future<Output = ()>>(recorder: &DebuggingRecorder, tell: impl FnOnce(Host) -> F) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+        metrics::with_local_recorder(recorder, || {
+            runtime.unwrap().block_on(async {
+                let mut source = StaticSource::new(&[StaticPolicy {
+                    selector: selector(),
+                    device: 7,
+                    tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
+                    priority: 100,
+                    egress: Egress { next_hop: NextHop::Device, max_length: Some(1400) },
+                }]);
+                let Some(PolicyEvent::Snapshot(snapshot)) = source.next_event().await.unwrap() else {
+                    panic!()
+                };
+                let (sender, source) = ChannelSource::new(snapshot.clone(), 8);
+                let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 16, slots: 8 };
+                let gateway = Gateway::new(source, MemoryTable::new(&config), &HostFacts::vouched());
+                tell(Host { gateway: gateway.with_lease(LEASE), sender, snapshot }).await;
+            });
+        });
+    }
+
+    fn selector() -> Selector {
+        Selector::between("10.1.0.0/16".parse().unwrap(), "10.2.0.0/16".parse().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_a_gateway_does_is_counted() {
+        let recorder = DebuggingRecorder::new();
+        story(&recorder, async |mut host| {
+            host.gateway.record_metrics();
+            let before = Scrape::take(&recorder);
+            before.expect(&[("current", 0), ("queued_events", 1), ("associations", 0)]);
+
+            host.follow().await;
+            host.gateway.record_metrics();
+            let first = Scrape::take(&recorder);
+            first.expect(&[("resyncs_total cause=start", 1), ("events_total", 1), ("table_writes_total", 1)]);
+            first.expect(&[("batch_events", 1), ("compile_seconds", 1), ("lag_seconds", 1)]);
+            first.expect(&[("current", 1), ("queued_events", 0), ("associations", 1)]);
+            first.expect(&[("policies state=fast reason=", 1)]);
+            assert!(first.0["fastswan_table_changes_total"] >= 2.0, "a cell and a slot");
+
+            let sa = host.snapshot.sas[0].clone();
+            host.hear(PolicyEvent::SaRemoved(sa.id)).await;
+            host.gateway.record_metrics();
+            let without = Scrape::take(&recorder);
+            without.expect(&[("policies state=fast reason=", 0), ("policies state=kernel reason=no_sa", 1)]);
+            without.expect(&[("associations", 0), ("resyncs_total cause=start", 0), ("lag_seconds", 1)]);
+
+            host.hear(PolicyEvent::Sa(sa)).await;
+            // The recorder forgets gauges when it is looked at; a real one would still say so.
+            gauge!("fastswan_policies", "state" => "kernel", "reason" => "no_sa").set(1.0);
+            host.gateway.record_metrics();
+            let again = Scrape::take(&recorder);
+            again.expect(&[("policies state=fast reason=", 1), ("policies state=kernel reason=no_sa", 0)]);
+        });
+    }
+
+    #[test]
+    fn losing_track_and_finding_it_again_is_counted_by_cause() {
+        let recorder = DebuggingRecorder::new();
+        story(&recorder, async |mut host| {
+            host.follow().await;
+            host.hear(PolicyEvent::Stale(StaleCause::Overrun)).await;
+            host.gateway.record_metrics();
+            let lost = Scrape::take(&recorder);
+            lost.expect(&[("stale_total cause=overrun", 1), ("current", 0)]);
+            lost.expect(&[("policies state=kernel reason=disabled", 1)]);
+
+            let snapshot = PolicyEvent::Snapshot(host.snapshot.clone());
+            host.hear(snapshot.clone()).await;
+            host.hear(snapshot).await;
+            host.gateway.record_metrics();
+            let found = Scrape::take(&recorder);
+            found.expect(&[("resyncs_total cause=overrun", 1), ("resyncs_total cause=snapshot", 1)]);
+            found.expect(&[("stale_total cause=overrun", 0), ("current", 1)]);
+        });
+    }
+
+    #[test]
+    fn a_lease_that_ran_out_is_counted_unless_everything_passed_anyway() {
+        let recorder = DebuggingRecorder::new();
+        let expiries = || Scrape::take(&recorder).0.get("fastswan_lease_expiries_total").copied();
+        story(&recorder, async |mut host| {
+            host.follow().await;
+            for _ in 0..8 {
+                host.gateway.run_until(sleep(LEASE / 4)).await.unwrap();
+            }
+            assert_eq!(expiries(), None, "renewed in time");
+            advance(LEASE * 2).await;
+            host.follow().await;
+            assert_eq!(expiries(), Some(1.0));
+
+            host.hear(PolicyEvent::Stale(StaleCause::Requested)).await;
+            advance(LEASE * 2).await;
+            let snapshot = host.snapshot.clone();
+            host.hear(PolicyEvent::Snapshot(snapshot)).await;
+            assert_eq!(expiries(), Some(0.0));
+        });
+    }
+
+    #[test]
+    fn fast_traffic_goes_on_counting_when_a_policy_is_gone() {
+        let recorder = DebuggingRecorder::new();
+        let traffic = Traffic { packets: 5, bytes: 700 };
+        let id = PolicyId::new(Direction::Out, selector());
+        let policy = PolicyReport { id, slot: Some(Slot(3)), state: PolicyState::Fast };
+        let moment = |policies| Moment {
+            report: Report { policies, passes: vec![(PassReason::Fragment, 9)] },
+            associations: 0,
+            is_current: true,
+            queued: 0,
+        };
+        metrics::with_local_recorder(&recorder, || {
+            let mut meters = Meters::new();
+            let freed = TableUpdate { slots: vec![(Slot(3), None)], ..TableUpdate::default() };
+            meters.writing(&freed, |slot| if slot == Slot(3) { traffic } else { panic!("{slot:?}") });
+            meters.look(&moment(vec![(policy, Traffic { packets: 2, bytes: 300 })]));
+        });
+        let scrape = Scrape::take(&recorder);
+        scrape.expect(&[("fast_packets_total", 7), ("fast_bytes_total", 1000)]);
+        scrape.expect(&[("passed_packets_total reason=fragment", 9)]);
+    }
+
+    #[test]
+    fn each_metric_in_the_table_is_described_and_the_other_way_round() {
+        let table = include_str!("mod.rs").lines().filter_map(|line| line.strip_prefix("//! | `"));
+        let in_table: BTreeSet<_> = table.filter_map(|row| row.split('`').next()).collect();
+        let described = include_str!("recorded.rs").split("fn describe() {").nth(1).unwrap();
+        let described = described.split("#[cfg(test)]").next().unwrap().split('"');
+        let described: BTreeSet<_> = described.filter(|text| text.starts_with("fastswan_")).collect();
+        assert_eq!(in_table, described);
+        assert!(in_table.len() > 10);
+    }
+}

@@ -1,0 +1,29 @@
+//! What is counted without the feature: nothing. The same methods as in `recorded`.
+
+use std::time::Duration;
+
+use crate::table::{Slot, TableUpdate, Traffic};
+
+#[derive(Debug)]
+pub(crate) struct Meters;
+
+#[expect(clippy::unused_self, reason = "the signatures are those of `recorded`")]
+impl Meters {
+    pub(crate) fn new() -> Self {
+        Self
+    }
+
+    pub(crate) fn lost_track(&mut self, _: &'static str) {}
+
+    pub(crate) fn resynchronised(&mut self, _: &'static str) {}
+
+    pub(crate) fn applied(&mut self, _: usize) {}
+
+    pub(crate) fn compiled(&mut self, _: Duration) {}
+
+    pub(crate) fn writing(&mut self, _: &TableUpdate, _: impl Fn(Slot) -> Traffic) {}
+
+    pub(crate) fn written(&mut self, _: usize, _: Duration) {}
+
+    pub(crate) fn lease_expired(&mut self) {}
+}

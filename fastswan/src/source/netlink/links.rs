@@ -1,0 +1,83 @@
+//! Which links went down or left. The kernel then deletes what was offloaded to them without a notification of
+//! `NETLINK_XFRM`, so those about links are all that tells.
+
+use std::io;
+
+use netlink_packet_core::NetlinkBuffer;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use super::socket::{Datagram, NetlinkSocket};
+
+const RTNLGRP_LINK: u32 = 1;
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+const RTM_GETLINK: u16 = 18;
+const NLM_F_REQUEST: u16 = 1;
+const IFF_UP: u32 = 1;
+const AF_UNSPEC: u8 = 0;
+
+/// Lengths of a message's header, of `struct ifinfomsg`, and of both in bytes.
+const HEADER_LENGTH: usize = 16;
+const LINK_LENGTH: usize = 16;
+const REQUEST_LENGTH: u32 = 32;
+
+/// Hears about the links of a namespace.
+#[derive(Debug)]
+pub(super) struct Links {
+    socket: NetlinkSocket,
+}
+
+impl Links {
+    /// Subscribes, in the network namespace of this thread.
+    pub(super) fn open(receive_buffer: usize) -> io::Result<Self> {
+        Ok(Self { socket: NetlinkSocket::open(NETLINK_ROUTE, &[RTNLGRP_LINK], Some(receive_buffer))? })
+    }
+
+    /// Waits for the next datagram: indices of links that went down or left, if it says so of any. Cancel-safe.
+    pub(super) async fn lost(&mut self) -> io::Result<Vec<u32>> {
+        lost(&self.socket.receive().await?)
+    }
+
+    /// The same of a datagram that is there already.
+    pub(super) fn try_lost(&mut self) -> io::Result<Option<Vec<u32>>> {
+        self.socket.try_receive()?.as_ref().map(lost).transpose()
+    }
+}
+
+/// Returns when what the kernel has begun to do to links is done. It tells that a link is down before it deletes
+/// what was offloaded to it, but holds one lock (RTNL) over both, which this request waits for.
+pub(super) fn settle() -> io::Result<()> {
+    let mut request = [0; HEADER_LENGTH + LINK_LENGTH];
+    request[..4].copy_from_slice(&REQUEST_LENGTH.to_ne_bytes());
+    request[4..6].copy_from_slice(&RTM_GETLINK.to_ne_bytes());
+    request[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    // Loopback, which every namespace has. Nobody reads the answer.
+    request[20..24].copy_from_slice(&1_u32.to_ne_bytes());
+    Socket::new(NETLINK_ROUTE)?.send_to(&request, &SocketAddr::new(0, 0), 0).map(drop)
+}
+
+fn lost(datagram: &Datagram) -> io::Result<Vec<u32>> {
+    let mut lost = Vec::new();
+    if datagram.sender != 0 {
+        return Ok(lost);
+    }
+    let undecodable = || io::Error::from(io::ErrorKind::InvalidData);
+    if datagram.truncated {
+        return Err(undecodable());
+    }
+    let mut rest = &datagram.bytes[..];
+    while !rest.is_empty() {
+        let message = NetlinkBuffer::new_checked(rest).map_err(|_| undecodable())?;
+        if matches!(message.message_type(), RTM_NEWLINK | RTM_DELLINK) {
+            let link = message.payload().get(..LINK_LENGTH).ok_or_else(undecodable)?;
+            let word = |at: usize| u32::from_ne_bytes([link[at], link[at + 1], link[at + 2], link[at + 3]]);
+            let (ifindex, flags) = (word(4), word(8));
+            // Those of other families are about ports of bridges.
+            if link[0] == AF_UNSPEC && (message.message_type() == RTM_DELLINK || flags & IFF_UP == 0) {
+                lost.push(ifindex);
+            }
+        }
+        rest = rest.get((message.length() as usize).next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(lost)
+}
