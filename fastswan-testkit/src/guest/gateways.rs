@@ -32,6 +32,8 @@ pub const LAN_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 4]);
 /// Of the wire's bridge and of its end at B, which nobody sends to.
 const WIRE: MacAddr = MacAddr([2, 0, 0, 0, 0, 5]);
 const WIRE_1: MacAddr = MacAddr([2, 0, 0, 0, 0, 6]);
+/// Of somebody on the wire who forges packets.
+pub const FORGER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0x66]);
 /// Of host b.
 pub const HOST_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xbb]);
 
@@ -51,7 +53,7 @@ pub struct Gateways {
     pub host_b: Namespace,
     /// Between the gateways: `wire0` leads to A, `wire1` to B.
     pub wire: Namespace,
-    pair: Pair,
+    pair: Option<Pair>,
 }
 
 impl Gateways {
@@ -73,7 +75,7 @@ impl Gateways {
             b: Namespace::new("gateb")?,
             host_b: Namespace::new("hostb")?,
             wire: Namespace::new("wire")?,
-            pair,
+            pair: Some(pair),
         };
         gateways.wire.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
         gateways
@@ -130,7 +132,9 @@ impl Gateways {
     ///
     /// If it is not to be had.
     pub fn renew_wire(&mut self) -> anyhow::Result<()> {
-        self.pair = Pair::new().context("making a pair of ports")?;
+        // The old one is removed by its name, which the new one has as well.
+        drop(self.pair.take());
+        self.pair = Some(Pair::new().context("making a pair of ports")?);
         Ok(self.plug()?)
     }
 

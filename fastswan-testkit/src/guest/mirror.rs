@@ -17,7 +17,9 @@ use serde::Deserialize;
 use super::{gateways::Gateways, wait_for};
 
 /// What it says when it runs on a port.
-const ATTACHED: &str = "the XDP program";
+const ATTACHED: &str = "attached the XDP program";
+/// What it says when it runs where another one did.
+const TAKEN_OVER: &str = "took over from an earlier process";
 /// Where it runs.
 const PORTS: [&str; 2] = ["lan0", "nic0"];
 
@@ -66,7 +68,8 @@ impl Mirror {
         let mut ended = None;
         let attached = wait_for("the mirror", || {
             ended = mirror.process.try_wait().ok().flatten();
-            ended.is_some() || mirror.log().matches(ATTACHED).count() >= PORTS.len()
+            let log = mirror.log();
+            ended.is_some() || log.matches(ATTACHED).count() >= PORTS.len() || log.contains(TAKEN_OVER)
         });
         ensure!(attached.is_ok() && ended.is_none(), "the mirror does not run: {}", mirror.log());
         Ok(mirror)

@@ -13,7 +13,7 @@ use std::{
 use etherparse::{IpNumber, LaxNetSlice, LaxSlicedPacket, TransportSlice};
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use super::gateways::{Gateways, NIC_A, NIC_B};
+use super::gateways::{FORGER, Gateways, NIC_B};
 use crate::capture::Capture;
 
 /// Packets in clear that are described.
@@ -81,11 +81,11 @@ impl Wire {
 
 impl Seen {
     fn note(&mut self, frame: &[u8]) {
+        // What leaves A in clear from XDP has whatever Ethernet header it came with.
         let from = match frame.get(6..12) {
-            Some(address) if address == NIC_A.0 => 0,
+            Some(address) if address == FORGER.0 => return,
             Some(address) if address == NIC_B.0 => 1,
-            // Somebody forges frames.
-            _ => return,
+            _ => 0,
         };
         let Ok(packet) = LaxSlicedPacket::from_ethernet(frame) else { return };
         let (source, destination, protocol) = match &packet.net {
@@ -126,7 +126,7 @@ fn is_inner(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frames::Frame;
+    use crate::{frames::Frame, guest::gateways::NIC_A};
 
     #[test]
     fn what_has_an_inner_address_outside_is_in_clear() {

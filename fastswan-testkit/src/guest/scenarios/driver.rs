@@ -17,6 +17,7 @@ pub(super) fn driver(story: &mut Story) -> anyhow::Result<()> {
             gateways.a.ip("link set nic0 down")?;
             gateways.a.ip("link set nic0 up")?;
         }
+        gateways.set_up_ends()?;
         gateways.route()?;
         traffic.wait_for_arrivals(50)?;
         let totals = traffic.stop()?;

@@ -8,7 +8,7 @@ use crate::{
     frames::Frame,
     guest::{
         Story,
-        gateways::{Gateways, NIC_A, NIC_B},
+        gateways::{FORGER, Gateways, NIC_A},
         wait_for,
     },
     lab,
@@ -46,10 +46,7 @@ pub(super) fn spoof(story: &mut Story) -> anyhow::Result<()> {
 
 fn forge(scene: &Scene, count: u64) -> anyhow::Result<()> {
     let frame = Frame::v4(FORGED, "10.1.0.5").udp(7000, 7001).payload(64);
-    // Not from B's own address, which would be B's fault.
-    let mut forger = NIC_B;
-    forger.0[5] = 0x66;
-    let frame = frame.macs(forger, NIC_A).build();
+    let frame = frame.macs(FORGER, NIC_A).build();
     let mut wire = scene.gateways.wire.enter(|| lab::wire("wire0"))?;
     for _ in 0..count {
         wire.write_all(&frame)?;
