@@ -10,7 +10,7 @@ use crate::guest::{Story, mirror::Mirror, wait_for};
 const PINNED: [&str; 2] = ["--pin", "/sys/fs/bpf/fastswan"];
 
 pub(super) fn charon_kill(story: &mut Story) -> anyhow::Result<()> {
-    let mut scene = Scene::established(story, Plan::default())?;
+    let mut scene = Scene::established(story, Plan { refuse_clear: true, ..Plan::default() })?;
     scene.swan_a.kill()?;
     scene.wait_until_fast()?;
     scene.traffic()?.wait_for_arrivals(200)?;

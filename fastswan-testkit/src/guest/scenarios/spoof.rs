@@ -1,6 +1,6 @@
 //! What comes in clear from the wire, with addresses of a network behind the other gateway.
 
-use std::{io::Write as _, time::Duration};
+use std::{io::Write as _, net::UdpSocket, time::Duration};
 
 use super::scene::{Plan, Scene};
 use crate::{
@@ -21,6 +21,8 @@ const FORGERIES: u64 = 200;
 pub(super) fn spoof(story: &mut Story) -> anyhow::Result<()> {
     let mut scene = Scene::set_up(story, Plan { leak: true, ..Plan::default() })?;
     let mut host = Capture::open(&scene.gateways.host_a)?;
+    // Nobody answers that the port is closed.
+    let _sink = scene.gateways.host_a.enter(|| UdpSocket::bind("10.1.0.5:7001"))?;
     // Without a tunnel they arrive, so that somebody would notice if they did later.
     forge(&scene, 1)?;
     let mut arrived = 0;
