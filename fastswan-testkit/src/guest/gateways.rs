@@ -32,7 +32,7 @@ pub const LAN_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 4]);
 /// Of the wire's bridge and of its end at B, which nobody sends to.
 const WIRE: MacAddr = MacAddr([2, 0, 0, 0, 0, 5]);
 const WIRE_1: MacAddr = MacAddr([2, 0, 0, 0, 0, 6]);
-/// Of somebody on the wire who forges frames.
+/// Of somebody on the wire who forges packets.
 pub const FORGER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0x66]);
 /// Of host b.
 pub const HOST_B: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xbb]);
@@ -132,7 +132,7 @@ impl Gateways {
     ///
     /// If it is not to be had.
     pub fn renew_wire(&mut self) -> anyhow::Result<()> {
-        // Not the new one because of its name.
+        // The old one is removed by its name, which the new one has as well.
         drop(self.pair.take());
         self.pair = Some(Pair::new().context("making a pair of ports")?);
         Ok(self.plug()?)

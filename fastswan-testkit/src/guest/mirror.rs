@@ -16,9 +16,10 @@ use serde::Deserialize;
 
 use super::{gateways::Gateways, wait_for};
 
-/// What it says when it runs on a port, and when it does on those of an earlier one.
+/// What it says when it runs on a port.
 const ATTACHED: &str = "attached the XDP program";
-const TOOK_OVER: &str = "took over from an earlier process";
+/// What it says when it runs where another one did.
+const TAKEN_OVER: &str = "took over from an earlier process";
 /// Where it runs.
 const PORTS: [&str; 2] = ["lan0", "nic0"];
 
@@ -68,7 +69,7 @@ impl Mirror {
         let attached = wait_for("the mirror", || {
             ended = mirror.process.try_wait().ok().flatten();
             let log = mirror.log();
-            ended.is_some() || log.contains(TOOK_OVER) || log.matches(ATTACHED).count() >= PORTS.len()
+            ended.is_some() || log.matches(ATTACHED).count() >= PORTS.len() || log.contains(TAKEN_OVER)
         });
         ensure!(attached.is_ok() && ended.is_none(), "the mirror does not run: {}", mirror.log());
         Ok(mirror)

@@ -23,20 +23,13 @@ pub(super) fn all() -> Vec<Scenario> {
         limit: Duration::from_secs(120),
         tell,
     };
-    let failing = |reason, scenario: Scenario| Scenario { expected_failure: Some(reason), ..scenario };
     vec![
         scenario("establish", "a tunnel comes up, and its packets are fast", lifecycle::establish),
         scenario("rekey", "associations are replaced again and again", lifecycle::rekey),
         scenario("delete", "the tunnel is deleted, and then IKE terminated", lifecycle::delete),
         scenario("trap", "the first packet brings the tunnel up", lifecycle::trap),
-        failing(
-            "link events are not followed: policies that went with the link are thought to be there still",
-            scenario("flap", "the NIC's link goes down and up, then a rekey", silent::flap),
-        ),
-        failing(
-            "link events are not followed: policies that went with the driver are thought to be there still",
-            scenario("unload", "the NIC's driver is removed, and comes back", silent::unload),
-        ),
+        scenario("flap", "the NIC's link goes down and up, then a rekey", silent::flap),
+        scenario("unload", "the NIC's driver is removed, and comes back", silent::unload),
         scenario("move", "the NIC moves to another namespace", silent::move_away),
         scenario("charon-kill", "charon is killed, and starts again", processes::charon_kill),
         scenario("mirror-kill", "the mirror is killed, and starts again", processes::mirror_kill),

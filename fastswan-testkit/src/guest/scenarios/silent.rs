@@ -11,7 +11,6 @@ pub(super) fn flap(story: &mut Story) -> anyhow::Result<()> {
     scene.traffic()?.may_lose(true);
     scene.gateways.a.ip("link set nic0 down")?;
     story.expect(Scene::is_slow_within_a_second(), STILL_FAST);
-    scene.gateways.a.ip("link set nic0 up")?;
     scene.gateways.set_up_ends()?;
     scene.gateways.route()?;
     scene.swan_a.swanctl(&["--rekey", "--child", "net"])?;

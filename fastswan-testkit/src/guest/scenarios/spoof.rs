@@ -1,6 +1,6 @@
 //! What comes in clear from the wire, with addresses of a network behind the other gateway.
 
-use std::{io::Write as _, time::Duration};
+use std::{io::Write as _, net::UdpSocket, time::Duration};
 
 use super::scene::{Plan, Scene};
 use crate::{
@@ -21,6 +21,8 @@ const FORGERIES: u64 = 200;
 pub(super) fn spoof(story: &mut Story) -> anyhow::Result<()> {
     let mut scene = Scene::set_up(story, Plan { leak: true, ..Plan::default() })?;
     let mut host = Capture::open(&scene.gateways.host_a)?;
+    // Nobody answers that the port is closed.
+    let _sink = scene.gateways.host_a.enter(|| UdpSocket::bind("10.1.0.5:7001"))?;
     // Without a tunnel they arrive, so that somebody would notice if they did later.
     forge(&scene, 1)?;
     let mut arrived = 0;
@@ -45,9 +47,7 @@ pub(super) fn spoof(story: &mut Story) -> anyhow::Result<()> {
 }
 
 fn forge(scene: &Scene, count: u64) -> anyhow::Result<()> {
-    // An echo reply, which nobody answers.
-    let frame = Frame::v4(FORGED, "10.1.0.5").icmp(0, 0).payload(64);
-    // Not from B's own address, which would be B's fault.
+    let frame = Frame::v4(FORGED, "10.1.0.5").udp(7000, 7001).payload(64);
     let frame = frame.macs(FORGER, NIC_A).build();
     let mut wire = scene.gateways.wire.enter(|| lab::wire("wire0"))?;
     for _ in 0..count {
