@@ -35,7 +35,15 @@ pub(super) fn all() -> Vec<Scenario> {
         scenario("mirror-kill", "the mirror is killed, and starts again", processes::mirror_kill),
         scenario("mirror-stop", "the mirror is stopped, superseded, and wakes up", processes::mirror_stop),
         scenario("spoof", "forged packets come in clear from the wire", spoof::spoof),
-        scenario("fragments-options", "odd packets fare as without a mirror", oddities::fragments_options),
+        // Waits for what does not come, packet by packet.
+        Scenario {
+            limit: Duration::from_secs(240),
+            ..scenario(
+                "fragments-options",
+                "odd packets fare as without a mirror",
+                oddities::fragments_options,
+            )
+        },
         scenario("ipv6", "IPv6 in IPv6, in IPv4, and IPv4 in IPv6", families::ipv6),
         scenario("esn", "extended sequence numbers, across 2^32", families::esn),
         scenario("transport", "gateways talk to each other in transport mode", families::transport),
