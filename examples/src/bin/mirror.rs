@@ -161,7 +161,10 @@ async fn main() -> anyhow::Result<()> {
         if std::mem::take(&mut host_changed) {
             gateway.set_host(&HostFacts::read()?)?;
         }
-        gateway.record_metrics();
+        // It looks at all policies, which is of no use to anybody if nobody is served.
+        if arguments.metrics.is_some() {
+            gateway.record_metrics();
+        }
         if !ended && next_report.is_none_or(|next| Instant::now() < next) {
             continue;
         }
@@ -220,7 +223,8 @@ async fn superseded(forwarder: &XdpForwarder) {
     }
 }
 
-/// Waits until this process is told to stop. Then the program is detached, since the forwarder is dropped.
+/// Waits until this process is told to stop. Then the program is detached, unless it is pinned, since the forwarder is
+/// dropped.
 fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;

@@ -81,7 +81,7 @@ impl Swan {
     ) -> anyhow::Result<Self> {
         let folder = logs.join(name);
         fs::create_dir_all(&folder)?;
-        let socket = PathBuf::from(format!("/tmp/{}-{name}.vici", std::process::id()));
+        let socket = std::env::temp_dir().join(format!("{}-{name}.vici", std::process::id()));
         fs::write(folder.join("strongswan.conf"), settings(&folder, &socket))?;
         fs::write(folder.join("swanctl.conf"), connections(connection, offload))?;
         let process = start(gateway, &folder)?;
