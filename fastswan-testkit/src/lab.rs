@@ -279,13 +279,30 @@ pub fn join_with_index(index: Option<u32>, left: End<'_>, right: End<'_>, mtu: u
     // Only now: when an end is switched on, the kernel decides whether it takes frames from XDP, by whether
     // the other one polls.
     for end in [left, right] {
-        for address in end.addresses {
-            let detection = if address.contains(':') { "nodad" } else { "" };
-            end.namespace.ip(&format!("address add {address} dev {} {detection}", end.device))?;
-        }
-        end.namespace.ip(&format!("link set {} up", end.device))?;
+        end.switch_on()?;
     }
     Ok(())
+}
+
+impl End<'_> {
+    /// Makes a device that is in the initial namespace this end, and switches it on.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError`].
+    pub fn plug(&self, device: &str, mtu: u32) -> Result<(), LabError> {
+        ip(&["link", "set", device, "netns", self.namespace.name(), "name", self.device])?;
+        self.namespace.ip(&format!("link set {} address {} mtu {mtu}", self.device, self.mac))?;
+        self.switch_on()
+    }
+
+    fn switch_on(&self) -> Result<(), LabError> {
+        for address in self.addresses {
+            let detection = if address.contains(':') { "nodad" } else { "" };
+            self.namespace.ip(&format!("address add {address} dev {} {detection}", self.device))?;
+        }
+        self.namespace.ip(&format!("link set {} up", self.device)).map(drop)
+    }
 }
 
 /// Tells the two ends of a veth pair about each other, so that no neighbour need be asked for.

@@ -33,6 +33,8 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
     ///
     /// A template in transport mode becomes one in tunnel mode between the same addresses. In a lab it may be
     /// optional (`level use`), and then the kernel forwards in clear as well: it takes no optional tunnels.
+    ///
+    /// A policy that is offloaded already stays on its device, and only its association is assumed.
     pub fn new(source: S, device: u32, next_hop: NextHop, choose: F) -> Self {
         Self { source, choose, device, next_hop, spis: HashMap::new(), ready: VecDeque::new() }
     }
@@ -46,7 +48,8 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
         }
         let next = 0xfffe_0000 + u32::try_from(self.spis.len()).unwrap_or(0);
         let spi = *self.spis.entry(policy.id.clone()).or_insert(next);
-        let offload = Some(OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false });
+        let promoted = OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false };
+        let offload = policy.offload.or(Some(promoted));
         let outer = if template.destination.is_ipv4() { Family::V4 } else { Family::V6 };
         let association = SecurityAssociation {
             id: SaId { destination: template.destination, spi, protocol: IPPROTO_ESP, mark: Mark::default() },

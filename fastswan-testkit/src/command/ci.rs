@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::{cargo, ebpf, oracle, vm, workspace};
+use super::{cargo, ebpf, guest_oracle, oracle, vm, workspace};
 
 /// What `cargo testkit ci` is told.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,7 @@ type Step<'a> = (&'static str, Box<dyn Fn() -> anyhow::Result<Count> + 'a>);
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let fuzz_seconds = arguments.fuzz_seconds;
-    let steps: [Step<'_>; 10] = [
+    let steps: [Step<'_>; 11] = [
         ("install", Box::new(install)),
         ("format", Box::new(format)),
         ("lint", Box::new(lint)),
@@ -61,6 +61,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         ("tests", Box::new(tests)),
         ("oracle", Box::new(oracle::check)),
         ("guests", Box::new(vm::check)),
+        ("guest oracle", Box::new(guest_oracle::check)),
         ("fuzz", Box::new(|| fuzz(fuzz_seconds))),
     ];
     let mut rows = Vec::new();
@@ -74,9 +75,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         rows.push((name, count, start.elapsed()));
     }
 
-    println!("\n{:<10} {:>8} {:>8} {:>8}", "step", "passed", "failed", "seconds");
+    println!("\n{:<12} {:>8} {:>8} {:>8}", "step", "passed", "failed", "seconds");
     for (name, Count { passed, failed }, took) in &rows {
-        println!("{name:<10} {passed:>8} {failed:>8} {:>8}", took.as_secs());
+        println!("{name:<12} {passed:>8} {failed:>8} {:>8}", took.as_secs());
     }
     let passed: u64 = rows.iter().map(|(_, count, _)| count.passed).sum();
     let failed: u64 = rows.iter().map(|(_, count, _)| count.failed).sum();

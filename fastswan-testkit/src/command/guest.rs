@@ -9,6 +9,8 @@ use anyhow::{Context as _, ensure};
 use clap::Subcommand;
 use fastswan_testkit::guest::{Scenario, append_line, nic};
 
+use super::guest_oracle;
+
 /// What a guest can do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -31,6 +33,8 @@ pub(crate) enum Command {
         #[arg(long)]
         logs: PathBuf,
     },
+    /// Lets the kernel judge, with policies that are really offloaded.
+    Oracle(guest_oracle::Arguments),
 }
 
 pub(crate) fn run(command: Command) -> anyhow::Result<()> {
@@ -38,6 +42,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run { names, results, logs } => run_all(&names, &results, &logs),
         Command::Tell { name, logs } => named(&name)?.tell(&logs),
+        Command::Oracle(arguments) => guest_oracle::judge(&arguments),
     }
 }
 

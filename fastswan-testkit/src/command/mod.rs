@@ -5,6 +5,7 @@ pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod ebpf;
 pub(crate) mod guest;
+pub(crate) mod guest_oracle;
 pub(crate) mod oracle;
 pub(crate) mod vm;
 

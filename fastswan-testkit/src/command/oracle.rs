@@ -5,10 +5,15 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use fastswan_testkit::{
     lab::{clean_up_on_signals, remove_leftovers},
-    oracle::{BrokenRule, Oracle, Report, Set, SetReport, ranked},
+    oracle::{BrokenRule, Oracle, Report, Set},
 };
+use serde_json::Value;
 
-use super::ci::Count;
+use super::{
+    ci::Count,
+    guest_oracle::{self, Trial},
+    vm::Kernels,
+};
 
 /// Packets that `cargo testkit ci` has judged.
 const CI_DECISIONS: u64 = 200_000;
@@ -26,6 +31,12 @@ pub(crate) struct Arguments {
     /// 4 longest prefix instead of priority, 5 descendants of a deleted policy.
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=5))]
     mutant: Option<u8>,
+    /// Judges in guests with the software NIC, where policies are really offloaded. Unless a rule is broken by
+    /// choice, the third is broken afterwards, and must be noticed.
+    #[arg(long)]
+    guest: bool,
+    #[command(flatten)]
+    kernels: Kernels,
     /// Judges only this kind of policies; may be given more than once.
     #[arg(long = "set", value_parser = set)]
     sets: Vec<Set>,
@@ -34,7 +45,7 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-fn set(name: &str) -> Result<Set, String> {
+pub(crate) fn set(name: &str) -> Result<Set, String> {
     let names = || Set::ALL.map(Set::name).join(", ");
     Set::ALL.into_iter().find(|set| set.name() == name).ok_or_else(|| format!("one of {}", names()))
 }
@@ -48,6 +59,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     clean_up_on_signals()?;
     let seed = arguments.seed.unwrap_or_else(rand::random);
     let broken = arguments.mutant.map(|number| BrokenRule::ALL[usize::from(number) - 1]);
+    if arguments.guest {
+        let broken = arguments.mutant.map_or_else(|| vec![0, guest_oracle::CI_MUTANT], |number| vec![number]);
+        let kernels = arguments.kernels.all();
+        let trial = Trial { decisions: arguments.decisions, seed, sets: arguments.sets.clone(), broken };
+        return guest_oracle::run(&trial, &kernels, arguments.json);
+    }
+    ensure!(arguments.kernels.kernel.is_none(), "only guests have other kernels than this one: add --guest");
     let start = Instant::now();
     let mut oracle = Oracle::new(seed, arguments.decisions);
     if let Some(rule) = broken {
@@ -94,31 +112,37 @@ pub(crate) fn check() -> anyhow::Result<Count> {
 /// Judges, and prints each set.
 fn judge(oracle: &Oracle, seed: u64) -> anyhow::Result<Report> {
     println!("seed {seed}");
+    print_head();
+    oracle.run(|report| print(report.set.name(), &report.json())).with_context(|| format!("seed {seed}"))
+}
+
+pub(crate) fn print_head() {
     println!(
         "{:<16} {:>9} {:>9} {:>6} {:>9} {:>10}",
         "set", "decisions", "fast", "wrong", "eligible", "fast share"
     );
-    oracle.run(print).with_context(|| format!("seed {seed}"))
 }
 
-fn print(report: &SetReport) {
+/// Prints what a set's report says.
+pub(crate) fn print(set: &str, report: &Value) {
+    let number = |name| report[name].as_u64().unwrap_or(0);
     println!(
-        "{:<16} {:>9} {:>9} {:>6} {:>9} {:>10.4}",
-        report.set.name(),
-        report.decisions,
-        report.fast,
-        report.wrong,
-        report.eligible,
-        report.fast_share()
+        "{set:<16} {:>9} {:>9} {:>6} {:>9} {:>10.4}",
+        number("decisions"),
+        number("fast"),
+        number("wrong"),
+        number("eligible"),
+        report["fast_share"].as_f64().unwrap_or(0.0)
     );
-    let reasons = ranked(&report.eligible_passes).into_iter();
+    let list = |name| report[name].as_array().into_iter().flatten();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let reasons: Vec<String> =
-        reasons.map(|(reason, packets)| format!("{} {packets}", reason.name())).collect();
+        list("eligible_pass_reasons").map(|pair| format!("{} {}", text(&pair[0]), pair[1])).collect();
     if !reasons.is_empty() {
         println!("    eligible but passed: {}", reasons.join(", "));
     }
-    for example in &report.examples {
-        println!("    WRONG {example}");
+    for example in list("examples") {
+        println!("    WRONG {}", text(example));
     }
 }
 

@@ -1,4 +1,5 @@
-//! What the kernel chooses when policies are really offloaded, as a model: nothing here can offload one.
+//! What the kernel chooses when policies are really offloaded, as a model for machines where nothing can offload one.
+//! [Stories](stories) say what is special about that order, and hold the model to it, and kernels where something can.
 //!
 //! It follows `xfrm_policy_insert_list`, the tree of inexact policies and `xfrm_policy_lookup_bytype`, for
 //! outbound main policies without mark and interface id:
@@ -16,7 +17,9 @@
 use std::net::IpAddr;
 
 use fastswan::{
-    ChannelSource, Policy, PolicyEvent, PolicyId, PolicySource, Snapshot, source::channel::PolicySender,
+    ChannelSource, Policy, PolicyEvent, PolicyId, PolicySource, Selector, Snapshot,
+    policy::{Direction, IPPROTO_ESP, Mode, OffloadDev, Template},
+    source::channel::PolicySender,
 };
 use ipnet::IpNet;
 
@@ -82,8 +85,35 @@ impl Chains {
         policy
     }
 
+    /// Makes a change, and returns what its source says of it.
+    pub(super) fn change(&mut self, change: &Change) -> PolicyEvent {
+        match change {
+            Change::Add(policy) | Change::Update(policy) => PolicyEvent::Policy(self.put(policy)),
+            Change::Delete { id, index } => {
+                if let Some(number) = self.find(id) {
+                    let family = &mut self.families[which(id)];
+                    family.remove(number);
+                    // A deletion by index leaves empty lists behind.
+                    if index.is_none() {
+                        family.prune();
+                    }
+                }
+                PolicyEvent::PolicyRemoved(id.clone())
+            }
+            Change::Flush(table) => {
+                self.families = Default::default();
+                PolicyEvent::PoliciesFlushed(*table)
+            }
+            Change::Default(default_policy) => PolicyEvent::DefaultPolicy(*default_policy),
+            Change::Resynchronise => {
+                let numbers = self.families.iter().flat_map(Family::all);
+                let policies = numbers.map(|number| self.policies[number].clone()).collect();
+                PolicyEvent::Snapshot(Snapshot { policies, ..Snapshot::default() })
+            }
+        }
+    }
+
     /// The policy that an index names.
-    #[cfg(test)]
     pub(super) fn policy(&self, index: u32) -> Option<&Policy> {
         self.policies.iter().rev().find(|policy| policy.index == index)
     }
@@ -100,30 +130,7 @@ fn which(id: &PolicyId) -> usize {
 impl Judge for Chains {
     fn make(&mut self, changes: &[Change]) -> anyhow::Result<()> {
         for change in changes {
-            let event = match change {
-                Change::Add(policy) | Change::Update(policy) => PolicyEvent::Policy(self.put(policy)),
-                Change::Delete { id, index } => {
-                    if let Some(number) = self.find(id) {
-                        let family = &mut self.families[which(id)];
-                        family.remove(number);
-                        // A deletion by index leaves empty lists behind.
-                        if index.is_none() {
-                            family.prune();
-                        }
-                    }
-                    PolicyEvent::PolicyRemoved(id.clone())
-                }
-                Change::Flush(table) => {
-                    self.families = Default::default();
-                    PolicyEvent::PoliciesFlushed(*table)
-                }
-                Change::Default(default_policy) => PolicyEvent::DefaultPolicy(*default_policy),
-                Change::Resynchronise => {
-                    let numbers = self.families.iter().flat_map(Family::all);
-                    let policies = numbers.map(|number| self.policies[number].clone()).collect();
-                    PolicyEvent::Snapshot(Snapshot { policies, ..Snapshot::default() })
-                }
-            };
+            let event = self.change(change);
             self.events.try_send(event)?;
         }
         Ok(())
@@ -289,117 +296,119 @@ fn place(list: &mut List, number: usize, behind: Option<usize>, policies: &[Poli
     list.insert(position, number);
 }
 
-#[cfg(test)]
-mod tests {
-    use fastswan::{
-        Selector,
-        policy::{Direction, IPPROTO_ESP, Mode, Template},
-    };
+/// What happens to policies, and which of them is chosen for a packet then.
+#[derive(Clone, Debug)]
+pub(super) struct Story {
+    pub(super) name: &'static str,
+    /// To a kernel that has no policies.
+    pub(super) changes: Vec<Change>,
+    pub(super) packet: Packet,
+    pub(super) winner: Option<PolicyId>,
+}
 
-    use super::*;
-
-    /// A policy; `offload` tells whether it is offloaded.
-    fn policy(source: &str, destination: &str, priority: u32, offload: bool) -> Policy {
-        let selector = Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap();
+/// Stories about policies that are offloaded to a device, or to none that is known.
+pub(super) fn stories(device: Option<OffloadDev>) -> Vec<Story> {
+    let policy = |source: &str, destination: &str, priority: u32, offload: bool| {
+        let prefix = |text: &str| text.parse().expect("a prefix");
+        let selector =
+            Selector::between(prefix(source), prefix(destination)).expect("prefixes of one family");
         let template = Template {
             mode: Mode::Tunnel,
             protocol: IPPROTO_ESP,
             spi: 0,
-            source: "192.0.2.1".parse().unwrap(),
-            destination: "192.0.2.2".parse().unwrap(),
-            reqid: u32::from(offload),
+            source: [192, 0, 2, 1].into(),
+            destination: [192, 0, 2, 2].into(),
+            reqid: 2 + u32::from(offload),
             optional: false,
         };
-        let id = PolicyId::new(Direction::Out, selector);
-        Policy { priority, templates: vec![template], ..Policy::new(id) }
-    }
-
-    /// The policy that is chosen after some changes.
-    fn chosen(changes: &[Change], source: &str, destination: &str) -> Option<PolicyId> {
-        let (mut chains, _source) = Chains::new();
-        chains.make(changes).unwrap();
-        let packet = Packet {
-            source: source.parse().unwrap(),
-            destination: destination.parse().unwrap(),
-            protocol: 17,
-            ports: (0, 0),
-            frame: Vec::new(),
-            plain: true,
-        };
-        let index = chains.choose(&packet).unwrap()?;
-        chains.policy(index).map(|policy| policy.id.clone())
-    }
-
-    fn added<const N: usize>(policies: [&Policy; N]) -> Vec<Change> {
-        policies.map(|policy| Change::Add(policy.clone())).to_vec()
-    }
-
-    #[test]
-    fn the_lowest_number_wins_among_policies_that_are_not_offloaded_and_the_oldest_of_equals() {
-        let wide = policy("10.1.0.0/16", "10.2.0.0/16", 10, false);
-        let narrow = policy("10.1.0.0/24", "10.2.0.0/24", 20, false);
-        let everything = policy("0.0.0.0/0", "0.0.0.0/0", 10, false);
-        for (policies, winner) in [
-            ([&wide, &narrow, &everything], &wide),
-            ([&narrow, &wide, &everything], &wide),
-            ([&everything, &narrow, &wide], &everything),
-        ] {
-            assert_eq!(chosen(&added(policies), "10.1.0.1", "10.2.0.1").as_ref(), Some(&winner.id));
+        Policy {
+            priority,
+            templates: vec![template],
+            offload: device.filter(|_| offload),
+            ..Policy::new(PolicyId::new(Direction::Out, selector))
         }
-        assert_eq!(chosen(&added([&wide, &narrow]), "10.3.0.1", "10.2.0.1"), None);
+    };
+    let mut stories = Vec::new();
+    let mut tell = |name, changes: Vec<Change>, [source, destination]: [&str; 2], winner: Option<&Policy>| {
+        let packet = Packet::plain(source, destination);
+        stories.push(Story { name, changes, packet, winner: winner.map(|policy| policy.id.clone()) });
+    };
+    let deletion = |policy: &Policy| Change::Delete { id: policy.id.clone(), index: None };
+
+    let wide = policy("10.1.0.0/16", "10.2.0.0/16", 10, false);
+    let narrow = policy("10.1.0.0/24", "10.2.0.0/24", 20, false);
+    let everything = policy("0.0.0.0/0", "0.0.0.0/0", 10, false);
+    for (policies, winner) in [
+        ([&wide, &narrow, &everything], &wide),
+        ([&narrow, &wide, &everything], &wide),
+        ([&everything, &narrow, &wide], &everything),
+    ] {
+        let name = "the lowest number wins among software policies, and the oldest of equals";
+        tell(name, added(policies), ["10.1.0.9", "10.2.0.9"], Some(winner));
+    }
+    tell("no policy is about the packet", added([&wide, &narrow]), ["10.3.0.9", "10.2.0.9"], None);
+
+    let better = policy("10.1.0.0/24", "10.2.0.0/24", 10, false);
+    let offloaded = policy("10.1.0.0/25", "10.2.0.0/24", 20, true);
+    let packet = ["10.1.0.9", "10.2.0.9"];
+    let name = "an offloaded policy stands before better ones that came first";
+    tell(name, added([&better, &offloaded]), packet, Some(&offloaded));
+    let name = "a better policy that comes later stands before an offloaded one";
+    tell(name, added([&offloaded, &better]), packet, Some(&better));
+
+    for offload in [true, false] {
+        let hosts = policy("10.1.0.9/32", "10.2.0.9/32", 20, offload);
+        let winner = if offload { &hosts } else { &better };
+        let name = "an offloaded policy between two hosts is chosen whatever else there is";
+        tell(name, added([&better, &hosts]), packet, Some(winner));
     }
 
-    #[test]
-    fn an_offloaded_policy_stands_before_better_ones_that_came_first() {
-        let better = policy("10.1.0.0/24", "10.2.0.0/24", 10, false);
-        let offloaded = policy("10.1.0.0/25", "10.2.0.0/24", 20, true);
-        assert_eq!(chosen(&added([&better, &offloaded]), "10.1.0.1", "10.2.0.1"), Some(offloaded.id.clone()));
-        assert_eq!(chosen(&added([&offloaded, &better]), "10.1.0.1", "10.2.0.1"), Some(better.id));
+    let wide = policy("0.0.0.0/0", "10.2.0.0/24", 10, true);
+    let worse = policy("0.0.0.0/0", "10.2.0.20/32", 30, true);
+    let narrow = policy("10.1.0.0/24", "10.2.0.0/25", 20, false);
+    let name = "an offloaded policy with a lower number is found before others";
+    tell(name, added([&wide, &narrow]), packet, Some(&wide));
+    let name = "an offloaded policy hides better ones behind it from those who found another";
+    tell(name, added([&wide, &worse, &narrow]), packet, Some(&narrow));
+
+    let best = policy("10.1.0.0/24", "10.2.0.0/24", 10, true);
+    let other = policy("10.1.0.0/25", "10.2.0.0/24", 20, true);
+    for (priority, winner) in [(20, &other), (15, &other), (21, &best)] {
+        let update = Change::Update(policy("10.1.0.0/25", "10.2.0.0/24", priority, false));
+        let name = "a policy that loses its offload stays before older ones, unless its number rises";
+        tell(name, [added([&best, &other]), vec![update]].concat(), packet, Some(winner));
     }
 
+    let neighbour = policy("10.1.0.0/24", "10.2.3.0/24", 10, false);
+    let best = policy("10.1.0.0/24", "10.2.1.0/24", 50, true);
+    let highest = policy("10.1.0.0/25", "10.2.1.128/25", 300, true);
+    let loser = policy("10.1.0.5/32", "10.2.1.0/24", 150, false);
+    let wide = policy("10.1.200.0/24", "10.2.0.0/16", 1000, false);
+    let packet = ["10.1.0.5", "10.2.1.9"];
+    let apart = [added([&neighbour, &best, &highest, &loser]), vec![deletion(&highest)]].concat();
+    tell("without a merge the offloaded policy stays ahead", apart, packet, Some(&best));
+    let merged = [added([&neighbour, &best, &highest, &loser, &wide]), vec![deletion(&highest)]].concat();
+    let name = "a merge puts a policy before offloaded ones, and it stays there";
+    tell(name, merged, packet, Some(&loser));
+    stories
+}
+
+fn added<const N: usize>(policies: [&Policy; N]) -> Vec<Change> {
+    policies.map(|policy| Change::Add(policy.clone())).to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
     #[test]
-    fn an_offloaded_policy_between_two_hosts_is_chosen_whatever_else_there_is() {
-        let better = policy("10.1.0.0/24", "10.2.0.0/24", 10, false);
-        for offload in [true, false] {
-            let hosts = policy("10.1.0.1/32", "10.2.0.1/32", 20, offload);
-            let winner = if offload { &hosts } else { &better };
-            assert_eq!(chosen(&added([&better, &hosts]), "10.1.0.1", "10.2.0.1").as_ref(), Some(&winner.id));
+    fn the_model_chooses_what_the_stories_say() {
+        for story in stories(None) {
+            let (mut chains, _source) = Chains::new();
+            chains.make(&story.changes).unwrap();
+            let index = chains.choose(&story.packet).unwrap();
+            let chosen = index.and_then(|index| chains.policy(index)).map(|policy| policy.id.clone());
+            assert_eq!(chosen, story.winner, "{}", story.name);
         }
-    }
-
-    #[test]
-    fn an_offloaded_policy_hides_better_ones_behind_it_from_those_who_found_another() {
-        let wide = policy("0.0.0.0/0", "10.2.0.0/24", 10, true);
-        let worse = policy("0.0.0.0/0", "10.2.0.9/32", 30, true);
-        let narrow = policy("10.1.0.0/24", "10.2.0.0/25", 20, false);
-        assert_eq!(chosen(&added([&wide, &narrow]), "10.1.0.1", "10.2.0.1"), Some(wide.id.clone()));
-        assert_eq!(chosen(&added([&wide, &worse, &narrow]), "10.1.0.1", "10.2.0.1"), Some(narrow.id));
-    }
-
-    #[test]
-    fn a_policy_that_loses_its_offload_stays_before_older_ones() {
-        let best = policy("10.1.0.0/24", "10.2.0.0/24", 10, true);
-        let other = policy("10.1.0.0/25", "10.2.0.0/24", 20, true);
-        let updated = |priority| Change::Update(policy("10.1.0.0/25", "10.2.0.0/24", priority, false));
-        for (priority, winner) in [(20, &other), (15, &other), (21, &best)] {
-            let changes = [added([&best, &other]), vec![updated(priority)]].concat();
-            let chosen = chosen(&changes, "10.1.0.1", "10.2.0.1");
-            assert_eq!(chosen.as_ref(), Some(&winner.id), "{priority}");
-        }
-    }
-
-    #[test]
-    fn a_merge_puts_a_policy_before_offloaded_ones_and_it_stays_there() {
-        let neighbour = policy("10.1.0.0/24", "10.2.3.0/24", 10, false);
-        let best = policy("10.1.0.0/24", "10.2.1.0/24", 50, true);
-        let worst = policy("10.1.0.0/25", "10.2.1.128/25", 300, true);
-        let loser = policy("10.1.0.5/32", "10.2.1.0/24", 150, false);
-        let deletion = |policy: &Policy| Change::Delete { id: policy.id.clone(), index: None };
-        let apart = [added([&neighbour, &best, &worst, &loser]), vec![deletion(&worst)]].concat();
-        assert_eq!(chosen(&apart, "10.1.0.5", "10.2.1.9"), Some(best.id.clone()));
-
-        let wide = policy("10.1.200.0/24", "10.2.0.0/16", 1000, false);
-        let merged = [added([&neighbour, &best, &worst, &loser, &wide]), vec![deletion(&worst)]].concat();
-        assert_eq!(chosen(&merged, "10.1.0.5", "10.2.1.9"), Some(loser.id));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! No device here encrypts and no association exists, so the kernel asks for one (`XFRM_MSG_ACQUIRE`) for every
 //! packet that a policy with a template is chosen for, and names the policy. Packets for which it does not are sent in
-//! clear, dropped or delivered.
+//! clear, dropped or delivered. That is so for offloaded policies as well: their device hears of the state that waits
+//! for an association, and may refuse it.
 
 use std::{
     fs::File,
@@ -12,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use fastswan::policy::MacAddr;
+use fastswan::policy::{DefaultPolicy, MacAddr, OffloadDev, OffloadKind, PolicyType};
 use ipnet::IpNet;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
 use nix::{
@@ -25,6 +26,7 @@ use nix::{
 
 use super::{packets::Packet, requests::request, sets::Change};
 use crate::{
+    guest::nic::Pair,
     lab::{self, End, LabError, Namespace, join},
     sys::packet_socket,
     xfrm::{Group, inject},
@@ -47,6 +49,8 @@ pub(super) struct Lab {
     gateway: Namespace,
     wire: Namespace,
     exit: Namespace,
+    /// Between the gateway and the exit, if its policies are really offloaded.
+    nic: Option<Pair>,
     /// Interface indices of the gateway's devices.
     pub(super) ingress: u32,
     pub(super) egress: u32,
@@ -99,7 +103,17 @@ pub(super) const SPECIAL_V6: [&str; 14] = [
 ];
 
 impl Lab {
+    /// One whose devices offload nothing.
     pub(super) fn new() -> Result<Self, LabError> {
+        Self::with(None)
+    }
+
+    /// One whose outer device is a port of the software NIC.
+    pub(super) fn with_nic() -> anyhow::Result<Self> {
+        Ok(Self::with(Some(Pair::new().context("making a pair of ports: is the test NIC loaded?")?))?)
+    }
+
+    fn with(nic: Option<Pair>) -> Result<Self, LabError> {
         let (gateway, wire, exit) =
             (Namespace::new("oracle")?, Namespace::new("wire")?, Namespace::new("exit")?);
         for quiet in [&wire, &exit] {
@@ -115,7 +129,14 @@ impl Lab {
         let inner = end(&gateway, "in0", PORT, &["10.1.0.1/16", "2001:db8:1::1/48"]);
         let outer = end(&gateway, "out0", OUT, &["192.0.2.1/24", "2001:db8:f::1/48"]);
         join(inner, end(&wire, "wire0", SENDER, &[]), 1500)?;
-        join(outer, end(&exit, "exit0", EXIT, &[]), 1500)?;
+        let outside = end(&exit, "exit0", EXIT, &[]);
+        if nic.is_some() {
+            for (end, port) in [outer, outside].into_iter().zip(Pair::PORTS) {
+                end.plug(port.name(), 1500)?;
+            }
+        } else {
+            join(outer, outside, 1500)?;
+        }
         gateway.forward()?;
         gateway.sysctl("net.ipv4.conf.in0.disable_xfrm", "1")?;
         for (neighbour, everything) in [("192.0.2.2", "0.0.0.0/0"), ("2001:db8:f::2", "::/0")] {
@@ -134,7 +155,22 @@ impl Lab {
             gateway.ip(command)?;
         }
         let (ingress, egress) = (gateway.ifindex("in0")?, gateway.ifindex("out0")?);
-        Ok(Self { gateway, wire, exit, ingress, egress })
+        Ok(Self { gateway, wire, exit, nic, ingress, egress })
+    }
+
+    /// Whether its policies are really offloaded.
+    pub(super) fn offloads(&self) -> bool {
+        self.nic.is_some()
+    }
+
+    /// What its policies are offloaded to, or as good as.
+    pub(super) fn device(&self) -> OffloadDev {
+        OffloadDev { ifindex: self.egress, kind: OffloadKind::Packet, inbound: false }
+    }
+
+    /// The gateway's associations, and what waits for one, as `ip` prints them.
+    pub(super) fn states(&self) -> Result<String, LabError> {
+        self.gateway.ip("xfrm state")
     }
 
     /// Runs a closure on a thread that is on the gateway.
@@ -171,6 +207,7 @@ pub(super) struct Kernel {
 const BATCH: usize = 100;
 
 impl Kernel {
+    /// The kernel, without policies.
     pub(super) fn new(lab: &Lab) -> anyhow::Result<Self> {
         let full = full_listener()?;
         let mut requests = Socket::new(NETLINK_XFRM)?;
@@ -188,7 +225,7 @@ impl Kernel {
         };
         let answers = listen(&lab.wire, "wire0", libc::ETH_P_ARP)?;
         setsockopt(&answers, ReceiveTimeout, &TimeVal::seconds(5))?;
-        Ok(Self {
+        let mut kernel = Self {
             requests,
             sequence: 0,
             acquires,
@@ -198,13 +235,27 @@ impl Kernel {
             exit: listen(&lab.exit, "exit0", libc::ETH_P_ALL)?,
             elsewhere: ELSEWHERE_V6.map(str::parse).into_iter().collect::<Result<_, _>>()?,
             buffer: vec![0; 1 << 16],
-        })
+        };
+        kernel.make(&[
+            Change::Flush(PolicyType::Main),
+            Change::Flush(PolicyType::Sub),
+            Change::Default(DefaultPolicy::default()),
+        ])?;
+        Ok(kernel)
     }
 
     /// Forgets what was seen so far.
     fn forget(&mut self) -> io::Result<()> {
         for socket in [self.acquires.as_raw_fd(), self.exit.as_raw_fd()] {
-            while receive(socket, &mut self.buffer, MsgFlags::MSG_DONTWAIT)?.is_some() {}
+            loop {
+                match receive(socket, &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
+                    Ok(Some(_)) => {}
+                    // The kernel asks for its own packets too, to many neighbours. What was lost is forgotten.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                    Ok(None) => break,
+                    Err(error) => return Err(error),
+                }
+            }
         }
         Ok(())
     }

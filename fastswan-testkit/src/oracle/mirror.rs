@@ -9,6 +9,7 @@ use fastswan::{
     compiler::BrokenRule,
     forwarder::RunAction,
     policy::{MacAddr, NextHop},
+    source::StaleCause,
     table::TableConfig,
 };
 use tokio::{
@@ -29,6 +30,7 @@ const NAME: [u8; 2] = [2, 6];
 /// A mirror of a judge's policies.
 pub(super) struct Mirror {
     runtime: Runtime,
+    open: Box<dyn FnMut() -> anyhow::Result<Box<dyn PolicySource>>>,
     source: Box<dyn PolicySource>,
     database: Database,
     compiler: Compiler,
@@ -52,22 +54,29 @@ pub(super) enum Fate {
 impl Mirror {
     /// Reads the host, and mirrors what a source, opened inside a runtime, says. Takes a thread that is on the
     /// gateway.
+    ///
+    /// Where policies are really offloaded, the kernel says which, and only their associations are assumed.
     pub(super) fn new<S: PolicySource + 'static>(
         lab: &Lab,
-        open: impl FnOnce() -> anyhow::Result<S>,
+        mut open: impl FnMut() -> anyhow::Result<S> + 'static,
         broken: Option<BrokenRule>,
     ) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let egress = lab.egress;
+        let choose = if lab.offloads() { Policy::is_packet_offloaded } else { is_promoted };
+        let mut open = move || -> anyhow::Result<Box<dyn PolicySource>> {
+            let source = Promote::new(open()?, egress, NextHop::Device, choose).map(|mut policy| {
+                // Of a frame that was forwarded, the address tells which policy it was for.
+                policy.egress.next_hop =
+                    NextHop::Fixed { source: MacAddr::default(), destination: name(policy.index) };
+                policy
+            });
+            Ok(Box::new(source))
+        };
         let source = {
             let _inside = runtime.enter();
             open()?
         };
-        let source = Promote::new(source, lab.egress, NextHop::Device, is_promoted).map(|mut policy| {
-            // Of a frame that was forwarded, the address tells which policy it was for.
-            policy.egress.next_hop =
-                NextHop::Fixed { source: MacAddr::default(), destination: name(policy.index) };
-            policy
-        });
         let host = HostFacts::read()?;
         let mut program = ProgRun::new(&TABLE)?;
         let port = host.port(lab.ingress, 0).context("packets have no port to enter by")?;
@@ -76,7 +85,8 @@ impl Mirror {
         compiler.set_host(&host);
         Ok(Self {
             runtime,
-            source: Box::new(source),
+            open: Box::new(open),
+            source,
             database: Database::default(),
             compiler: match broken {
                 Some(rule) => compiler.with_broken_rule(rule),
@@ -86,6 +96,16 @@ impl Mirror {
             ingress: lab.ingress,
             by_index: HashMap::new(),
         })
+    }
+
+    /// Loses track of the source, opens it once more, and goes by its snapshot.
+    pub(super) fn start_over(&mut self) -> anyhow::Result<()> {
+        self.database.apply(PolicyEvent::Stale(StaleCause::Overrun));
+        {
+            let _inside = self.runtime.enter();
+            self.source = (self.open)()?;
+        }
+        self.follow(0)
     }
 
     /// Waits until the source has told so many changes, after its snapshot, and brings the program up to date.

@@ -11,8 +11,9 @@
 //! none, drops the packet or delivers it, is **wrong**. One that the program passes is never wrong; how many of those
 //! that could be fast are is the [fast share](SetReport::fast_share).
 //!
-//! Nothing here can offload a policy, and the kernel orders those that are in another way. A model of that order
-//! judges one more kind of policies.
+//! On most machines nothing can offload a policy, and the kernel orders those that are in another way. There a model of
+//! that order judges one more kind of policies. In a guest with the [software NIC](crate::guest::nic) policies are
+//! really offloaded ([`Oracle::with_nic`]), and the kernel judges them, and [the model](ModelReport) too.
 //!
 //! `cargo testkit oracle --seed N` repeats a run exactly; `--mutant N` shows that the judge notices a
 //! [broken rule](BrokenRule).
@@ -26,7 +27,7 @@ mod sets;
 
 use std::collections::BTreeMap;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 pub use fastswan::compiler::BrokenRule;
 use fastswan::{
     NetlinkSource, PassReason, Policy,
@@ -37,11 +38,11 @@ use serde_json::{Value, json};
 
 pub use self::sets::Set;
 use self::{
-    chains::Chains,
+    chains::{Chains, Story},
     judge::{Judge, Kernel, Lab},
     mirror::{Fate, Mirror},
     packets::Packet,
-    sets::{World, is_promoted},
+    sets::{Change, World, is_promoted},
 };
 
 /// Packets between two changes of the policies.
@@ -58,13 +59,20 @@ pub struct Oracle {
     decisions: u64,
     sets: Vec<Set>,
     broken: Option<BrokenRule>,
+    nic: bool,
 }
 
 impl Oracle {
-    /// All sets, with this many packets together.
+    /// All sets where nothing offloads, with this many packets together.
     #[must_use]
     pub fn new(seed: u64, decisions: u64) -> Self {
-        Self { seed, decisions, sets: Set::ALL.to_vec(), broken: None }
+        Self { seed, decisions, sets: Set::judged(false), broken: None, nic: false }
+    }
+
+    /// All sets where the software NIC does, with this many packets together.
+    #[must_use]
+    pub fn with_nic(seed: u64, decisions: u64) -> Self {
+        Self { sets: Set::judged(true), nic: true, ..Self::new(seed, decisions) }
     }
 
     /// Only these sets.
@@ -76,7 +84,8 @@ impl Oracle {
     /// Breaks a rule of the compiler that is judged, on the sets whose policies overlap most.
     #[must_use]
     pub fn broken_rule(self, rule: BrokenRule) -> Self {
-        Self { broken: Some(rule), ..self }.sets(&[Set::Nested, Set::OffloadedModel])
+        let offloaded = if self.nic { Set::Offloaded } else { Set::OffloadedModel };
+        Self { broken: Some(rule), ..self }.sets(&[Set::Nested, offloaded])
     }
 
     /// Judges. `progress` gets the report of each set when it is done. Needs root.
@@ -85,12 +94,13 @@ impl Oracle {
     ///
     /// If the lab cannot be made, or the kernel or the mirror does not do what it is told.
     pub fn run(&self, mut progress: impl FnMut(&SetReport)) -> anyhow::Result<Report> {
+        let lab = if self.nic { Lab::with_nic()? } else { Lab::new()? };
         let mut report = Report { seed: self.seed, sets: Vec::new() };
         let count = u64::try_from(self.sets.len()).unwrap_or(u64::MAX).max(1);
         for (number, set) in (0..).zip(&self.sets) {
             // The first ones take what is left over.
             let decisions = self.decisions / count + u64::from(number < self.decisions % count);
-            let judged = self.judge(*set, decisions);
+            let judged = self.judge(&lab, *set, decisions);
             let judged = judged.with_context(|| format!("{}, seed {}", set.name(), self.seed))?;
             progress(&judged);
             report.sets.push(judged);
@@ -98,21 +108,32 @@ impl Oracle {
         Ok(report)
     }
 
-    fn judge(&self, set: Set, decisions: u64) -> anyhow::Result<SetReport> {
-        let lab = Lab::new()?;
-        lab.enter(|| {
+    fn judge(&self, lab: &Lab, set: Set, decisions: u64) -> anyhow::Result<SetReport> {
+        let report = lab.enter(|| {
             let rng = StdRng::seed_from_u64(self.seed.wrapping_mul(16).wrapping_add(set as u64));
-            let world = World::new(set, lab.egress, lab.ingress);
+            let world = World::new(set, lab);
+            let report = SetReport::new(set);
+            let stories = match set {
+                Set::OffloadedModel => chains::stories(None),
+                Set::Offloaded => chains::stories(Some(lab.device())),
+                _ => Vec::new(),
+            };
             if set == Set::OffloadedModel {
                 let (chains, source) = Chains::new();
-                let mirror = || Mirror::new(&lab, || Ok(source), self.broken);
-                Trial { judge: chains, world, rng, report: SetReport::new(set) }.hear(mirror, decisions)
+                let mut source = Some(source);
+                let open = move || source.take().context("the model has one source");
+                let mirror = || Mirror::new(lab, open, self.broken);
+                Trial { judge: chains, world, rng, report }.hear(mirror, decisions, &stories)
             } else {
-                let kernel = Kernel::new(&lab)?;
-                let mirror = || Mirror::new(&lab, || Ok(NetlinkSource::open()?), self.broken);
-                Trial { judge: kernel, world, rng, report: SetReport::new(set) }.hear(mirror, decisions)
+                let kernel = Kernel::new(lab)?;
+                let mirror = || Mirror::new(lab, || Ok(NetlinkSource::open()?), self.broken);
+                Trial { judge: kernel, world, rng, report }.hear(mirror, decisions, &stories)
             }
-        })
+        })?;
+        // With one that waits for an association, the kernel would not ask for it again.
+        let states = lab.states()?;
+        ensure!(states.is_empty(), "the kernel keeps states: {states}");
+        Ok(report)
     }
 }
 
@@ -125,21 +146,25 @@ struct Trial<J> {
 }
 
 impl<J: Judge> Trial<J> {
+    /// Judges random packets among random policies, and at last what the stories are about, so far as there are
+    /// decisions left.
     fn hear(
         mut self,
         mirror: impl FnOnce() -> anyhow::Result<Mirror>,
         decisions: u64,
+        stories: &[Story],
     ) -> anyhow::Result<SetReport> {
+        let at_random = decisions.saturating_sub(stories.len().try_into().unwrap_or(decisions));
         // The first policies are there before the mirror is, the others come while it looks.
         let changes = self.world.renew(&mut self.rng);
         self.judge.make(&changes)?;
         let mut mirror = mirror()?;
         mirror.follow(if self.report.set == Set::OffloadedModel { changes.len() } else { 0 })?;
         let mut round = 0;
-        loop {
+        'random: loop {
             for _ in 0..PACKETS {
-                if self.report.decisions == decisions {
-                    return Ok(self.report);
+                if self.report.decisions == at_random {
+                    break 'random;
                 }
                 let packet = Packet::near(self.world.policies(), &mut self.rng);
                 self.decide(&mirror, &packet)?;
@@ -152,8 +177,41 @@ impl<J: Judge> Trial<J> {
                 self.world.change(&mut self.rng, |id| Some(database.policy(id)?.index))
             };
             self.judge.make(&changes)?;
-            mirror.follow(changes.len())?;
+            // The model tells by itself where it starts over.
+            if self.report.set != Set::OffloadedModel && changes.contains(&Change::Resynchronise) {
+                mirror.start_over()?;
+            } else {
+                mirror.follow(changes.len())?;
+            }
+            self.check_offload(&mirror)?;
         }
+        let mut changes = self.world.clear();
+        for story in stories {
+            if self.report.decisions == decisions {
+                break;
+            }
+            changes.extend_from_slice(&story.changes);
+            self.judge.make(&changes)?;
+            mirror.follow(changes.len())?;
+            self.decide(&mirror, &story.packet)?;
+            changes = emptied(&mirror);
+        }
+        Ok(self.report)
+    }
+
+    /// The mirror has heard what is really offloaded.
+    fn check_offload(&self, mirror: &Mirror) -> anyhow::Result<()> {
+        for policy in self.world.policies().iter().filter(|policy| policy.offload.is_some()) {
+            let told = mirror.database().policy(&policy.id);
+            let offload = told.and_then(|told| told.offload);
+            ensure!(
+                offload == policy.offload,
+                "{}: offloaded as {:?}, told {told:?}",
+                policy.id,
+                policy.offload
+            );
+        }
+        Ok(())
     }
 
     fn decide(&mut self, mirror: &Mirror, packet: &Packet) -> anyhow::Result<()> {
@@ -183,12 +241,6 @@ impl<J: Judge> Trial<J> {
         }
         report.wrong += 1;
         if report.examples.len() < EXAMPLES {
-            let describe = |policy: Option<&Policy>| {
-                policy.map_or("no policy".to_owned(), |policy| {
-                    let offload = if is_promoted(policy) { ", offloaded" } else { "" };
-                    format!("{} priority {}{offload}", policy.id, policy.priority)
-                })
-            };
             let named = match fate {
                 Fate::Fast(index) => describe(mirror.policy(index)),
                 _ => "nothing known".to_owned(),
@@ -328,6 +380,7 @@ impl SetReport {
             "wrong": self.wrong,
             "eligible": self.eligible,
             "fast_share": self.fast_share(),
+            "too_slow": self.is_too_slow(),
             "pass_reasons": reasons(&self.passes),
             "eligible_pass_reasons": reasons(&self.eligible_passes),
             "examples": self.examples,
@@ -343,20 +396,156 @@ pub fn ranked(reasons: &BTreeMap<PassReason, u64>) -> Vec<(PassReason, u64)> {
     ranked
 }
 
-#[cfg(test)]
-mod tests {
-    use fastswan::{PolicySource as _, policy::PolicyId};
-    use futures::FutureExt as _;
+/// How a model of the kernel's order for offloaded policies compares with the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelReport {
+    /// Known sequences of changes that were told to the kernel.
+    pub stories: u64,
+    /// How many of them ended in another way.
+    pub other_endings: u64,
+    /// Packets that the kernel has chosen a policy for, among policies that changed at random.
+    pub compared: u64,
+    /// How many of them the model chooses a policy with another number for.
+    pub disagreements: u64,
+    /// Some of all these.
+    pub examples: Vec<String>,
+}
 
-    use super::{sets::Change, *};
-    use crate::lab::require_root;
+impl ModelReport {
+    /// Compares. Where there is no software NIC, only policies that are not offloaded can be; the stories are about
+    /// others. Needs root.
+    ///
+    /// # Errors
+    ///
+    /// If the lab cannot be made, or the kernel or the mirror does not do what it is told.
+    pub fn compare(seed: u64, rounds: u64, nic: bool) -> anyhow::Result<Self> {
+        let lab = if nic { Lab::with_nic()? } else { Lab::new()? };
+        lab.enter(|| {
+            let mut report = Self::default();
+            let mut kernel = Kernel::new(&lab)?;
+            let mut mirror = Mirror::new(&lab, || Ok(NetlinkSource::open()?), None)?;
+            mirror.follow(0)?;
+            if nic {
+                report.tell_stories(&lab, &mut kernel, &mut mirror)?;
+            }
+            let set = if nic { Set::Offloaded } else { Set::Nested };
+            report.compare_at_random(set, seed, rounds, &lab, &mut kernel, &mut mirror)?;
+            Ok(report)
+        })
+    }
 
-    /// As if it were not offloaded, on either side.
-    fn in_software(change: &mut Change) {
-        if let Change::Add(policy) | Change::Update(policy) = change {
-            policy.templates.iter_mut().for_each(|template| template.reqid &= !1);
+    fn tell_stories(&mut self, lab: &Lab, kernel: &mut Kernel, mirror: &mut Mirror) -> anyhow::Result<()> {
+        for Story { name, changes, packet, winner } in chains::stories(Some(lab.device())) {
+            let changes = [emptied(mirror), changes].concat();
+            kernel.make(&changes)?;
+            mirror.follow(changes.len())?;
+            let chosen = kernel.choose(&packet)?.and_then(|index| mirror.policy(index));
+            let chosen = chosen.map(|policy| policy.id.clone());
+            self.stories += 1;
+            if chosen != winner {
+                self.other_endings += 1;
+                self.example(format!("{name}: the kernel chooses {chosen:?} instead of {winner:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn compare_at_random(
+        &mut self,
+        set: Set,
+        seed: u64,
+        rounds: u64,
+        lab: &Lab,
+        kernel: &mut Kernel,
+        mirror: &mut Mirror,
+    ) -> anyhow::Result<()> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut world = World::new(set, lab);
+        let (mut chains, _source) = Chains::new();
+        for round in 0..rounds {
+            let mut changes = if round == 0 {
+                [emptied(mirror), world.renew(&mut rng)].concat()
+            } else if round % 6 == 0 {
+                world.renew(&mut rng)
+            } else {
+                let database = mirror.database();
+                world.change(&mut rng, |id| Some(database.policy(id)?.index))
+            };
+            changes.retain(|change| *change != Change::Resynchronise);
+            if !lab.offloads() {
+                changes.iter_mut().for_each(in_software);
+            }
+            kernel.make(&changes)?;
+            for change in &changes {
+                chains.change(change);
+            }
+            mirror.follow(changes.len())?;
+            for _ in 0..PACKETS {
+                let packet = Packet::near(world.policies(), &mut rng);
+                let Some(theirs) = kernel.choose(&packet)?.and_then(|index| mirror.policy(index)) else {
+                    continue;
+                };
+                let ours = chains.choose(&packet)?.and_then(|index| chains.policy(index));
+                self.compared += 1;
+                // After updates, the order of equals depends on the shape of the kernel's tree.
+                if ours.map(|policy| policy.priority) != Some(theirs.priority) {
+                    self.disagreements += 1;
+                    let Packet { source, destination, .. } = packet;
+                    let ours = describe(ours);
+                    let theirs = describe(Some(theirs));
+                    self.example(format!(
+                        "round {round}: {source} → {destination}: the model chooses {ours}, the kernel {theirs}"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn example(&mut self, example: String) {
+        if self.examples.len() < EXAMPLES {
+            self.examples.push(example);
         }
     }
+
+    /// All of it.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        json!({
+            "stories": self.stories,
+            "other_endings": self.other_endings,
+            "compared": self.compared,
+            "disagreements": self.disagreements,
+            "examples": self.examples,
+        })
+    }
+}
+
+/// What leaves the kernel without policies. It does not tell that it has deleted none.
+fn emptied(mirror: &Mirror) -> Vec<Change> {
+    let mut policies = mirror.database().policies();
+    policies.next().map(|_| Change::Flush(PolicyType::Main)).into_iter().collect()
+}
+
+/// As if it were not offloaded, on either side.
+fn in_software(change: &mut Change) {
+    if let Change::Add(policy) | Change::Update(policy) = change {
+        policy.templates.iter_mut().for_each(|template| template.reqid &= !1);
+    }
+}
+
+/// A policy in words.
+fn describe(policy: Option<&Policy>) -> String {
+    policy.map_or("no policy".to_owned(), |policy| {
+        let offload = if is_promoted(policy) { ", offloaded" } else { "" };
+        format!("{} priority {}{offload}", policy.id, policy.priority)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::require_root;
 
     /// Where the kernel can be asked, among policies that are not offloaded, the model chooses as it does.
     #[test]
@@ -365,43 +554,8 @@ mod tests {
             return;
         }
         let seed: u64 = rand::random();
-        eprintln!("seed {seed}");
-        let lab = Lab::new().unwrap();
-        let compared = lab.enter(|| {
-            let mut rng = StdRng::seed_from_u64(seed);
-            let mut world = World::new(Set::Nested, lab.egress, lab.ingress);
-            let mut kernel = Kernel::new(&lab).unwrap();
-            let (mut chains, mut source) = Chains::new();
-            let mut mirror = Mirror::new(&lab, || Ok(NetlinkSource::open()?), None).unwrap();
-            mirror.follow(0).unwrap();
-            let mut compared = 0;
-            for round in 0..100 {
-                let mut changes = if round % 6 == 0 {
-                    world.renew(&mut rng)
-                } else {
-                    let database = mirror.database();
-                    world.change(&mut rng, |id: &PolicyId| Some(database.policy(id)?.index))
-                };
-                changes.iter_mut().for_each(in_software);
-                kernel.make(&changes).unwrap();
-                chains.make(&changes).unwrap();
-                while source.next_event().now_or_never().is_some() {}
-                mirror.follow(changes.len()).unwrap();
-                for _ in 0..100 {
-                    let packet = Packet::near(world.policies(), &mut rng);
-                    if let Some(index) = kernel.choose(&packet).unwrap() {
-                        let theirs = mirror.policy(index).unwrap();
-                        let ours = chains.choose(&packet).unwrap();
-                        let ours = ours.and_then(|index| chains.policy(index));
-                        // After updates, the order of equals depends on the shape of the kernel's tree.
-                        let priority = ours.map(|policy| policy.priority);
-                        assert_eq!(priority, Some(theirs.priority), "{packet:?}: {ours:?} {theirs:?}");
-                        compared += 1;
-                    }
-                }
-            }
-            compared
-        });
-        assert!(compared > 1000, "{compared}");
+        let report = ModelReport::compare(seed, 100, false).unwrap();
+        assert_eq!(report.disagreements, 0, "seed {seed}: {:?}", report.examples);
+        assert!(report.compared > 1000, "{report:?}");
     }
 }

@@ -53,6 +53,20 @@ impl Packet {
         Self::new(source, destination, protocol, ports, rng)
     }
 
+    /// A UDP packet with nothing special about it.
+    pub(super) fn plain(source: &str, destination: &str) -> Self {
+        let address = |text: &str| text.parse().expect("an address");
+        let frame = Frame::v4(source, destination).udp(7, 7).macs(SENDER, PORT).payload(16).build();
+        Self {
+            source: address(source),
+            destination: address(destination),
+            protocol: 17,
+            ports: (7, 7),
+            frame,
+            plain: true,
+        }
+    }
+
     fn new(source: IpAddr, destination: IpAddr, protocol: u8, ports: (u16, u16), rng: &mut StdRng) -> Self {
         let v4 = source.is_ipv4();
         let texts = (source.to_string(), destination.to_string());

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use fastswan::{
     Policy, PolicyId, Selector,
-    policy::{Action, DefaultPolicy, Direction, Family, Mode, PolicyType, Template},
+    policy::{Action, DefaultPolicy, Direction, Family, Mode, OffloadDev, OffloadKind, PolicyType, Template},
 };
 use ipnet::IpNet;
 
@@ -19,6 +19,7 @@ const SETDEFAULT: u16 = 0x27;
 const ATTRIBUTE_TEMPLATE: u16 = 5;
 const ATTRIBUTE_POLICY_TYPE: u16 = 16;
 const ATTRIBUTE_MARK: u16 = 21;
+const ATTRIBUTE_OFFLOAD_DEVICE: u16 = 28;
 const ATTRIBUTE_IF_ID: u16 = 31;
 
 const REQUEST_AND_ACKNOWLEDGE: u16 = 1 | 4;
@@ -28,6 +29,8 @@ const POLICY_LENGTH: usize = 168;
 const POLICY_ID_LENGTH: usize = 64;
 /// A limit that no test reaches.
 const MANY_PACKETS: u64 = 1 << 40;
+/// `XFRM_OFFLOAD_PACKET`
+const OFFLOAD_PACKET: u8 = 4;
 
 /// A message under construction.
 struct Message(Vec<u8>);
@@ -74,6 +77,11 @@ impl Message {
             let templates: Vec<u8> =
                 policy.templates.iter().flat_map(|template| template_bytes(template, family)).collect();
             message.attribute(ATTRIBUTE_TEMPLATE, &templates);
+        }
+        if let Some(OffloadDev { ifindex, kind: OffloadKind::Packet, .. }) = policy.offload {
+            // `struct xfrm_user_offload`
+            let device = [ifindex.to_ne_bytes(), [OFFLOAD_PACKET, 0, 0, 0]].concat();
+            message.attribute(ATTRIBUTE_OFFLOAD_DEVICE, &device);
         }
         message
     }
@@ -213,7 +221,9 @@ mod tests {
         for (name, datagram) in CAPTURED {
             for message in decode(&Bytes::from_static(datagram)).unwrap() {
                 let Content::Event(PolicyEvent::Policy(policy)) = message.content else { continue };
-                let asked = Policy { offload: None, ..policy };
+                // That it is inbound is the kernel's to say.
+                let offload = policy.offload.map(|device| OffloadDev { inbound: false, ..device });
+                let asked = Policy { offload, ..policy };
                 let request = Bytes::from(request(&Change::Add(asked.clone()), 7));
                 let again = decode(&request).unwrap();
                 let [again] = &again[..] else { panic!("{name}: {again:?}") };

@@ -5,7 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use fastswan::{
     Policy, PolicyId, Selector,
     policy::{
-        Action, DefaultPolicy, Direction, Family, IPPROTO_ESP, Mark, Mode, PolicyType, PortMatch, Template,
+        Action, DefaultPolicy, Direction, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind,
+        PolicyType, PortMatch, Template,
     },
 };
 use ipnet::IpNet;
@@ -14,6 +15,8 @@ use rand::{
     rngs::StdRng,
     seq::{IndexedRandom as _, SliceRandom as _},
 };
+
+use super::judge::Lab;
 
 /// A kind of policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,11 +39,13 @@ pub enum Set {
     Random,
     /// Like nested ones, but offloaded: the judge is a model of the kernel, which orders those in its own way.
     OffloadedModel,
+    /// The same, and bypass policies and blocks that are offloaded: the judge is the kernel.
+    Offloaded,
 }
 
 impl Set {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::SiteToSite,
         Self::HubAndSpoke,
         Self::RoadWarrior,
@@ -50,7 +55,15 @@ impl Set {
         Self::Ports,
         Self::Random,
         Self::OffloadedModel,
+        Self::Offloaded,
     ];
+
+    /// Those that can be judged where policies are really offloaded, or where none can be.
+    #[must_use]
+    pub fn judged(offloads: bool) -> Vec<Self> {
+        let elsewhere = if offloads { Self::OffloadedModel } else { Self::Offloaded };
+        Self::ALL.into_iter().filter(|set| *set != elsewhere).collect()
+    }
 
     /// Its name.
     #[must_use]
@@ -65,6 +78,7 @@ impl Set {
             Self::Ports => "ports",
             Self::Random => "random",
             Self::OffloadedModel => "offloaded-model",
+            Self::Offloaded => "offloaded",
         }
     }
 
@@ -79,7 +93,7 @@ impl Set {
         match self {
             Self::SiteToSite | Self::StrongSwan | Self::Libreswan | Self::HubAndSpoke => 40,
             Self::RoadWarrior => 60,
-            Self::Nested | Self::Ports | Self::Random | Self::OffloadedModel => 20,
+            Self::Nested | Self::Ports | Self::Random | Self::OffloadedModel | Self::Offloaded => 20,
         }
     }
 }
@@ -101,10 +115,20 @@ pub(super) enum Change {
     Resynchronise,
 }
 
-/// Whether the mirror is told that a policy is offloaded. Its reqid says so, which all sides see.
+/// Whether a policy is offloaded, or the mirror is told so. Its reqid says that, which all sides see.
 pub(super) fn is_promoted(policy: &Policy) -> bool {
-    policy.id.direction == Direction::Out
-        && matches!(policy.templates[..], [Template { reqid, .. }] if reqid % 2 == 1)
+    policy.is_packet_offloaded()
+        || policy.id.direction == Direction::Out
+            && matches!(policy.templates[..], [Template { reqid, .. }] if reqid % 2 == 1)
+}
+
+/// Whether NICs offload such a policy.
+fn is_offloadable(policy: &Policy) -> bool {
+    policy.id.policy_type == PolicyType::Main
+        && policy.id.direction != Direction::Forward
+        && policy.templates.len() <= 1
+        && matches!(policy.id.selector.protocol, 0 | 6 | 17)
+        && policy.priority != u32::MAX
 }
 
 /// Policies that come and go.
@@ -113,6 +137,8 @@ pub(super) struct World {
     set: Set,
     /// The device that packets leave by, and the other one.
     devices: [u32; 2],
+    /// Whether policies are really offloaded, to the device that packets leave by.
+    offloads: bool,
     policies: Vec<Policy>,
     default_policy: DefaultPolicy,
     /// How many policies and groups there were.
@@ -121,10 +147,11 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn new(set: Set, egress: u32, ingress: u32) -> Self {
+    pub(super) fn new(set: Set, lab: &Lab) -> Self {
         Self {
             set,
-            devices: [egress, ingress],
+            devices: [lab.egress, lab.ingress],
+            offloads: lab.offloads(),
             policies: Vec::new(),
             default_policy: DefaultPolicy::default(),
             made: 0,
@@ -139,6 +166,15 @@ impl World {
 
     /// Starts over with other policies.
     pub(super) fn renew(&mut self, rng: &mut StdRng) -> Vec<Change> {
+        let mut changes = self.clear();
+        for _ in 0..self.set.groups() {
+            changes.extend(self.add_group(rng));
+        }
+        changes
+    }
+
+    /// Nothing is left. The kernel does not tell that it has deleted none.
+    pub(super) fn clear(&mut self) -> Vec<Change> {
         let has = |table| self.policies.iter().any(|policy| policy.id.policy_type == table);
         let tables = [PolicyType::Main, PolicyType::Sub].into_iter().filter(|table| has(*table));
         let mut changes: Vec<Change> = tables.map(Change::Flush).collect();
@@ -148,9 +184,6 @@ impl World {
         }
         self.policies.clear();
         self.groups = 0;
-        for _ in 0..self.set.groups() {
-            changes.extend(self.add_group(rng));
-        }
         changes
     }
 
@@ -182,7 +215,7 @@ impl World {
                 _ => changes.extend(self.update(rng)),
             }
         }
-        if self.set == Set::OffloadedModel && rng.random_bool(0.1) {
+        if matches!(self.set, Set::OffloadedModel | Set::Offloaded) && rng.random_bool(0.1) {
             let at = rng.random_range(0..=changes.len());
             changes.insert(at, Change::Resynchronise);
         }
@@ -202,7 +235,8 @@ impl World {
         let group = self.group(rng);
         self.groups = self.groups.wrapping_add(1);
         let mut changes = Vec::new();
-        for policy in group {
+        for mut policy in group {
+            self.offload(&mut policy, rng);
             if self.policies.iter().all(|other| other.id != policy.id) {
                 self.policies.push(policy.clone());
                 changes.push(Change::Add(policy));
@@ -215,7 +249,7 @@ impl World {
     fn update(&mut self, rng: &mut StdRng) -> Option<Change> {
         let at = rng.random_range(0..self.policies.len().max(1));
         let old = self.policies.get(at)?.clone();
-        let mut new = old.clone();
+        let mut new = Policy { offload: None, ..old.clone() };
         let promoted = if rng.random_bool(0.3) { !is_promoted(&old) } else { is_promoted(&old) };
         if let [template] = &mut new.templates[..] {
             template.reqid = self.reqid(promoted && old.id.direction == Direction::Out);
@@ -225,10 +259,36 @@ impl World {
             Set::StrongSwan if new.templates.is_empty() => old.priority,
             Set::StrongSwan => strongswan(&new, 600_000),
             Set::SiteToSite | Set::HubAndSpoke | Set::RoadWarrior | Set::Libreswan => old.priority,
-            Set::Nested | Set::Ports | Set::Random | Set::OffloadedModel => priority(rng, is_promoted(&new)),
+            Set::Nested | Set::Ports | Set::Random | Set::OffloadedModel | Set::Offloaded => {
+                priority(rng, is_promoted(&new))
+            }
         };
+        self.offload(&mut new, rng);
         self.policies[at] = new.clone();
         Some(Change::Update(new))
+    }
+
+    /// Offloads a policy, if it is to be and can be.
+    fn offload(&mut self, policy: &mut Policy, rng: &mut StdRng) {
+        policy.offload = None;
+        if !self.offloads {
+            return;
+        }
+        let without_tunnel = policy.templates.is_empty() && policy.id.direction == Direction::Out;
+        let wanted = is_promoted(policy)
+            || without_tunnel
+                && match self.set {
+                    // charon's own.
+                    Set::StrongSwan => policy.priority == 32,
+                    Set::Offloaded | Set::Random => rng.random_bool(0.3),
+                    _ => false,
+                };
+        if wanted && is_offloadable(policy) {
+            let [ifindex, _] = self.devices;
+            policy.offload = Some(OffloadDev { ifindex, kind: OffloadKind::Packet, inbound: false });
+        } else if let [template] = &mut policy.templates[..] {
+            template.reqid &= !1;
+        }
     }
 
     /// Policies that come together.
@@ -237,7 +297,7 @@ impl World {
         let number = self.groups;
         let [zone, net] = [2 + number / 200, number % 200];
         match self.set {
-            Set::Nested | Set::OffloadedModel if rng.random_bool(0.25) => self.nest(rng, v6),
+            Set::Nested | Set::OffloadedModel | Set::Offloaded if rng.random_bool(0.25) => self.nest(rng, v6),
             Set::SiteToSite => {
                 let local = place(v6, 1, rng.random_range(1..5), 0, 24);
                 self.tunnel(local, place(v6, zone, net, 0, 24), 2000, true)
@@ -252,7 +312,7 @@ impl World {
             Set::Nested => {
                 vec![self.nested(rng, v6, &[0, 8, 15, 16, 20, 24, 24, 26, 28, 29, 30, 31, 32, 32])]
             }
-            Set::OffloadedModel => {
+            Set::OffloadedModel | Set::Offloaded => {
                 vec![self.nested(rng, v6, &[0, 8, 14, 16, 20, 22, 24, 24, 26, 28, 29, 30, 31, 32, 32])]
             }
             Set::Ports => {
