@@ -72,8 +72,8 @@ reasons! {
     Shadowed = "shadowed",
     /// A forward policy or a sub policy matches too.
     ForwardOrSubPolicy = "forward_or_sub_policy",
-    /// The policy has a mark, an interface, a limit, a security context or a mode that the fast path does
-    /// not handle.
+    /// The policy has a mark, an interface, a limit, a security context, a mode or a tunnel of another family that
+    /// the fast path does not handle.
     Ineligible = "ineligible",
     /// The policy has no live packet-offload association on its device.
     NoSa = "no_sa",

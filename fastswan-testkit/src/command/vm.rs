@@ -104,14 +104,9 @@ fn run_scenarios(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Scenarios that have not yet been seen to pass on both kernels. `vm run all` tells them too.
-const NOT_IN_CI: [&str; 3] = ["ipv6", "esn", "many"];
-
-/// For `cargo testkit ci`: the other scenarios, on all kernels.
+/// For `cargo testkit ci`: all scenarios, on all kernels.
 pub(crate) fn check() -> anyhow::Result<Count> {
-    println!("not in CI yet: {}", NOT_IN_CI.join(", "));
-    let mut scenarios = Scenario::all();
-    scenarios.retain(|scenario| !NOT_IN_CI.contains(&scenario.name));
+    let scenarios = Scenario::all();
     let told = tell(&scenarios, &Kernel::ALL)?;
     let mut count = Count { passed: 0, failed: 0 };
     for told in &told {

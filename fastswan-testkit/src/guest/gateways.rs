@@ -103,7 +103,6 @@ impl Gateways {
             }
             gateway.namespace.forward()?;
         }
-        gateways.route()?;
         Ok(gateways)
     }
 
@@ -138,7 +137,8 @@ impl Gateways {
         Ok(self.plug()?)
     }
 
-    /// Gives the ports their addresses, and switches them on.
+    /// Gives the ends their addresses, switches them on, and lets the gateways know each other and the networks behind:
+    /// again, if one of them was down.
     ///
     /// # Errors
     ///
@@ -153,16 +153,6 @@ impl Gateways {
             }
             end.namespace.ip("link set nic0 up")?;
         }
-        introduce(end_a, end_b)
-    }
-
-    /// Lets the gateways know the networks behind each other, again after a port was down.
-    ///
-    /// # Errors
-    ///
-    /// [`LabError`].
-    pub fn route(&self) -> Result<(), LabError> {
-        let [end_a, end_b] = self.ends();
         introduce(end_a, end_b)?;
         for (gateway, network, peer) in [
             (&self.a, "10.2.0.0/16", "192.0.2.2"),
@@ -212,8 +202,8 @@ impl Gateways {
                 let said = gateway.ip(what).unwrap_or_else(|error| error.to_string());
                 let _ = writeln!(text, "== {name}: ip {what}\n{said}");
             }
-            let statistics =
-                gateway.enter(|| std::fs::read_to_string("/proc/net/xfrm_stat").unwrap_or_default());
+            let statistics = gateway
+                .enter(|| std::fs::read_to_string("/proc/thread-self/net/xfrm_stat").unwrap_or_default());
             let _ = writeln!(text, "== {name}: xfrm_stat\n{statistics}");
             for table in ["stats", "associations", "policies", "clear"] {
                 let _ = writeln!(text, "== {name}: NIC {table}\n{}", port.table(table));
@@ -225,7 +215,8 @@ impl Gateways {
     /// The errors that a gateway's kernel has counted for IPsec, those that are not 0.
     #[must_use]
     pub fn ipsec_errors(gateway: &Namespace) -> Vec<String> {
-        let statistics = gateway.enter(|| std::fs::read_to_string("/proc/net/xfrm_stat").unwrap_or_default());
+        let statistics =
+            gateway.enter(|| std::fs::read_to_string("/proc/thread-self/net/xfrm_stat").unwrap_or_default());
         let is_zero = |line: &str| line.split_whitespace().nth(1).is_none_or(|value| value == "0");
         statistics
             .lines()

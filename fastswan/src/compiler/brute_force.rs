@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::{
     Compiler, Explanation, Flow,
-    model::{AMPLE, LAN, Model, NIC, Packet, association, template, to, tunnel},
+    model::{AMPLE, LAN, Model, NIC, Packet, association_of, template_of, to, tunnel},
 };
 use crate::{
     database::Database,
@@ -33,6 +33,10 @@ pub(super) enum Step {
     Flush,
     Stale,
     Resync,
+}
+
+fn family(v6: bool) -> Family {
+    if v6 { Family::V6 } else { Family::V4 }
 }
 
 /// Bytes that choose what happens. Those of a fuzzer lead it to what it has not seen; 0 is the usual choice.
@@ -71,11 +75,13 @@ impl Choices<'_> {
             _ => Some(to(NIC, OffloadKind::Crypto)),
         };
         let reqid = u32::from(self.next() % 2 + 1);
+        let template = |v6| Template { reqid, ..template_of(family(v6)) };
         policy.templates = match self.next() % 16 {
-            0..13 => vec![Template { reqid, ..template() }],
-            13 => vec![Template { reqid, optional: true, ..template() }],
+            0..12 => vec![template(v6)],
+            12 => vec![template(!v6)],
+            13 => vec![Template { optional: true, ..template(v6) }],
             14 => vec![],
-            _ => vec![template(), template()],
+            _ => vec![template(v6), template(v6)],
         };
         match self.next() % 32 {
             0..20 => {}
@@ -97,7 +103,7 @@ impl Choices<'_> {
     }
 
     fn sa(&mut self) -> SecurityAssociation {
-        let mut sa = association();
+        let mut sa = association_of(family(self.next() % 2 == 1));
         sa.reqid = u32::from(self.next() % 2 + 1);
         sa.id.spi = u32::from(self.next() % 3);
         sa.offload = Some(to(self.one_of(&[NIC, NIC, NIC, LAN]), OffloadKind::Packet));
@@ -133,9 +139,12 @@ impl Choices<'_> {
 
     /// Some policies with live associations to begin with, then changes, until the bytes are used up.
     pub(super) fn steps(&mut self) -> Vec<Step> {
-        let mut second = SecurityAssociation { reqid: 2, ..association() };
-        second.id.spi = 0x200;
-        let mut steps: Vec<Step> = [association(), second].map(|sa| Step::Sa(Box::new(sa))).into();
+        let mut steps = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            let mut second = SecurityAssociation { reqid: 2, ..association_of(family) };
+            second.id.spi = 0x200;
+            steps.extend([association_of(family), second].map(|sa| Step::Sa(Box::new(sa))));
+        }
         steps.push(Step::Routes(self.routes()));
         for _ in 0..=self.next() % 7 {
             steps.push(Step::Policy(Box::new(self.policy())));
@@ -225,9 +234,10 @@ impl World {
                 self.database.apply(PolicyEvent::DefaultPolicy(default_policy));
             }
             Step::Routes(routes) => {
-                let outer = ("192.0.2.0/24".parse().unwrap(), via(NIC));
+                let outer =
+                    ["192.0.2.0/24", "2001:db8:f::/48"].map(|prefix| (prefix.parse().unwrap(), via(NIC)));
                 let route = |(destination, kind)| Route { table: 254, destination, metric: 0, kind };
-                self.host.routes = routes.into_iter().chain([outer]).map(route).collect();
+                self.host.routes = routes.into_iter().chain(outer).map(route).collect();
                 self.compiler.set_host(&self.host);
             }
             Step::Flush => self.database.apply(PolicyEvent::PoliciesFlushed(PolicyType::Sub)),
@@ -288,7 +298,7 @@ impl Judge<'_> {
 
     /// The policy that the kernel is certain to choose and that the fast path can stand in for.
     fn rule(&self, packet: &Packet) -> Option<&Policy> {
-        let family = if packet.source.is_ipv4() { Family::V4 } else { Family::V6 };
+        let family = family(packet.source.is_ipv6());
         if !self.world.database.is_current()
             || self.default_policy.forward == Action::Block
             || self.default_policy.outbound == Action::Block
@@ -319,10 +329,12 @@ impl Judge<'_> {
             && !best.id.selector.looks_at_upper_layer()
             && !best.use_limited
             && best.templates.len() == 1
+            && best.templates[0].destination.is_ipv4() == packet.source.is_ipv4()
             && !best.templates[0].optional;
         let device = best.offload.filter(|device| device.kind == OffloadKind::Packet)?.ifindex;
         let is_live = |sa: &SecurityAssociation| {
             sa.id.spi != 0
+                && sa.id.destination == best.templates[0].destination
                 && sa.reqid == best.templates[0].reqid
                 && sa.offload.is_some_and(|offload| offload.ifindex == device)
         };

@@ -312,7 +312,7 @@ fn why_ineligible(policy: &Policy) -> &'static str {
     } else if policy.templates.len() != 1 {
         "has more than one template"
     } else {
-        "asks for something else than a required ESP tunnel"
+        "asks for something else than a required ESP tunnel between addresses of its own family"
     }
 }
 

@@ -171,10 +171,11 @@ fn holds(cell: &Cell, packet: &Packet) -> bool {
     cell.destination.contains(&packet.destination) && cell.source.contains(&packet.source)
 }
 
-/// An outbound software policy with an ESP tunnel to 192.0.2.2 under reqid 1.
+/// An outbound software policy with the template of its family.
 pub(super) fn tunnel(source: &str, destination: &str) -> Policy {
     let selector = Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap();
-    Policy { templates: vec![template()], ..Policy::new(PolicyId::new(Direction::Out, selector)) }
+    let templates = vec![template_of(selector.family())];
+    Policy { templates, ..Policy::new(PolicyId::new(Direction::Out, selector)) }
 }
 
 /// The same, packet-offloaded to the NIC.
@@ -186,33 +187,42 @@ pub(super) fn to(ifindex: u32, kind: OffloadKind) -> OffloadDev {
     OffloadDev { ifindex, kind, inbound: false }
 }
 
-pub(super) fn template() -> Template {
+/// An ESP tunnel to 192.0.2.2 or `2001:db8:f::2` under reqid 1.
+pub(super) fn template_of(family: Family) -> Template {
+    let (source, destination) = match family {
+        Family::V4 => ("192.0.2.1", "192.0.2.2"),
+        Family::V6 => ("2001:db8:f::1", "2001:db8:f::2"),
+    };
     Template {
         mode: Mode::Tunnel,
         protocol: IPPROTO_ESP,
         spi: 0,
-        source: "192.0.2.1".parse().unwrap(),
-        destination: "192.0.2.2".parse().unwrap(),
+        source: source.parse().unwrap(),
+        destination: destination.parse().unwrap(),
         reqid: 1,
         optional: false,
     }
 }
 
-/// The association of [`template`] on the NIC.
-pub(super) fn association() -> SecurityAssociation {
+pub(super) fn template() -> Template {
+    template_of(Family::V4)
+}
+
+/// The association of the family's template on the NIC.
+pub(super) fn association_of(family: Family) -> SecurityAssociation {
+    let Template { source, destination, reqid, .. } = template_of(family);
     SecurityAssociation {
-        id: SaId {
-            destination: template().destination,
-            spi: 0x100,
-            protocol: IPPROTO_ESP,
-            mark: Mark::default(),
-        },
-        source: template().source,
-        reqid: template().reqid,
+        id: SaId { destination, spi: 0x100, protocol: IPPROTO_ESP, mark: Mark::default() },
+        source,
+        reqid,
         mode: Mode::Tunnel,
         if_id: 0,
         selector: None,
         offload: Some(to(NIC, OffloadKind::Packet)),
-        overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
+        overhead: Some(Overhead::aes_gcm_tunnel(family, false, 16)),
     }
+}
+
+pub(super) fn association() -> SecurityAssociation {
+    association_of(Family::V4)
 }

@@ -69,11 +69,9 @@ impl Paths {
         let (gateway, route_mtu) = self.outer_route(template.destination, device.ifindex)?;
         let max_length = policy.egress.max_length.or_else(|| {
             let link = link?;
-            let outer = if template.destination.is_ipv4() { Family::V4 } else { Family::V6 };
-            let outer_mtu = bytes(route_mtu.unwrap_or(u32::MAX).min(link.mtu(outer)));
+            let outer_mtu = bytes(route_mtu.unwrap_or(u32::MAX).min(link.mtu(family)));
             // A rekey is no reason for a packet that is too long for one of the two associations.
-            let inner = associations.map(|sa| Some(sa.overhead?.longest_inner_packet(outer_mtu))).min()??;
-            Some(inner.min(bytes(link.mtu(family))))
+            associations.map(|sa| Some(sa.overhead?.longest_inner_packet(outer_mtu))).min()?
         })?;
         let rewrite = match policy.egress.next_hop {
             NextHop::Device => None,

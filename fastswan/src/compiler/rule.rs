@@ -15,7 +15,7 @@ use fastswan_ebpf::PassReason;
 use super::broken::{self, BrokenRule};
 use crate::{
     database::PolicyKey,
-    policy::{Action, Direction, IPPROTO_ESP, Mode, Policy, PolicyType, Template},
+    policy::{Action, Direction, Family, IPPROTO_ESP, Mode, Policy, PolicyType, Template},
 };
 
 /// What the rule needs to know about a policy.
@@ -160,6 +160,9 @@ pub(super) fn eligible(policy: &Policy) -> Result<&Template, PassReason> {
         && !policy.use_limited
         && template.mode == Mode::Tunnel
         && template.protocol == IPPROTO_ESP
-        && !template.optional;
+        && !template.optional
+        // For an offloaded tunnel the kernel looks for a route to its far end in the family of the packet
+        // (`xfrm_bundle_create`): it forwards nothing into one of the other family.
+        && template.destination.is_ipv4() == (policy.id.selector.family() == Family::V4);
     if plain { Ok(template) } else { Err(PassReason::Ineligible) }
 }

@@ -6,7 +6,10 @@ use fastswan_ebpf::PassReason;
 
 use super::{
     Cause, Compiler, Explanation, Flow, PolicyState,
-    model::{AMPLE, LAN, Model, NIC, Packet, association, offloaded, template, to, tunnel},
+    model::{
+        AMPLE, LAN, Model, NIC, Packet, association, association_of, offloaded, template, template_of, to,
+        tunnel,
+    },
 };
 use crate::{
     database::Database,
@@ -47,7 +50,8 @@ impl Scene {
             ..Link::default()
         };
         let mut database = Database::default();
-        database.apply(PolicyEvent::Snapshot(Snapshot { sas: vec![association()], ..Snapshot::default() }));
+        let sas = [Family::V4, Family::V6].map(association_of).into();
+        database.apply(PolicyEvent::Snapshot(Snapshot { sas, ..Snapshot::default() }));
         Self {
             database,
             host: HostFacts {
@@ -146,7 +150,7 @@ fn a_lone_offloaded_policy_with_an_association_is_fast_in_its_own_region_only() 
 }
 
 #[test]
-fn ipv6_in_an_ipv4_tunnel_is_fast_too() {
+fn ipv6_in_an_ipv6_tunnel_is_fast_too() {
     let policy = offloaded("2001:db8:1::/48", "2001:db8:2::/48");
     let mut scene = Scene::new().has(policy.clone());
     assert_eq!(scene.fate("2001:db8:1::1", "2001:db8:2::1"), Ok(policy.id));
@@ -333,6 +337,7 @@ fn a_policy_that_the_fast_path_cannot_stand_in_for_passes() {
         ("transport mode", templates(&[Template { mode: Mode::Transport, ..template() }])),
         ("AH", templates(&[Template { protocol: 51, ..template() }])),
         ("optional", templates(&[Template { optional: true, ..template() }])),
+        ("outer addresses of the other family", templates(&[template_of(Family::V6)])),
     ];
     for (policies, reason) in
         [(&not_offloaded[..], PassReason::NotOffloaded), (&ineligible[..], PassReason::Ineligible)]
@@ -674,9 +679,11 @@ fn the_longest_packet_is_what_the_associations_leave_of_the_outer_path() {
     rekeying.after(PolicyEvent::Sa(SecurityAssociation { overhead: None, ..longer }));
     assert_eq!(rekeying.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "one of them is not known");
 
-    let mut ipv6 = Scene::new().has(offloaded("2001:db8:1::/48", "2001:db8:2::/48"));
-    ipv6.link(NIC).mtu_v6 = 1300;
-    assert_eq!(longest(&mut ipv6), Some(1300), "the inner route has a limit too");
+    let ipv6 = || Scene::new().has(offloaded("2001:db8:1::/48", "2001:db8:2::/48"));
+    assert_eq!(longest(&mut ipv6()), Some(1426));
+    let mut device = ipv6();
+    device.link(NIC).mtu_v6 = 1300;
+    assert_eq!(longest(&mut device), Some(1226));
 
     let egress = Egress { max_length: Some(700), ..Egress::default() };
     assert_eq!(longest(&mut Scene::new().has(Policy { egress, ..site() })), Some(700));

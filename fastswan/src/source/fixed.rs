@@ -88,7 +88,7 @@ impl StaticSource {
     ///
     /// - `source`, `destination`: the prefixes between which packets are sent;
     /// - `device`: name of the interface, in the calling thread's network namespace;
-    /// - `local`, `peer`: the outer addresses of the tunnel;
+    /// - `local`, `peer`: the outer addresses of the tunnel, of the same family;
     /// - `priority`: optional, 0 if left out; lower is better;
     /// - `next-hop`: optional: `"device"` (the default), `"neighbour"`, or a table with `source` and
     ///   `destination`; see [`NextHop`](crate::policy::NextHop);
@@ -131,8 +131,11 @@ pub enum StaticSourceError {
     /// A policy is between IPv4 and IPv6.
     #[error("static policies: {0}")]
     MixedFamilies(#[from] crate::policy::MixedFamilies),
-    /// The two ends of a tunnel are of different families.
-    #[error("policy {selector}: the tunnel's ends {local} and {peer} must be of one address family")]
+    /// The two ends of a tunnel are of different families, or not of the policy's.
+    #[error(
+        "policy {selector}: the tunnel's ends {local} and {peer} must be of its address family: \
+         kernels forward nothing into an offloaded tunnel of another"
+    )]
     MixedTunnel {
         /// The policy.
         selector: Box<Selector>,
@@ -146,7 +149,7 @@ pub enum StaticSourceError {
 /// What a file looks like.
 #[cfg(feature = "serde")]
 mod written {
-    use super::{Egress, IpAddr, Selector, StaticPolicy, StaticSourceError};
+    use super::{Egress, Family, IpAddr, Selector, StaticPolicy, StaticSourceError};
     use crate::{
         policy::{MacAddr, NextHop},
         sys::ifindex,
@@ -211,7 +214,8 @@ mod written {
         fn try_from(written: Written) -> Result<Self, StaticSourceError> {
             let selector = Selector::between(written.source, written.destination)?;
             let (local, peer) = (written.local, written.peer);
-            if local.is_ipv4() != peer.is_ipv4() {
+            let is_ipv4 = selector.family() == Family::V4;
+            if [local, peer].iter().any(|end| end.is_ipv4() != is_ipv4) {
                 return Err(StaticSourceError::MixedTunnel { selector: Box::new(selector), local, peer });
             }
             let device = ifindex(&written.device).map_err(|_| StaticSourceError::NoSuchInterface {
@@ -282,7 +286,9 @@ mod tests {
         assert!(wrong("10.1.0.0/16", "10.1.0.0/33").contains("source = \"10.1.0.0/33\""));
         assert!(wrong("\"lo\"", "\"none0\"").contains("no interface named none0"));
         assert!(wrong("10.1.0.0/16", "2001:db8::/32").contains("one address family"));
-        assert!(wrong("192.0.2.1", "2001:db8::1").contains("one address family"));
+        assert!(wrong("192.0.2.1", "2001:db8::1").contains("must be of its address family"));
+        let crossed = POLICY.replace("192.0.2.1", "2001:db8::1").replace("192.0.2.2", "2001:db8::2");
+        assert!(error(&crossed).contains("must be of its address family"), "{crossed}");
         assert!(error(&format!("{POLICY}next-hop = \"nic\"")).contains("`neighbour`"));
         assert!(error("[[policies]]").contains("unknown field `policies`"));
         assert!(error("policy = 3").contains("line 1"));

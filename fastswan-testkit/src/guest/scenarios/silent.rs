@@ -12,7 +12,6 @@ pub(super) fn flap(story: &mut Story) -> anyhow::Result<()> {
     scene.gateways.a.ip("link set nic0 down")?;
     story.expect(Scene::is_slow_within_a_second(), STILL_FAST);
     scene.gateways.set_up_ends()?;
-    scene.gateways.route()?;
     scene.swan_a.swanctl(&["--rekey", "--child", "net"])?;
     scene.wait_until_fast()?;
     scene.traffic()?.may_lose(false);
@@ -33,7 +32,6 @@ pub(super) fn unload(story: &mut Story) -> anyhow::Result<()> {
     story.expect(after == last, format!("{STILL_FAST}: {before}, {after}, {last}"));
     nic::load()?;
     scene.gateways.renew_wire()?;
-    scene.gateways.route()?;
     scene.restart_mirror("mirror-2")?;
     scene.swan_a.swanctl(&["--terminate", "--ike", "gateway", "--force"])?;
     scene.swan_a.initiate("net")?;
@@ -52,7 +50,6 @@ pub(super) fn move_away(story: &mut Story) -> anyhow::Result<()> {
     let gateway = scene.gateways.a.name().to_owned();
     scene.gateways.host_a.ip(&format!("link set nic0 netns {gateway}"))?;
     scene.gateways.set_up_ends()?;
-    scene.gateways.route()?;
     scene.restart_mirror("mirror-2")?;
     scene.swan_a.swanctl(&["--rekey", "--child", "net"])?;
     scene.wait_until_fast()?;
