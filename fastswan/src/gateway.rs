@@ -209,7 +209,9 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             }
             _ => {}
         }
+        let repairs = self.database.audit_repairs();
         self.database.apply(event);
+        self.meters.repaired(self.database.audit_repairs() - repairs);
     }
 
     fn renew_lease(&mut self) {

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::IpAddr,
 };
 
@@ -24,6 +25,9 @@ use crate::{
 
 mod journal;
 mod policies;
+
+/// So many differences that an audit finds are logged by name.
+const MOST_NAMED: usize = 8;
 
 /// Whether a database is what the kernel has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -51,6 +55,7 @@ pub struct Database {
     sas_by_reqid: BTreeSet<(IpAddr, u32, u32, u8, Mark)>,
     default_policy: DefaultPolicy,
     freshness: Freshness,
+    audit_repairs: u64,
     /// The packet-offloaded outbound policies of each family.
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
@@ -79,6 +84,7 @@ impl Database {
     pub fn apply(&mut self, event: PolicyEvent) {
         match event {
             PolicyEvent::Snapshot(snapshot) => self.replace(snapshot),
+            PolicyEvent::Audit(snapshot) => self.audit(snapshot),
             PolicyEvent::Policy(policy) => {
                 let key = self.insert_policy(policy);
                 if self.policies.set_order_known(key) {
@@ -141,6 +147,49 @@ impl Database {
         self.default_policy = snapshot.default_policy;
         self.freshness = Freshness::Current;
         self.journal.forget();
+    }
+
+    /// Takes over what an audit found, if it is not what is here. What was never told may have changed the order of
+    /// policies as well, so it is taken like a snapshot.
+    fn audit(&mut self, found: Snapshot) {
+        if !self.is_current() {
+            return;
+        }
+        let differing = self.differing(&found);
+        if differing.is_empty() {
+            return;
+        }
+        let repairs = differing.len();
+        let which: Vec<String> = differing.iter().take(MOST_NAMED).map(ToString::to_string).collect();
+        tracing::warn!(repairs, ?which, "an audit found what the source never told: repaired");
+        self.audit_repairs += repairs as u64;
+        self.replace(found);
+    }
+
+    /// The policies and associations that are not what an audit found.
+    fn differing<'a>(&'a self, found: &'a Snapshot) -> Vec<&'a dyn fmt::Display> {
+        let mut differing: Vec<&dyn fmt::Display> = Vec::new();
+        let mut is_found = vec![false; self.policies.end()];
+        for policy in &found.policies {
+            let key = self.policies.key(&policy.id);
+            if let Some(key) = key {
+                is_found[key.0 as usize] = true;
+            }
+            if key.and_then(|key| self.policies.get(key)) != Some(policy) {
+                differing.push(&policy.id);
+            }
+        }
+        let missing = self.policies.iter().filter(|(key, _)| !is_found[key.0 as usize]);
+        differing.extend(missing.map(|(_, policy)| &policy.id as &dyn fmt::Display));
+        let found_sas: BTreeMap<_, _> = found.sas.iter().map(|sa| (&sa.id, sa)).collect();
+        let changed = found_sas.iter().filter(|(id, sa)| self.sas.get(id) != Some(sa));
+        differing.extend(changed.map(|(id, _)| *id as &dyn fmt::Display));
+        let gone = self.sas.keys().filter(|id| !found_sas.contains_key(id));
+        differing.extend(gone.map(|id| id as &dyn fmt::Display));
+        if found.default_policy != self.default_policy {
+            differing.push(&"the default policy");
+        }
+        differing
     }
 
     fn insert_policy(&mut self, policy: Policy) -> PolicyKey {
@@ -223,6 +272,13 @@ impl Database {
     #[must_use]
     pub fn is_current(&self) -> bool {
         self.freshness == Freshness::Current
+    }
+
+    /// How many policies and associations were not as a [`PolicyEvent::Audit`] found them, and were repaired. The
+    /// default policy counts as one.
+    #[must_use]
+    pub fn audit_repairs(&self) -> u64 {
+        self.audit_repairs
     }
 
     /// All policies, in no particular order.
@@ -440,6 +496,68 @@ mod tests {
         assert_eq!(database.freshness(), Freshness::Stale(StaleCause::Overrun));
         database.apply(PolicyEvent::Sa(sa(1)));
         assert!(!database.is_current(), "an event does not make up for those that were lost");
+    }
+
+    #[test]
+    fn an_audit_that_finds_what_was_told_changes_nothing() {
+        let mut database = Database::default();
+        let told = Snapshot {
+            policies: vec![policy("10.0.1.0/24", PolicyType::Main), policy("10.0.2.0/24", PolicyType::Main)],
+            sas: vec![sa(1)],
+            ..Snapshot::default()
+        };
+        database.apply(PolicyEvent::Snapshot(told.clone()));
+        let before = database.revision();
+        let mut found = told.clone();
+        found.policies.reverse();
+        database.apply(PolicyEvent::Audit(found));
+        assert_eq!((database.audit_repairs(), database.revision()), (0, before));
+        assert_eq!(database.snapshot(), told);
+    }
+
+    #[test]
+    fn an_audit_repairs_what_was_never_told_and_counts_it() {
+        let (one, two) = (policy("10.0.1.0/24", PolicyType::Main), policy("10.0.2.0/24", PolicyType::Main));
+        let told = Snapshot { policies: vec![one.clone(), two], sas: vec![sa(1)], ..Snapshot::default() };
+        let blocks = DefaultPolicy { forward: Action::Block, ..DefaultPolicy::default() };
+        let repaired = [
+            ("added", 1, Snapshot { sas: vec![sa(1), sa(2)], ..told.clone() }),
+            ("removed", 2, Snapshot { policies: vec![one.clone()], sas: Vec::new(), ..told.clone() }),
+            (
+                "changed",
+                3,
+                Snapshot {
+                    policies: vec![Policy { priority: 5, ..one }, policy("10.0.3.0/24", PolicyType::Main)],
+                    ..told.clone()
+                },
+            ),
+            ("default policy", 1, Snapshot { default_policy: blocks, ..told.clone() }),
+        ];
+        for (what, repairs, found) in repaired {
+            let mut database = Database::default();
+            database.apply(PolicyEvent::Snapshot(told.clone()));
+            for policy in told.policies.clone() {
+                database.apply(PolicyEvent::Policy(policy));
+            }
+            let (key, before) = (database.key_of(&told.policies[0].id).unwrap(), database.revision());
+            assert!(database.is_order_known(key));
+            database.apply(PolicyEvent::Audit(found.clone()));
+            assert_eq!((database.snapshot(), database.audit_repairs()), (found, repairs), "{what}");
+            assert!(database.changes_since(before).is_none(), "{what}: a compiler looks at everything");
+            assert!(!database.is_order_known(key), "{what}: and relies on no order");
+        }
+    }
+
+    #[test]
+    fn an_audit_does_not_make_up_for_a_snapshot() {
+        let mut database = Database::default();
+        let found = Snapshot { sas: vec![sa(1)], ..Snapshot::default() };
+        for stale in [None, Some(PolicyEvent::Stale(StaleCause::Overrun))] {
+            stale.into_iter().for_each(|event| database.apply(event));
+            database.apply(PolicyEvent::Audit(found.clone()));
+            assert!(!database.is_current());
+            assert_eq!((database.sas().count(), database.audit_repairs()), (0, 0));
+        }
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub enum Content {
     Error(i32),
     /// The kernel lost messages.
     Overrun,
-    /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, an association without SPI,
+    /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, a larval association,
     /// or a kind of message that changes no policy and no association.
     Ignored,
 }
@@ -173,6 +173,8 @@ struct Attributes {
     offload: Option<OffloadDev>,
     /// Name and ICV length in bits of an AEAD algorithm.
     aead: Option<(String, u32)>,
+    /// An algorithm of any kind.
+    has_algorithm: bool,
     udp_encapsulation: bool,
 }
 
@@ -187,7 +189,16 @@ impl Attributes {
     }
 
     fn add(&mut self, attribute: &NlaBuffer<&[u8]>) -> Result<(), String> {
-        match attribute.kind() {
+        let kind = attribute.kind();
+        self.has_algorithm |= matches!(
+            kind,
+            xfrm::XFRMA_ALG_AUTH
+                | xfrm::XFRMA_ALG_AUTH_TRUNC
+                | xfrm::XFRMA_ALG_CRYPT
+                | xfrm::XFRMA_ALG_COMP
+                | xfrm::XFRMA_ALG_AEAD
+        );
+        match kind {
             xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
             // The library would drop what remains of a last template.
             xfrm::XFRMA_TMPL if !attribute.value().len().is_multiple_of(TEMPLATE_LENGTH) => {
@@ -298,7 +309,8 @@ fn template(raw: &UserTemplate) -> Result<Template, String> {
     })
 }
 
-/// An association, or `None` if it has no SPI: the kernel is still asking for one.
+/// An association, or `None` if it is larval. Without an SPI, the kernel is still asking for it; without an algorithm,
+/// a daemon has reserved its SPI (`XFRM_MSG_ALLOCSPI`), which is in dumps but never notified.
 fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<Option<SecurityAssociation>, String> {
     let id = sa_id(info, attributes)?;
     // A family of 0 is no selector at all.
@@ -313,7 +325,12 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<Option<SecurityAssoc
         offload: attributes.offload,
         overhead: overhead(info, attributes),
     })
-    .filter(|sa| sa.id.spi != 0))
+    .filter(|sa| sa.id.spi != 0 && (attributes.has_algorithm || !is_ipsec(sa.id.protocol))))
+}
+
+/// Whether associations of a protocol have algorithms: ESP, AH and IPComp. Those of Mobile IPv6 have none.
+fn is_ipsec(protocol: u8) -> bool {
+    matches!(protocol, 50 | 51 | 108)
 }
 
 fn sa_id(info: &UserSaInfo, attributes: &Attributes) -> Result<SaId, String> {

@@ -59,15 +59,23 @@ impl Dump {
     /// Reads on until everything is there.
     pub(super) async fn finish(&mut self) -> Result<Snapshot, DumpError> {
         loop {
-            let datagram = self.socket.receive().await?;
-            if self.take(&datagram)? {
-                self.stage += 1;
-                if self.request().is_none() {
-                    return Ok(std::mem::take(&mut self.snapshot));
-                }
-                self.ask()?;
+            if let Some(snapshot) = self.step().await? {
+                return Ok(snapshot);
             }
         }
+    }
+
+    /// Reads one datagram: everything if it was the last one.
+    pub(super) async fn step(&mut self) -> Result<Option<Snapshot>, DumpError> {
+        let datagram = self.socket.receive().await?;
+        if self.take(&datagram)? {
+            self.stage += 1;
+            if self.request().is_none() {
+                return Ok(Some(std::mem::take(&mut self.snapshot)));
+            }
+            self.ask()?;
+        }
+        Ok(None)
     }
 
     /// Type, flags and length of the fixed part of what is being asked for; `None` at the end.

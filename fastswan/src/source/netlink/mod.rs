@@ -6,7 +6,11 @@
 //! receive buffer overran, a message could not be read, a dump was cut short) it says so at once with
 //! [`PolicyEvent::Stale`], and starts over. So it does when a device goes down or leaves to which policies or
 //! associations are offloaded: the kernel deletes those without a notification.
+//!
+//! Now and then it asks for everything again in the background and yields [`PolicyEvent::Audit`], so that a
+//! change that was never told is found and repaired.
 
+mod audit;
 mod decode;
 mod dump;
 mod links;
@@ -14,6 +18,7 @@ mod socket;
 
 use std::{
     collections::{BTreeSet, VecDeque},
+    fmt::Display,
     io,
     time::Duration,
 };
@@ -25,6 +30,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 pub use self::decode::{Content, DecodeError, Message, decode};
 pub(crate) use self::socket::NetlinkSocket;
 use self::{
+    audit::Audit,
     dump::{Dump, DumpError},
     links::Links,
     socket::Datagram,
@@ -52,12 +58,13 @@ const MOST_UNREAD: usize = 1 << 20;
 pub struct NetlinkConfig {
     receive_buffer: usize,
     kernel_only: bool,
+    audit: Option<Duration>,
 }
 
 impl Default for NetlinkConfig {
-    /// 8 MiB, which holds some 5,000 notifications, from the kernel only.
+    /// 8 MiB, which holds some 5,000 notifications, from the kernel only; an audit every 30 s.
     fn default() -> Self {
-        Self { receive_buffer: 8 << 20, kernel_only: true }
+        Self { receive_buffer: 8 << 20, kernel_only: true, audit: Some(Duration::from_secs(30)) }
     }
 }
 
@@ -67,6 +74,15 @@ impl NetlinkConfig {
     #[must_use]
     pub fn receive_buffer(mut self, bytes: usize) -> Self {
         self.receive_buffer = bytes;
+        self
+    }
+
+    /// Sets how long to wait after an audit, or after a snapshot, before everything is asked for again and compared
+    /// with what was told; see [`PolicyEvent::Audit`]. `None` is never. While one runs, it takes the memory of a
+    /// second copy.
+    #[must_use]
+    pub fn audit(mut self, period: Option<Duration>) -> Self {
+        self.audit = period;
         self
     }
 
@@ -102,6 +118,10 @@ pub struct NetlinkStatistics {
     pub failed_dumps: u64,
     /// Times that a device was lost to which policies or associations are offloaded.
     pub lost_devices: u64,
+    /// Audits that were yielded.
+    pub audits: u64,
+    /// Audits that were given up: the dump failed, a link was lost, or too much changed meanwhile.
+    pub failed_audits: u64,
 }
 
 /// The policies and associations of the running kernel, in the network namespace of the thread that opens it.
@@ -119,6 +139,7 @@ pub struct NetlinkSource {
     state: State,
     /// Events of the last datagram that were not yielded yet.
     ready: VecDeque<PolicyEvent>,
+    audit: Audit,
     pause: Duration,
     statistics: NetlinkStatistics,
 }
@@ -163,6 +184,7 @@ impl NetlinkSource {
             remedy: "",
         })?;
         Ok(Self {
+            audit: Audit::new(config.audit),
             config,
             notifications,
             links,
@@ -205,6 +227,7 @@ impl NetlinkSource {
                             self.statistics.dumps += 1;
                             self.pause = SHORTEST_PAUSE;
                             self.state = State::Following;
+                            self.audit.restart();
                             return Ok(snapshot);
                         }
                         Err(_) => DumpError::Interrupted,
@@ -249,8 +272,8 @@ impl NetlinkSource {
     /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
     /// is applied again, together with all that came after it.
     fn replay(&mut self, snapshot: Snapshot) -> Result<Snapshot, StaleCause> {
-        self.devices = snapshot.policies.iter().filter_map(|policy| policy.offload).map(index).collect();
-        self.devices.extend(snapshot.sas.iter().filter_map(|sa| sa.offload).map(index));
+        self.devices.clear();
+        self.note_devices(&snapshot);
         let mut database = Database::default();
         database.apply(PolicyEvent::Snapshot(snapshot));
         while let Some(received) = self.notifications.try_receive().transpose() {
@@ -263,6 +286,11 @@ impl NetlinkSource {
         Ok(database.snapshot())
     }
 
+    fn note_devices(&mut self, snapshot: &Snapshot) {
+        self.devices.extend(snapshot.policies.iter().filter_map(|policy| policy.offload).map(index));
+        self.devices.extend(snapshot.sas.iter().filter_map(|sa| sa.offload).map(index));
+    }
+
     /// Decides what the loss of devices means, now or when all notifications before it have been read.
     fn judge(&mut self, lost: io::Result<Vec<u32>>) -> Result<(), StaleCause> {
         let lost = lost.map_err(|error| {
@@ -270,6 +298,10 @@ impl NetlinkSource {
             tracing::warn!(%error, "lost notifications about links");
             StaleCause::Overrun
         })?;
+        // Nobody knows yet whether it matters: an audit may come to know of an offload that was never told.
+        if !lost.is_empty() && self.audit.is_running() {
+            self.give_up_audit("a link was lost");
+        }
         self.lost.extend(lost);
         if self.lost.len() > MOST_LOST {
             return Err(StaleCause::Overrun);
@@ -279,7 +311,27 @@ impl NetlinkSource {
         Err(StaleCause::DeviceLost(ifindex))
     }
 
-    /// Waits for the next datagram, of either kind, and reads it.
+    /// Takes what an audit has come to.
+    fn take_audit(&mut self, step: Result<Option<Snapshot>, DumpError>) {
+        match step {
+            Ok(None) => {}
+            Ok(Some(snapshot)) => {
+                self.statistics.audits += 1;
+                self.note_devices(&snapshot);
+                self.ready.push_back(PolicyEvent::Audit(snapshot));
+                self.audit.restart();
+            }
+            Err(error) => self.give_up_audit(error),
+        }
+    }
+
+    fn give_up_audit(&mut self, why: impl Display) {
+        self.statistics.failed_audits += 1;
+        tracing::warn!(%why, "an audit was given up, trying again later");
+        self.audit.restart();
+    }
+
+    /// Waits for the next datagram, of either kind, and reads it. An audit goes on while there is none.
     async fn listen(&mut self) -> Result<(), StaleCause> {
         if !self.lost.is_empty() {
             // An offload that is younger than the last notification read, but older than the loss.
@@ -296,6 +348,10 @@ impl NetlinkSource {
             biased;
             lost = self.links.lost() => self.judge(lost),
             received = self.notifications.receive() => self.read(received),
+            step = self.audit.advance(self.config.receive_buffer) => {
+                self.take_audit(step);
+                Ok(())
+            }
         }
     }
 
@@ -326,6 +382,9 @@ impl NetlinkSource {
                         PolicyEvent::Sa(sa) => self.devices.extend(sa.offload.map(index)),
                         _ => {}
                     }
+                    if !self.audit.note(&event) {
+                        self.give_up_audit("too much changed meanwhile");
+                    }
                     self.ready.push_back(event);
                 }
                 Content::Overrun => {
@@ -355,6 +414,7 @@ impl PolicySource for NetlinkSource {
             }
             if let Err(cause) = self.listen().await {
                 self.ready.clear();
+                self.audit.restart();
                 self.state = State::Waiting(Instant::now());
                 return Ok(Some(PolicyEvent::Stale(cause)));
             }
