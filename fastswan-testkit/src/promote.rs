@@ -57,6 +57,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
             selector: None,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
+            expires: None,
         };
         let mut promoted = policy.clone();
         promoted.offload = offload;

@@ -1,7 +1,10 @@
 //! The assembled loop on a real host: what its source says is what the program does, and nothing is fast when
 //! the source loses track or the loop stops.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use fastswan::{
     BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
@@ -157,6 +160,41 @@ fn a_policy_is_fast_from_its_addition_to_its_deletion() {
             program.until(&mut gateway, INSIDE, RunAction::Pass).await;
             assert_eq!(program.reason(&gateway, INSIDE), PassReason::NoPolicy, "{end}");
         }
+    });
+}
+
+#[test]
+fn a_policy_that_will_be_deleted_for_its_age_is_switched_off_before() {
+    story("a limited life", async |host| {
+        let (program, mut gateway) = host.gateway(host.kernel());
+        let add = format!("xfrm policy add {POLICY} priority 100 limit time-hard 5 {TUNNEL}");
+        host.namespace().ip(&add).unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        program.until(&mut gateway, INSIDE, RunAction::Pass).await;
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Ineligible, "it is still there");
+        let deleted = async {
+            while host.namespace().ip("xfrm policy").unwrap().contains("10.2.0.0/16") {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        gateway.run_until(deleted).await.unwrap();
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::NoPolicy);
+    });
+}
+
+#[test]
+fn an_association_that_will_be_deleted_for_its_age_is_switched_off_before() {
+    story("an association of a limited life", async |host| {
+        let mut snapshot = host.snapshot().await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        snapshot.sas[0].expires = Some(now + 5);
+        let (_sender, source) = ChannelSource::new(snapshot, 8);
+        let (program, mut gateway) = host.gateway(source);
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        // Nobody tells that it is gone.
+        program.until(&mut gateway, INSIDE, RunAction::Pass).await;
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::NoSa);
     });
 }
 

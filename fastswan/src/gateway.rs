@@ -7,7 +7,7 @@ use std::{
     fmt,
     future::Future,
     pin::pin,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use fastswan_ebpf::PassReason;
@@ -25,6 +25,9 @@ use crate::{
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
+
+/// The loop looks at the wall clock at least this often.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Events that are applied before the table is written again.
 const BATCH: usize = 4096;
@@ -68,7 +71,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     }
 
     /// Sets how long the table stays valid without a sign of life of the loop, from 50 ms up. Shorter values
-    /// count as 50 ms: the loop renews the lease four times as often.
+    /// count as 50 ms: the loop renews the lease at least four times as often.
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.lease = lease.max(Duration::from_millis(50));
@@ -85,8 +88,8 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     /// [`GatewayError`]. Everything passes to the kernel from then on.
     pub async fn run_until(&mut self, stop: impl Future<Output = ()>) -> Result<(), GatewayError> {
         let mut stop = pin!(stop);
-        let mut renewal = interval(self.lease / 4);
-        renewal.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut look = interval((self.lease / 4).min(LOOK));
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 biased;
@@ -95,9 +98,10 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                     let result = self.follow(event);
                     self.off_if_failed(result)?;
                 }
-                _ = renewal.tick() => if self.database.is_current() {
-                    self.renew_lease();
-                },
+                _ = look.tick() => {
+                    let result = self.go_on();
+                    self.off_if_failed(result)?;
+                }
             }
         }
     }
@@ -135,6 +139,19 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         Ok(())
     }
 
+    /// Renews the lease while the source says nothing, and switches off what is about to expire.
+    fn go_on(&mut self) -> Result<(), GatewayError> {
+        let expires = self.database.set_time(wall_clock());
+        if self.database.is_current() {
+            if expires {
+                let update = self.compiler.compile(&self.database);
+                self.write(&update)?;
+            }
+            self.renew_lease();
+        }
+        Ok(())
+    }
+
     /// Applies an event, and those that are there already, and writes what follows from them.
     fn follow(&mut self, first: Result<Option<PolicyEvent>, SourceError>) -> Result<(), GatewayError> {
         let mut event = first?;
@@ -154,6 +171,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             event = next?;
         };
         self.meters.applied(applied);
+        self.database.set_time(wall_clock());
         if self.database.is_current() {
             let compiling = Instant::now();
             let update = self.compiler.compile(&self.database);
@@ -280,6 +298,11 @@ impl<S, T: OffloadTable> Gateway<S, T> {
         self.table.set_enabled(false);
         self.renewed = None;
     }
+}
+
+/// Seconds since 1970. The kernel counts the age of policies and associations with this clock, which may be set.
+fn wall_clock() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 impl<S, T: OffloadTable> Drop for Gateway<S, T> {

@@ -308,9 +308,11 @@ fn why_ineligible(policy: &Policy) -> &'static str {
     } else if policy.id.selector.ifindex != 0 {
         "is for one interface"
     } else if policy.use_limited {
-        "ends after a number of packets or bytes, or some time after its first use"
+        "ends after a number of packets or bytes, or some time after its last use"
     } else if policy.templates.len() != 1 {
         "has more than one template"
+    } else if eligible(policy).is_ok() {
+        "is about to expire"
     } else {
         "asks for something else than a required ESP tunnel"
     }

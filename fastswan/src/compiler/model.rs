@@ -214,5 +214,6 @@ pub(super) fn association() -> SecurityAssociation {
         selector: None,
         offload: Some(to(NIC, OffloadKind::Packet)),
         overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
+        expires: None,
     }
 }

@@ -26,6 +26,11 @@ use crate::{
 mod journal;
 mod policies;
 
+/// Seconds before the kernel deletes something for its age, by the wall clock, that it counts as gone. The kernel's
+/// clock for this has whole seconds, a gateway looks four times in one, and if it hangs, its lease of one second, unless
+/// set otherwise, runs out before.
+const AHEAD: u64 = 2;
+
 /// So many differences that an audit finds are logged by name.
 const MOST_NAMED: usize = 8;
 
@@ -56,10 +61,20 @@ pub struct Database {
     default_policy: DefaultPolicy,
     freshness: Freshness,
     audit_repairs: u64,
+    /// What the kernel will delete for its age, by when.
+    expiring: BTreeSet<(u64, Expiring)>,
+    /// What expires up to then counts as gone.
+    horizon: u64,
     /// The packet-offloaded outbound policies of each family.
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
     journal: Journal,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Expiring {
+    Policy(PolicyKey),
+    Sa(SaId),
 }
 
 /// The packet-offloaded outbound policies of a family.
@@ -115,6 +130,33 @@ impl Database {
         }
     }
 
+    /// Tells the time by the wall clock, in seconds since 1970. Policies and associations whose
+    /// [`expires`](Policy::expires) is at most 2 s away stay, but make nothing fast from the next
+    /// [`compile`](crate::Compiler::compile) on. Without this, nothing expires. The clock may be set back.
+    ///
+    /// Returns whether anything has come close enough to its end, or is no longer.
+    pub fn set_time(&mut self, now: u64) -> bool {
+        let before = std::mem::replace(&mut self.horizon, now.saturating_add(AHEAD));
+        let (from, to) = (before.min(self.horizon), before.max(self.horizon));
+        let first = (from.saturating_add(1), Expiring::Policy(PolicyKey(0)));
+        let passed = self.expiring.range(first..).take_while(|(expires, _)| *expires <= to);
+        let passed: Vec<_> = passed.map(|(_, which)| *which).collect();
+        for which in &passed {
+            self.journal.record(match *which {
+                Expiring::Sa(id) => Change::Sa(id.destination),
+                Expiring::Policy(key) => {
+                    Change::Policy { key, before: self.policies.get(key).cloned().map(Box::new) }
+                }
+            });
+        }
+        !passed.is_empty()
+    }
+
+    /// Whether what [expires](Policy::expires) then makes nothing fast any longer.
+    pub(crate) fn is_about_to_expire(&self, expires: Option<u64>) -> bool {
+        expires.is_some_and(|expires| expires <= self.horizon)
+    }
+
     /// Makes this what a snapshot says. Policies that stay keep their keys.
     fn replace(&mut self, snapshot: Snapshot) {
         self.policies.forget_order();
@@ -144,6 +186,9 @@ impl Database {
         }
         self.sas = snapshot.sas.into_iter().map(|sa| (sa.id, sa)).collect();
         self.sas_by_reqid = self.sas.values().map(reqid_key).collect();
+        let policies = self.policies.iter().map(|(key, policy)| (policy.expires, Expiring::Policy(key)));
+        let sas = self.sas.values().map(|sa| (sa.expires, Expiring::Sa(sa.id)));
+        self.expiring = policies.chain(sas).filter_map(|(expires, which)| Some((expires?, which))).collect();
         self.default_policy = snapshot.default_policy;
         self.freshness = Freshness::Current;
         self.journal.forget();
@@ -193,7 +238,7 @@ impl Database {
     }
 
     fn insert_policy(&mut self, policy: Policy) -> PolicyKey {
-        let now = peer(&policy);
+        let (now, expires) = (peer(&policy), policy.expires);
         let (family, offloaded) =
             (policy.id.selector.family(), is_candidate(&policy).then_some(policy.priority));
         let (key, before) = match self.policies.insert(policy) {
@@ -207,6 +252,8 @@ impl Database {
         if let Some(before) = &before {
             self.forget_offloaded(before);
         }
+        let ends = before.as_ref().and_then(|before| before.expires);
+        self.expires_instead(Expiring::Policy(key), ends, expires);
         let was = before.as_ref().and_then(peer);
         if was != now {
             if let Some(peer) = was {
@@ -223,10 +270,18 @@ impl Database {
     fn remove_policy(&mut self, id: &PolicyId) {
         let Some((key, before)) = self.policies.remove(id) else { return };
         self.forget_offloaded(&before);
+        self.expires_instead(Expiring::Policy(key), before.expires, None);
         if let Some(peer) = peer(&before) {
             self.by_peer.remove(&(peer, key));
         }
         self.journal.record(Change::Policy { key, before: Some(Box::new(before)) });
+    }
+
+    fn expires_instead(&mut self, which: Expiring, before: Option<u64>, now: Option<u64>) {
+        if before != now {
+            before.map(|expires| self.expiring.remove(&(expires, which)));
+            now.map(|expires| self.expiring.insert((expires, which)));
+        }
     }
 
     /// Takes a policy that is no longer there out of account.
@@ -411,6 +466,7 @@ impl Database {
         }
         self.remove_sa(&sa.id);
         self.sas_by_reqid.insert(reqid_key(&sa));
+        self.expires_instead(Expiring::Sa(sa.id), None, sa.expires);
         self.journal.record(Change::Sa(sa.id.destination));
         self.sas.insert(sa.id, sa);
     }
@@ -418,6 +474,7 @@ impl Database {
     fn remove_sa(&mut self, id: &SaId) {
         let Some(sa) = self.sas.remove(id) else { return };
         self.sas_by_reqid.remove(&reqid_key(&sa));
+        self.expires_instead(Expiring::Sa(sa.id), sa.expires, None);
         self.journal.record(Change::Sa(id.destination));
     }
 }
@@ -464,6 +521,7 @@ mod tests {
             selector: None,
             offload: Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false }),
             overhead: None,
+            expires: None,
         }
     }
 
@@ -558,6 +616,29 @@ mod tests {
             assert!(!database.is_current());
             assert_eq!((database.sas().count(), database.audit_repairs()), (0, 0));
         }
+    }
+
+    #[test]
+    fn time_passes_for_what_is_here_now_and_only_once() {
+        let mut database = Database::default();
+        let ages = |expires| Policy { expires: Some(expires), ..policy("10.0.1.0/24", PolicyType::Main) };
+        assert!(!database.set_time(90), "there is nothing that expires");
+        database.apply(PolicyEvent::Policy(ages(100)));
+        database.apply(PolicyEvent::Sa(SecurityAssociation { expires: Some(100), ..sa(1) }));
+        assert!(!database.set_time(97));
+        assert!(database.set_time(98), "within 2 s");
+        assert!(database.is_about_to_expire(Some(100)) && !database.is_about_to_expire(Some(101)));
+        assert!(!database.set_time(99), "that is known");
+        assert!(database.set_time(97), "the clock was set back");
+
+        database.apply(PolicyEvent::Policy(ages(200)));
+        database.apply(PolicyEvent::SaRemoved(sa(1).id));
+        assert!(!database.set_time(110), "neither is there any longer");
+        assert!(database.set_time(u64::MAX));
+        database.apply(PolicyEvent::Snapshot(Snapshot { policies: vec![ages(100)], ..Snapshot::default() }));
+        assert!(database.set_time(0), "snapshots tell it too");
+        database.apply(PolicyEvent::PolicyRemoved(ages(100).id));
+        assert!(!database.set_time(u64::MAX));
     }
 
     #[test]

@@ -9,8 +9,9 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use netlink_packet_core::{DecodeError as CoreError, NetlinkBuffer, NlaBuffer, NlasIterator, Parseable as _};
 use netlink_packet_xfrm::{
-    Address, LifetimeConfig, Selector as RawSelector, UserExpire, UserPolicyDefault, UserPolicyExpire,
-    UserPolicyId, UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate, XfrmAttrs, constants as xfrm,
+    Address, Lifetime, LifetimeConfig, Selector as RawSelector, UserExpire, UserPolicyDefault,
+    UserPolicyExpire, UserPolicyId, UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate, XfrmAttrs,
+    constants as xfrm,
 };
 
 use super::super::PolicyEvent;
@@ -260,6 +261,7 @@ fn policy(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<Polic
         templates: templates?,
         offload: attributes.offload,
         use_limited: is_use_limited(&info.lifetime_cfg),
+        expires: expires(&info.lifetime_cur, [info.lifetime_cfg.hard_add_expires_seconds]),
         ..Policy::new(id)
     }))
 }
@@ -324,6 +326,10 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<Option<SecurityAssoc
         selector,
         offload: attributes.offload,
         overhead: overhead(info, attributes),
+        expires: expires(&info.lifetime_cur, {
+            let LifetimeConfig { hard_add_expires_seconds, hard_use_expires_seconds, .. } = info.lifetime_cfg;
+            [hard_add_expires_seconds, hard_use_expires_seconds]
+        }),
     })
     .filter(|sa| sa.id.spi != 0 && (attributes.has_algorithm || !is_ipsec(sa.id.protocol))))
 }
@@ -365,7 +371,14 @@ fn default_policy(payload: &[u8]) -> Result<DefaultPolicy, String> {
     })
 }
 
-/// Whether the kernel counts something that would end the policy: packets, bytes, or time since its first use.
+/// When the first of these hard limits in seconds strikes; 0 is none. The first use may be as old as the addition, and
+/// is not looked at: no notification tells of it, so dumps would differ from what was told.
+fn expires<const N: usize>(current: &Lifetime, limits: [u64; N]) -> Option<u64> {
+    let limit = limits.into_iter().filter(|limit| *limit != 0).min()?;
+    Some(current.add_time.saturating_add(limit))
+}
+
+/// Whether the kernel counts something that would end the policy: packets, bytes, or time since its last use.
 fn is_use_limited(lifetime: &LifetimeConfig) -> bool {
     lifetime.hard_packet_limit != xfrm::XFRM_INF
         || lifetime.hard_byte_limit != xfrm::XFRM_INF
