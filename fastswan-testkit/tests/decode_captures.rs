@@ -197,3 +197,18 @@ fn what_has_a_hard_limit_in_seconds_says_when_it_ends() {
         assert_eq!(with("newpolicy-out-offload", 16 + 56, limits), policy, "{limits:?}");
     }
 }
+
+#[test]
+fn a_larval_association_is_none_yet() {
+    let spi = 16 + 56 + 16;
+    let mut asked_for = captured("newsa-out-offload").to_vec();
+    asked_for[spi..spi + 4].fill(0);
+    // Only its SPI is reserved: without the attribute that says which algorithm it has.
+    let mut reserved = captured("newsa-out-offload").to_vec();
+    let algorithm = reserved.windows(12).position(|window| window.ends_with(b"rfc4106(")).unwrap();
+    // Type 0 is none.
+    reserved[algorithm + 2..algorithm + 4].fill(0);
+    for message in [asked_for, reserved] {
+        assert_eq!(decode(&message.into()).unwrap()[0].content, Content::Ignored);
+    }
+}
