@@ -4,7 +4,7 @@ use std::{
     future::Future,
     io::Write as _,
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fastswan::{
@@ -191,6 +191,31 @@ fn an_undecodable_message_makes_the_source_ask_for_everything_again() {
         assert!(database.is_current());
         assert_eq!(database.snapshot(), kernel().await);
         assert_eq!(database.policies().count(), 1);
+    });
+}
+
+#[test]
+fn whoever_loses_track_again_and_again_waits_longer_and_longer() {
+    story("a storm of resynchronisations", async |_| {
+        let config = NetlinkConfig::default().believe_anyone();
+        let mut source = NetlinkSource::with_config(config).unwrap();
+        let mut events = Vec::new();
+        let began = Instant::now();
+        while events.len() < 15 {
+            let event = timeout(PATIENCE, source.next_event()).await.unwrap().unwrap().unwrap();
+            if matches!(event, PolicyEvent::Snapshot(_)) {
+                inject(Group::Policy, &captured("newpolicy-out-offload")[..100]).unwrap();
+            }
+            events.push(event);
+        }
+        // Never a change, and nothing is told to be true before the pause is over.
+        for pair in events.chunks_exact(2) {
+            let [PolicyEvent::Snapshot(_), PolicyEvent::Stale(StaleCause::Undecodable)] = pair else {
+                panic!("{pair:?}")
+            };
+        }
+        let pauses = 10 + 20 + 40 + 80 + 160 + 320;
+        assert!(began.elapsed() >= Duration::from_millis(pauses), "seven losses, the first without a pause");
     });
 }
 

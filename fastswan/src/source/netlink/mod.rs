@@ -11,6 +11,7 @@
 //! change that was never told is found and repaired.
 
 mod audit;
+mod back_off;
 mod decode;
 mod dump;
 mod links;
@@ -31,6 +32,7 @@ pub use self::decode::{Content, DecodeError, Message, decode};
 pub(crate) use self::socket::NetlinkSocket;
 use self::{
     audit::Audit,
+    back_off::BackOff,
     dump::{Dump, DumpError},
     links::Links,
     socket::Datagram,
@@ -43,9 +45,6 @@ const GROUPS: [u32; 3] = [2, 3, 4];
 
 /// A dump that takes longer has been forgotten.
 const DUMP_LIMIT: Duration = Duration::from_secs(30);
-/// How long to wait before another dump, at first and at most; doubled from failure to failure.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// More devices that went down while notifications were unread cause a resynchronisation.
 const MOST_LOST: usize = 1024;
@@ -140,7 +139,7 @@ pub struct NetlinkSource {
     /// Events of the last datagram that were not yielded yet.
     ready: VecDeque<PolicyEvent>,
     audit: Audit,
-    pause: Duration,
+    back_off: BackOff,
     statistics: NetlinkStatistics,
 }
 
@@ -192,7 +191,7 @@ impl NetlinkSource {
             lost: BTreeSet::new(),
             state: State::Waiting(Instant::now()),
             ready: VecDeque::new(),
-            pause: SHORTEST_PAUSE,
+            back_off: BackOff::default(),
             statistics: NetlinkStatistics::default(),
         })
     }
@@ -225,7 +224,7 @@ impl NetlinkSource {
                     Ok(Ok(snapshot)) => match self.replay(snapshot) {
                         Ok(snapshot) => {
                             self.statistics.dumps += 1;
-                            self.pause = SHORTEST_PAUSE;
+                            self.back_off.settled(Instant::now());
                             self.state = State::Following;
                             self.audit.restart();
                             return Ok(snapshot);
@@ -246,10 +245,17 @@ impl NetlinkSource {
                 });
             }
             self.statistics.failed_dumps += 1;
-            tracing::warn!(%failure, pause = ?self.pause, "cannot read policies and associations, trying again");
-            self.state = State::Waiting(Instant::now() + self.pause);
-            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+            let pause = self.wait();
+            tracing::warn!(%failure, ?pause, "cannot read policies and associations, trying again");
         }
+    }
+
+    /// Puts the next dump off, the longer the more often this happens.
+    fn wait(&mut self) -> Duration {
+        let now = Instant::now();
+        let pause = self.back_off.next(now);
+        self.state = State::Waiting(now + pause);
+        pause
     }
 
     /// Asks for everything. The order matters: links that were lost before have lost their offloads when this
@@ -415,7 +421,7 @@ impl PolicySource for NetlinkSource {
             if let Err(cause) = self.listen().await {
                 self.ready.clear();
                 self.audit.restart();
-                self.state = State::Waiting(Instant::now());
+                self.wait();
                 return Ok(Some(PolicyEvent::Stale(cause)));
             }
         }
