@@ -4,6 +4,7 @@
 //! [`Database`] and [`Compiler`] directly; this module shows how.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     future::Future,
     pin::pin,
@@ -47,6 +48,8 @@ pub struct Gateway<S, T: OffloadTable> {
     /// When the lease was renewed last, unless everything passes anyway.
     renewed: Option<time::Instant>,
     has_been_fast: bool,
+    resyncs: BTreeMap<&'static str, u64>,
+    lease_expiries: u64,
     meters: Meters,
 }
 
@@ -66,6 +69,8 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             lease: DEFAULT_LEASE,
             renewed: None,
             has_been_fast: false,
+            resyncs: BTreeMap::new(),
+            lease_expiries: 0,
             meters: Meters::new(),
         }
     }
@@ -221,6 +226,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                     Freshness::Current => "snapshot",
                     Freshness::Stale(cause) => cause.name(),
                 };
+                *self.resyncs.entry(cause).or_default() += 1;
                 self.meters.resynchronised(cause);
                 let (policies, associations) = (snapshot.policies.len(), snapshot.sas.len());
                 tracing::info!(cause, policies, associations, "the source knows everything");
@@ -238,6 +244,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         if let Some(since) = self.renewed.replace(now).map(|renewed| now - renewed)
             && since > self.lease
         {
+            self.lease_expiries += 1;
             self.meters.lease_expired();
             tracing::warn!(?since, lease = ?self.lease, "the lease was renewed too late: packets passed meanwhile");
         }
@@ -283,7 +290,13 @@ impl<S, T: OffloadTable> Gateway<S, T> {
             let traffic = policy.slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot));
             (policy, traffic)
         });
-        Report { policies: policies.collect(), passes: self.table.passes() }
+        Report {
+            policies: policies.collect(),
+            passes: self.table.passes(),
+            resyncs: self.resyncs.clone(),
+            lease_expiries: self.lease_expiries,
+            audit_repairs: self.database.audit_repairs(),
+        }
     }
 
     fn off_if_failed<R>(&mut self, result: Result<R, GatewayError>) -> Result<R, GatewayError> {
@@ -314,11 +327,19 @@ impl<S, T: OffloadTable> Drop for Gateway<S, T> {
 
 /// What a gateway does at one moment.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Report {
     /// The packet-offloaded outbound policies, and what each has forwarded since it was added.
     pub policies: Vec<(PolicyReport, Traffic)>,
     /// Packets that were passed to the kernel, by reason; reasons without packets are left out.
     pub passes: Vec<(PassReason, u64)>,
+    /// Snapshots that were applied, by what made them necessary: the [name](crate::source::StaleCause::name) of a
+    /// cause, `start`, or `snapshot` for one that nobody announced.
+    pub resyncs: BTreeMap<&'static str, u64>,
+    /// Renewals of the lease that came too late: packets passed for a while.
+    pub lease_expiries: u64,
+    /// See [`Database::audit_repairs`].
+    pub audit_repairs: u64,
 }
 
 impl fmt::Display for Report {
@@ -332,6 +353,16 @@ impl fmt::Display for Report {
         }
         for (reason, packets) in &self.passes {
             writeln!(f, "passed, {}: {packets} packets", reason.name())?;
+        }
+        for (cause, snapshots) in &self.resyncs {
+            writeln!(f, "resynchronised, {cause}: {snapshots} times")?;
+        }
+        for (what, times) in
+            [("lease expired", self.lease_expiries), ("repaired by audits", self.audit_repairs)]
+        {
+            if times > 0 {
+                writeln!(f, "{what}: {times} times")?;
+            }
         }
         Ok(())
     }

@@ -196,6 +196,9 @@ fn json(report: &Report) -> serde_json::Value {
         "fast_packets": report.policies.iter().map(|(_, traffic)| traffic.packets).sum::<u64>(),
         "fast_bytes": report.policies.iter().map(|(_, traffic)| traffic.bytes).sum::<u64>(),
         "passed": passed,
+        "resyncs": report.resyncs,
+        "lease_expiries": report.lease_expiries,
+        "audit_repairs": report.audit_repairs,
     })
 }
 

@@ -294,6 +294,9 @@ mod tests {
             let found = Scrape::take(&recorder);
             found.expect(&[("resyncs_total cause=overrun", 1), ("resyncs_total cause=snapshot", 1)]);
             found.expect(&[("stale_total cause=overrun", 0), ("current", 1)]);
+            let report = host.gateway.report();
+            assert_eq!(report.resyncs, [("overrun", 1), ("snapshot", 1), ("start", 1)].into());
+            assert!(report.to_string().contains("resynchronised, overrun: 1 times\n"), "{report}");
         });
     }
 
@@ -309,6 +312,9 @@ mod tests {
             let repaired = Scrape::take(&recorder);
             repaired.expect(&[("audit_repairs_total", 2), ("resyncs_total cause=start", 0)]);
             repaired.expect(&[("associations", 0), ("policies state=fast reason=", 0)]);
+            let report = host.gateway.report();
+            assert_eq!(report.audit_repairs, 2);
+            assert!(report.to_string().contains("repaired by audits: 2 times\n"), "{report}");
         });
     }
 
@@ -325,6 +331,9 @@ mod tests {
             advance(LEASE * 2).await;
             host.follow().await;
             assert_eq!(expiries(), Some(1.0));
+            let report = host.gateway.report();
+            assert_eq!(report.lease_expiries, 1);
+            assert!(report.to_string().contains("lease expired: 1 times\n"), "{report}");
 
             host.hear(PolicyEvent::Stale(StaleCause::Requested)).await;
             advance(LEASE * 2).await;
@@ -341,7 +350,7 @@ mod tests {
         let id = PolicyId::new(Direction::Out, selector());
         let policy = PolicyReport { id, slot: Some(Slot(3)), state: PolicyState::Fast };
         let moment = |policies| Moment {
-            report: Report { policies, passes: vec![(PassReason::Fragment, 9)] },
+            report: Report { policies, passes: vec![(PassReason::Fragment, 9)], ..Report::default() },
             associations: 0,
             is_current: true,
             queued: 0,
