@@ -386,6 +386,32 @@ fn a_link_that_goes_down_takes_the_fast_path_with_it_and_brings_it_back() {
 }
 
 #[test]
+fn nothing_is_fast_while_the_host_is_unknown() {
+    story("an unknown host", async |host| {
+        let (sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+
+        gateway.forget_host();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "at once");
+        // Neither the loop nor its source switches it on again.
+        for event in [None, Some(PolicyEvent::Snapshot(host.snapshot().await))] {
+            event.into_iter().for_each(|event| sender.try_send(event).unwrap());
+            gateway.run_until(yield_now()).await.unwrap();
+            assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
+        }
+        let flow = Flow::between("10.1.0.5".parse().unwrap(), INSIDE.parse().unwrap());
+        let explanation = gateway.explain(&flow).to_string();
+        assert!(explanation.contains("has not been read yet"), "{explanation}");
+
+        gateway.set_host(&HostFacts::read().unwrap()).unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "the source may have more to say");
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+    });
+}
+
+#[test]
 fn a_report_tells_what_each_policy_has_forwarded() {
     story("a report", async |host| {
         let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);

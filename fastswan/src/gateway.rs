@@ -16,7 +16,7 @@ use futures::FutureExt as _;
 use tokio::time::{self, MissedTickBehavior, interval};
 
 use crate::{
-    compiler::{Compiler, Explanation, Flow, PolicyReport, PolicyState},
+    compiler::{Cause, Compiler, Explanation, Flow, PolicyReport, PolicyState},
     database::{Database, Freshness},
     host::HostFacts,
     metrics::Meters,
@@ -48,9 +48,20 @@ pub struct Gateway<S, T: OffloadTable> {
     /// When the lease was renewed last, unless everything passes anyway.
     renewed: Option<time::Instant>,
     has_been_fast: bool,
+    host: Host,
     resyncs: BTreeMap<&'static str, u64>,
     lease_expiries: u64,
     meters: Meters,
+}
+
+/// Whether what the host does with addresses is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Host {
+    Known,
+    /// Everything passes.
+    Unknown,
+    /// Everything passes until the loop has caught up.
+    KnownAgain,
 }
 
 impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
@@ -69,6 +80,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             lease: DEFAULT_LEASE,
             renewed: None,
             has_been_fast: false,
+            host: Host::Known,
             resyncs: BTreeMap::new(),
             lease_expiries: 0,
             meters: Meters::new(),
@@ -111,6 +123,13 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         }
     }
 
+    /// Passes everything until [`Self::set_host`]: what the host does with addresses has changed and cannot be read,
+    /// or is not to be read yet. What the source says is followed meanwhile.
+    pub fn forget_host(&mut self) {
+        self.host = Host::Unknown;
+        self.set_off();
+    }
+
     /// Takes up what the host does with addresses now: read it again when
     /// [`HostWatch`](crate::host::HostWatch) says so.
     ///
@@ -119,6 +138,9 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     /// [`GatewayError`]. Everything passes to the kernel from then on.
     pub fn set_host(&mut self, host: &HostFacts) -> Result<(), GatewayError> {
         self.compiler.set_host(host);
+        if self.host == Host::Unknown {
+            self.host = Host::KnownAgain;
+        }
         if !self.database.is_current() {
             return Ok(());
         }
@@ -152,9 +174,22 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                 let update = self.compiler.compile(&self.database);
                 self.write(&update)?;
             }
-            self.renew_lease();
+            match self.host {
+                Host::Known => self.renew_lease(),
+                Host::KnownAgain => self.caught_up(),
+                Host::Unknown => {}
+            }
         }
         Ok(())
+    }
+
+    /// All that is known is in the table.
+    fn caught_up(&mut self) {
+        if self.host != Host::Unknown {
+            self.host = Host::Known;
+            self.renew_lease();
+            self.table.set_enabled(true);
+        }
     }
 
     /// Applies an event, and those that are there already, and writes what follows from them.
@@ -184,8 +219,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             self.write(&update)?;
             self.meters.written(update.len(), received.elapsed());
             if caught_up {
-                self.renew_lease();
-                self.table.set_enabled(true);
+                self.caught_up();
             }
         }
         Ok(())
@@ -268,6 +302,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     /// Whether a packet is fast, via which policy and association, or why not. Looks at all policies.
     #[must_use]
     pub fn explain(&self, flow: &Flow) -> Explanation {
+        if self.host == Host::Unknown {
+            return Explanation::Pass { reason: PassReason::Disabled, cause: Cause::HostUnknown };
+        }
         let port = flow.ingress.and_then(|(ifindex, vlan)| self.table.port(ifindex, vlan));
         self.compiler.explain(&self.database, flow, port.as_ref())
     }

@@ -29,13 +29,12 @@ use netlink_sys::protocols::NETLINK_XFRM;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 pub use self::decode::{Content, DecodeError, Message, decode};
-pub(crate) use self::socket::NetlinkSocket;
+pub(crate) use self::socket::{Datagram, NetlinkSocket};
 use self::{
     audit::Audit,
     back_off::BackOff,
     dump::{Dump, DumpError},
     links::Links,
-    socket::Datagram,
 };
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
 use crate::{database::Database, policy::OffloadDev};
