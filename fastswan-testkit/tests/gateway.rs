@@ -33,7 +33,7 @@ const TUNNEL: &str = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tu
 /// A destination inside the policy.
 const INSIDE: &str = "10.2.0.9";
 /// Nothing here takes longer, unless it never happens.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Long enough never to end by itself.
 const LEASE: Duration = Duration::from_secs(3600);
 
@@ -167,7 +167,7 @@ fn a_policy_is_fast_from_its_addition_to_its_deletion() {
 fn a_policy_that_will_be_deleted_for_its_age_is_switched_off_before() {
     story("a limited life", async |host| {
         let (program, mut gateway) = host.gateway(host.kernel());
-        let add = format!("xfrm policy add {POLICY} priority 100 limit time-hard 5 {TUNNEL}");
+        let add = format!("xfrm policy add {POLICY} priority 100 limit time-hard 12 {TUNNEL}");
         host.namespace().ip(&add).unwrap();
         program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
         program.until(&mut gateway, INSIDE, RunAction::Pass).await;
@@ -188,7 +188,7 @@ fn an_association_that_will_be_deleted_for_its_age_is_switched_off_before() {
     story("an association of a limited life", async |host| {
         let mut snapshot = host.snapshot().await;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-        snapshot.sas[0].expires = Some(now + 5);
+        snapshot.sas[0].expires = Some(now + 12);
         let (_sender, source) = ChannelSource::new(snapshot, 8);
         let (program, mut gateway) = host.gateway(source);
         program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
@@ -396,8 +396,9 @@ fn nothing_is_fast_while_the_host_is_unknown() {
         gateway.forget_host();
         assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "at once");
         // Neither the loop nor its source switches it on again.
-        for event in [None, Some(PolicyEvent::Snapshot(host.snapshot().await))] {
-            event.into_iter().for_each(|event| sender.try_send(event).unwrap());
+        for event in [PolicyEvent::SasFlushed(51), PolicyEvent::Snapshot(host.snapshot().await)] {
+            gateway.run_until(sleep(Duration::from_millis(1))).await.unwrap();
+            sender.try_send(event).unwrap();
             gateway.run_until(yield_now()).await.unwrap();
             assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
         }
@@ -407,6 +408,10 @@ fn nothing_is_fast_while_the_host_is_unknown() {
 
         gateway.set_host(&HostFacts::read().unwrap()).unwrap();
         assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "the source may have more to say");
+        sender.try_send(PolicyEvent::Stale(StaleCause::Requested)).unwrap();
+        gateway.run_until(sleep(Duration::from_millis(1))).await.unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "and it has");
+        sender.try_send(PolicyEvent::Snapshot(host.snapshot().await)).unwrap();
         program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
     });
 }

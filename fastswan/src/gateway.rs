@@ -347,6 +347,10 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     fn set_off(&mut self) {
         self.table.set_enabled(false);
         self.renewed = None;
+        if self.host == Host::KnownAgain {
+            // It takes more now to switch on again.
+            self.host = Host::Known;
+        }
     }
 }
 
@@ -392,13 +396,13 @@ impl fmt::Display for Report {
             writeln!(f, "passed, {}: {packets} packets", reason.name())?;
         }
         for (cause, snapshots) in &self.resyncs {
-            writeln!(f, "resynchronised, {cause}: {snapshots} times")?;
+            writeln!(f, "resynchronised, {cause}: {snapshots}")?;
         }
         for (what, times) in
             [("lease expired", self.lease_expiries), ("repaired by audits", self.audit_repairs)]
         {
             if times > 0 {
-                writeln!(f, "{what}: {times} times")?;
+                writeln!(f, "{what}: {times}")?;
             }
         }
         Ok(())

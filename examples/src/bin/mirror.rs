@@ -207,12 +207,11 @@ struct Host {
 impl Host {
     /// Waits until there is something to [follow](Self::follow).
     async fn changed(&mut self) -> io::Result<()> {
-        match self.due {
-            Some(due) => sleep_until(due).await,
-            None => {
-                self.watch.changed().await?;
-                self.due = Some(self.last + HOST_PAUSE);
-            }
+        if let Some(due) = self.due {
+            sleep_until(due).await;
+        } else {
+            self.watch.changed().await?;
+            self.due = Some(self.last + HOST_PAUSE);
         }
         Ok(())
     }

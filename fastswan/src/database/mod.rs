@@ -610,8 +610,8 @@ mod tests {
     fn an_audit_does_not_make_up_for_a_snapshot() {
         let mut database = Database::default();
         let found = Snapshot { sas: vec![sa(1)], ..Snapshot::default() };
-        for stale in [None, Some(PolicyEvent::Stale(StaleCause::Overrun))] {
-            stale.into_iter().for_each(|event| database.apply(event));
+        for event in [PolicyEvent::SasFlushed(0), PolicyEvent::Stale(StaleCause::Overrun)] {
+            database.apply(event);
             database.apply(PolicyEvent::Audit(found.clone()));
             assert!(!database.is_current());
             assert_eq!((database.sas().count(), database.audit_repairs()), (0, 0));

@@ -28,7 +28,7 @@ const MOST_UNREAD: usize = 4096;
 #[derive(Debug)]
 pub struct HostWatch {
     socket: NetlinkSocket,
-    /// As they were read last, by interface index and address.
+    /// As they were read last, by interface index and address; `None` if they were not, or that has failed.
     neighbours: Option<HashMap<(u32, IpAddr), MacAddr>>,
 }
 
@@ -53,6 +53,7 @@ impl HostWatch {
     /// [`HostError`]. What has changed is then still to be read.
     pub fn read(&mut self) -> Result<HostFacts, HostError> {
         self.forget();
+        self.neighbours = None;
         let host = HostFacts::read()?;
         let known = host.neighbours.iter().map(|one| ((one.ifindex, one.destination), one.address));
         self.neighbours = Some(known.collect());

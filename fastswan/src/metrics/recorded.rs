@@ -296,7 +296,7 @@ mod tests {
             found.expect(&[("stale_total cause=overrun", 0), ("current", 1)]);
             let report = host.gateway.report();
             assert_eq!(report.resyncs, [("overrun", 1), ("snapshot", 1), ("start", 1)].into());
-            assert!(report.to_string().contains("resynchronised, overrun: 1 times\n"), "{report}");
+            assert!(report.to_string().contains("resynchronised, overrun: 1\n"), "{report}");
         });
     }
 
@@ -314,7 +314,7 @@ mod tests {
             repaired.expect(&[("associations", 0), ("policies state=fast reason=", 0)]);
             let report = host.gateway.report();
             assert_eq!(report.audit_repairs, 2);
-            assert!(report.to_string().contains("repaired by audits: 2 times\n"), "{report}");
+            assert!(report.to_string().contains("repaired by audits: 2\n"), "{report}");
         });
     }
 
@@ -333,7 +333,7 @@ mod tests {
             assert_eq!(expiries(), Some(1.0));
             let report = host.gateway.report();
             assert_eq!(report.lease_expiries, 1);
-            assert!(report.to_string().contains("lease expired: 1 times\n"), "{report}");
+            assert!(report.to_string().contains("lease expired: 1\n"), "{report}");
 
             host.hear(PolicyEvent::Stale(StaleCause::Requested)).await;
             advance(LEASE * 2).await;

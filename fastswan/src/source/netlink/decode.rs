@@ -261,7 +261,7 @@ fn policy(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<Polic
         templates: templates?,
         offload: attributes.offload,
         use_limited: is_use_limited(&info.lifetime_cfg),
-        expires: expires(&info.lifetime_cur, [info.lifetime_cfg.hard_add_expires_seconds]),
+        expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
         ..Policy::new(id)
     }))
 }
@@ -326,15 +326,15 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<Option<SecurityAssoc
         selector,
         offload: attributes.offload,
         overhead: overhead(info, attributes),
-        expires: expires(&info.lifetime_cur, {
-            let LifetimeConfig { hard_add_expires_seconds, hard_use_expires_seconds, .. } = info.lifetime_cfg;
-            [hard_add_expires_seconds, hard_use_expires_seconds]
-        }),
+        expires: expires(
+            &info.lifetime_cur,
+            &[info.lifetime_cfg.hard_add_expires_seconds, info.lifetime_cfg.hard_use_expires_seconds],
+        ),
     })
     .filter(|sa| sa.id.spi != 0 && (attributes.has_algorithm || !is_ipsec(sa.id.protocol))))
 }
 
-/// Whether associations of a protocol have algorithms: ESP, AH and IPComp. Those of Mobile IPv6 have none.
+/// Whether associations of a protocol have algorithms: ESP, AH and `IPComp`. Those of Mobile IPv6 have none.
 fn is_ipsec(protocol: u8) -> bool {
     matches!(protocol, 50 | 51 | 108)
 }
@@ -373,9 +373,9 @@ fn default_policy(payload: &[u8]) -> Result<DefaultPolicy, String> {
 
 /// When the first of these hard limits in seconds strikes; 0 is none. The first use may be as old as the addition, and
 /// is not looked at: no notification tells of it, so dumps would differ from what was told.
-fn expires<const N: usize>(current: &Lifetime, limits: [u64; N]) -> Option<u64> {
-    let limit = limits.into_iter().filter(|limit| *limit != 0).min()?;
-    Some(current.add_time.saturating_add(limit))
+fn expires(current: &Lifetime, limits: &[u64]) -> Option<u64> {
+    let limit = limits.iter().filter(|limit| **limit != 0).min()?;
+    Some(current.add_time.saturating_add(*limit))
 }
 
 /// Whether the kernel counts something that would end the policy: packets, bytes, or time since its last use.

@@ -77,7 +77,8 @@ impl NetlinkConfig {
 
     /// Sets how long to wait after an audit, or after a snapshot, before everything is asked for again and compared
     /// with what was told; see [`PolicyEvent::Audit`]. `None` is never. While one runs, it takes the memory of a
-    /// second copy.
+    /// second copy. With 100,000 policies and as many associations, a gateway stops for 0.2 s to compare, and as long
+    /// again if something changed meanwhile, as measured on a busy machine: its lease must outlast that.
     #[must_use]
     pub fn audit(mut self, period: Option<Duration>) -> Self {
         self.audit = period;
