@@ -177,6 +177,7 @@ pub fn association(policy: &Policy) -> Option<SecurityAssociation> {
         selector: None,
         offload: Some(offload),
         overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
+        expires: None,
     })
 }
 

@@ -1,8 +1,8 @@
 //! The mirror as a process in a namespace: it answers whoever scrapes it.
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{TcpListener, TcpStream, UdpSocket},
     process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
@@ -80,6 +80,74 @@ fn the_mirror_answers_a_scrape_with_what_the_kernel_has() {
                  tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel")
             .unwrap();
         wait_for_lines(&["fastswan_events_total 2", "fastswan_lag_seconds_count 2"]);
+    });
+}
+
+/// Changes the address of the gateway's port, and waits until frames to it are taken and only policies are missing.
+fn wait_until_followed(site: &Site) {
+    const NEW: &str = "02:00:00:00:00:77";
+    site.gateway.ip(&format!("link set lan0 address {NEW}")).unwrap();
+    site.client.ip(&format!("neighbour replace 10.1.0.1 lladdr {NEW} dev eth0")).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        site.client.enter(|| UdpSocket::bind("10.1.0.5:0").unwrap().send_to(b"", "10.2.0.9:9").unwrap());
+        let answer = scrape().unwrap_or_default();
+        if answer.contains("fastswan_passed_packets_total{reason=\"no_policy\"}") {
+            return;
+        }
+        assert!(Instant::now() < deadline, "never taken:\n{answer}");
+        sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_host_that_changes_all_the_time_is_followed_to_the_end() {
+    if !lab::require_root("a mirror of a host that changes") {
+        return;
+    }
+    let site = Site::new().unwrap();
+    site.route().unwrap();
+    let gateway = &site.gateway;
+    gateway.ip("link set lo up").unwrap();
+    gateway.enter(|| {
+        let arguments = ["lan0", "--complete-frames", "--metrics", ADDRESS, "--report", "0"];
+        let _mirror = Mirror::start(&arguments);
+        wait_for_lines(&["fastswan_current 1"]);
+        // Far more than can be read one by one, or without being interrupted.
+        let mut storm = tempfile::NamedTempFile::new().unwrap();
+        for host in 0..20_000 {
+            let route = format!("10.3.{}.{}/32", host % 200 / 100, host % 100);
+            writeln!(storm, "route replace {route} via 192.0.2.2\nroute delete {route}").unwrap();
+        }
+        gateway.ip(&format!("-batch {}", storm.path().display())).unwrap();
+        wait_until_followed(&site);
+    });
+}
+
+#[test]
+fn a_mirror_that_cannot_read_what_the_host_does_tries_again() {
+    if !lab::require_root("a mirror that cannot read") {
+        return;
+    }
+    let site = Site::new().unwrap();
+    site.route().unwrap();
+    let gateway = &site.gateway;
+    gateway.ip("link set lo up").unwrap();
+    gateway.enter(|| {
+        let arguments = ["lan0", "--complete-frames", "--metrics", ADDRESS, "--report", "0"];
+        let mut mirror = Mirror::start(&arguments);
+        wait_for_lines(&["fastswan_current 1"]);
+        let process = mirror.0.id();
+        let may_open = |files: u32| {
+            let arguments = [format!("--pid={process}"), format!("--nofile={files}:")];
+            assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
+        };
+        may_open(3);
+        gateway.ip("route add 10.9.0.0/16 via 192.0.2.2").unwrap();
+        let mut said = BufReader::new(mirror.0.stderr.take().unwrap()).lines();
+        assert!(said.any(|line| line.unwrap().contains("cannot read what the host does")));
+        may_open(1024);
+        wait_until_followed(&site);
     });
 }
 

@@ -60,6 +60,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
             selector: None,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
+            expires: None,
         };
         let mut promoted = policy.clone();
         promoted.offload = offload;
@@ -88,8 +89,9 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
                 }
                 self.ready.push_back(PolicyEvent::Snapshot(snapshot));
             }
-            // Real associations come and go; assumed ones stay, and matter to none but their policies.
-            PolicyEvent::SasFlushed(_) => {}
+            // Real associations come and go; assumed ones stay, and matter to none but their policies. An audit
+            // would miss them.
+            PolicyEvent::SasFlushed(_) | PolicyEvent::Audit(_) => {}
             other => self.ready.push_back(other),
         }
     }

@@ -170,3 +170,45 @@ fn a_million_damaged_messages_are_read_or_refused_without_panic() {
     }
     assert!(read > 10_000 && refused > 10_000, "{read} read, {refused} refused");
 }
+
+#[test]
+fn what_has_a_hard_limit_in_seconds_says_when_it_ends() {
+    // Bytes of `struct xfrm_lifetime_cfg` and `xfrm_lifetime_cur` in an association and a policy: after header and
+    // selector, and in the association after its identity and source too.
+    let with = |name: &str, at: usize, [hard_add, hard_use, add_time]: [u64; 3]| {
+        let mut message = captured(name).to_vec();
+        for (field, value) in [(40, hard_add), (56, hard_use), (80, add_time)] {
+            message[at + field..at + field + 8].copy_from_slice(&value.to_ne_bytes());
+        }
+        match decode(&message.into()).unwrap().remove(0).content {
+            Content::Event(PolicyEvent::Sa(sa)) => (sa.expires, false),
+            Content::Event(PolicyEvent::Policy(policy)) => (policy.expires, policy.use_limited),
+            other => panic!("{other:?}"),
+        }
+    };
+    for (limits, sa, policy) in [
+        ([0, 0, 1000], None, (None, false)),
+        ([60, 0, 1000], Some(1060), (Some(1060), false)),
+        ([60, 20, 1000], Some(1020), (Some(1060), true)),
+        ([0, 20, 1000], Some(1020), (None, true)),
+        ([u64::MAX, 0, 1000], Some(u64::MAX), (Some(u64::MAX), false)),
+    ] {
+        assert_eq!(with("newsa-out-offload", 16 + 56 + 40, limits).0, sa, "{limits:?}");
+        assert_eq!(with("newpolicy-out-offload", 16 + 56, limits), policy, "{limits:?}");
+    }
+}
+
+#[test]
+fn a_larval_association_is_none_yet() {
+    let spi = 16 + 56 + 16;
+    let mut asked_for = captured("newsa-out-offload").to_vec();
+    asked_for[spi..spi + 4].fill(0);
+    // Only its SPI is reserved: without the attribute that says which algorithm it has.
+    let mut reserved = captured("newsa-out-offload").to_vec();
+    let algorithm = reserved.windows(12).position(|window| window.ends_with(b"rfc4106(")).unwrap();
+    // Type 0 is none.
+    reserved[algorithm + 2..algorithm + 4].fill(0);
+    for message in [asked_for, reserved] {
+        assert!(matches!(decode(&message.into()).unwrap()[0].content, Content::Larval(_)));
+    }
+}

@@ -1,7 +1,10 @@
 //! The assembled loop on a real host: what its source says is what the program does, and nothing is fast when
 //! the source loses track or the loop stops.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use fastswan::{
     BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
@@ -30,7 +33,7 @@ const TUNNEL: &str = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tu
 /// A destination inside the policy.
 const INSIDE: &str = "10.2.0.9";
 /// Nothing here takes longer, unless it never happens.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Long enough never to end by itself.
 const LEASE: Duration = Duration::from_secs(3600);
 
@@ -157,6 +160,41 @@ fn a_policy_is_fast_from_its_addition_to_its_deletion() {
             program.until(&mut gateway, INSIDE, RunAction::Pass).await;
             assert_eq!(program.reason(&gateway, INSIDE), PassReason::NoPolicy, "{end}");
         }
+    });
+}
+
+#[test]
+fn a_policy_that_will_be_deleted_for_its_age_is_switched_off_before() {
+    story("a limited life", async |host| {
+        let (program, mut gateway) = host.gateway(host.kernel());
+        let add = format!("xfrm policy add {POLICY} priority 100 limit time-hard 12 {TUNNEL}");
+        host.namespace().ip(&add).unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        program.until(&mut gateway, INSIDE, RunAction::Pass).await;
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Ineligible, "it is still there");
+        let deleted = async {
+            while host.namespace().ip("xfrm policy").unwrap().contains("10.2.0.0/16") {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        gateway.run_until(deleted).await.unwrap();
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::NoPolicy);
+    });
+}
+
+#[test]
+fn an_association_that_will_be_deleted_for_its_age_is_switched_off_before() {
+    story("an association of a limited life", async |host| {
+        let mut snapshot = host.snapshot().await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        snapshot.sas[0].expires = Some(now + 12);
+        let (_sender, source) = ChannelSource::new(snapshot, 8);
+        let (program, mut gateway) = host.gateway(source);
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        // Nobody tells that it is gone.
+        program.until(&mut gateway, INSIDE, RunAction::Pass).await;
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::NoSa);
     });
 }
 
@@ -344,6 +382,37 @@ fn a_link_that_goes_down_takes_the_fast_path_with_it_and_brings_it_back() {
             };
             timeout(PATIENCE, settled).await.unwrap_or_else(|_| panic!("{change}: never {fate:?}"));
         }
+    });
+}
+
+#[test]
+fn nothing_is_fast_while_the_host_is_unknown() {
+    story("an unknown host", async |host| {
+        let (sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, mut gateway) = host.gateway(source);
+        gateway.run_until(yield_now()).await.unwrap();
+        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+
+        gateway.forget_host();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "at once");
+        // Neither the loop nor its source switches it on again.
+        for event in [PolicyEvent::SasFlushed(51), PolicyEvent::Snapshot(host.snapshot().await)] {
+            gateway.run_until(sleep(Duration::from_millis(1))).await.unwrap();
+            sender.try_send(event).unwrap();
+            gateway.run_until(yield_now()).await.unwrap();
+            assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
+        }
+        let flow = Flow::between("10.1.0.5".parse().unwrap(), INSIDE.parse().unwrap());
+        let explanation = gateway.explain(&flow).to_string();
+        assert!(explanation.contains("has not been read yet"), "{explanation}");
+
+        gateway.set_host(&HostFacts::read().unwrap()).unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "the source may have more to say");
+        sender.try_send(PolicyEvent::Stale(StaleCause::Requested)).unwrap();
+        gateway.run_until(sleep(Duration::from_millis(1))).await.unwrap();
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "and it has");
+        sender.try_send(PolicyEvent::Snapshot(host.snapshot().await)).unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
     });
 }
 

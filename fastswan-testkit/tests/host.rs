@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use fastswan::{
     HostFacts,
-    host::{Link, Neighbour, RouteKind, Rule},
+    host::{HostWatch, Link, Neighbour, RouteKind, Rule},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
@@ -12,6 +12,7 @@ use fastswan_testkit::{
     lab::{self, Namespace},
     site::{CLIENT, LAN, PEER, Site},
 };
+use futures::FutureExt as _;
 
 const MAIN: u32 = 254;
 const LOCAL: u32 = 255;
@@ -184,6 +185,39 @@ fn only_neighbours_with_an_address_are_told() {
         assert!(knows(out, "192.0.2.8", MacAddr([2, 0, 0, 0, 0, 8])));
         let failed: IpAddr = "192.0.2.7".parse().unwrap();
         assert!(host.neighbours.iter().all(|neighbour| neighbour.destination != failed));
+    });
+}
+
+#[test]
+fn a_neighbour_that_is_heard_from_again_is_no_change() {
+    story("watching neighbours", |gateway| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        gateway.enter(|| {
+            let _runtime = runtime.enter();
+            let mut watch = HostWatch::open().unwrap();
+            let change = |what: &str| gateway.ip(what).unwrap();
+            change("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:bb dev out0 nud reachable");
+            assert!(watch.changed().now_or_never().is_some(), "nothing has been read yet");
+            let mut host = watch.read().unwrap();
+            for (what, changed) in [
+                ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:bb dev out0 nud stale", false),
+                ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:cc dev out0 nud stale", true),
+                ("neighbour replace 192.0.2.7 dev out0 nud failed", false),
+                ("neighbour delete 192.0.2.7 dev out0", false),
+                ("neighbour replace 192.0.2.2 dev out0 nud failed", true),
+                ("neighbour replace 192.0.2.8 lladdr 02:00:00:00:00:08 dev out0", true),
+                ("neighbour delete 192.0.2.8 dev out0", true),
+                ("route add 10.9.0.0/16 via 192.0.2.2", true),
+                ("link set lan0 mtu 1400", true),
+            ] {
+                change(what);
+                assert_eq!(watch.changed().now_or_never().is_some(), changed, "{what}");
+                let now = watch.read().unwrap();
+                assert_eq!(now != host, changed, "{what}");
+                host = now;
+                assert!(watch.changed().now_or_never().is_none(), "{what}: that is known");
+            }
+        });
     });
 }
 

@@ -1,6 +1,11 @@
 //! The netlink source against the running kernel, in namespaces of their own.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    io::Write as _,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
 
 use fastswan::{
     Database, NetlinkSource, PolicyEvent, PolicySource as _, Snapshot,
@@ -15,6 +20,14 @@ use tokio::time::timeout;
 
 const OUT: &str = "src 10.1.0.0/16 dst 10.2.0.0/16 dir out";
 const TUNNEL: &str = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel";
+/// Nothing here takes longer, unless it never happens.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the policy of one host of many is about.
+fn host(number: u32) -> String {
+    format!("src 10.1.{}.{}/32 dst 10.2.0.0/16 dir out", number / 256, number % 256)
+}
+
 /// A captured message, offloaded to this device instead.
 fn offloaded_to(ifindex: u32, name: &str) -> Vec<u8> {
     let mut message = captured(name).to_vec();
@@ -52,6 +65,25 @@ async fn follow(source: &mut NetlinkSource, database: &mut Database) -> Vec<Stal
         database.apply(event);
     }
     causes
+}
+
+/// Applies what the source says up to the end of its next audit.
+async fn follow_to_audit(source: &mut NetlinkSource, database: &mut Database) {
+    loop {
+        let event = timeout(PATIENCE, source.next_event()).await.expect("an audit").unwrap().unwrap();
+        let is_audit = matches!(event, PolicyEvent::Audit(_));
+        database.apply(event);
+        if is_audit {
+            break;
+        }
+    }
+}
+
+/// A file of commands for `ip -batch`.
+fn batch(lines: impl Iterator<Item = String>) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(lines.collect::<String>().as_bytes()).unwrap();
+    file
 }
 
 /// What the kernel has now, asked for afresh.
@@ -163,22 +195,38 @@ fn an_undecodable_message_makes_the_source_ask_for_everything_again() {
 }
 
 #[test]
+fn whoever_loses_track_again_and_again_waits_longer_and_longer() {
+    story("a storm of resynchronisations", async |_| {
+        let config = NetlinkConfig::default().believe_anyone();
+        let mut source = NetlinkSource::with_config(config).unwrap();
+        let mut events = Vec::new();
+        let began = Instant::now();
+        while events.len() < 15 {
+            let event = timeout(PATIENCE, source.next_event()).await.unwrap().unwrap().unwrap();
+            if matches!(event, PolicyEvent::Snapshot(_)) {
+                inject(Group::Policy, &captured("newpolicy-out-offload")[..100]).unwrap();
+            }
+            events.push(event);
+        }
+        // Never a change, and nothing is told to be true before the pause is over.
+        for pair in events.chunks_exact(2) {
+            let [PolicyEvent::Snapshot(_), PolicyEvent::Stale(StaleCause::Undecodable)] = pair else {
+                panic!("{pair:?}")
+            };
+        }
+        let pauses = 10 + 20 + 40 + 80 + 160 + 320;
+        assert!(began.elapsed() >= Duration::from_millis(pauses), "seven losses, the first without a pause");
+    });
+}
+
+#[test]
 fn a_receive_buffer_that_overruns_ends_in_what_the_kernel_has() {
     story("an overrun", async |ns| {
         let config = NetlinkConfig::default().receive_buffer(4096);
         let mut source = NetlinkSource::with_config(config).unwrap();
         let mut database = Database::default();
         follow(&mut source, &mut database).await;
-        let line = |n: u32| {
-            format!(
-                "xfrm policy add src 10.1.{}.{}/32 dst 10.2.0.0/16 dir out priority 1 {TUNNEL}\n",
-                n / 256,
-                n % 256
-            )
-        };
-        let batch: String = (0..2000).map(line).collect();
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        std::io::Write::write_all(&mut file, batch.as_bytes()).unwrap();
+        let file = batch((0..2000).map(|n| format!("xfrm policy add {} priority 1 {TUNNEL}\n", host(n))));
         ns.ip(&format!("-batch {}", file.path().display())).unwrap();
         let causes = follow(&mut source, &mut database).await;
         assert!(causes.contains(&StaleCause::Overrun), "{causes:?}");
@@ -239,6 +287,97 @@ fn a_policy_whose_device_is_lost_before_it_was_read_is_lost_too() {
         ns.ip("link set nic0 down").unwrap();
         assert_eq!(follow(&mut source, &mut database).await, [StaleCause::DeviceLost(nic)]);
         assert_eq!(database.snapshot(), Snapshot::default());
+    });
+}
+
+#[test]
+fn an_audit_finds_nothing_while_policies_change_all_the_time() {
+    story("audits amid changes", async |ns| {
+        let config = NetlinkConfig::default().audit(Some(Duration::ZERO));
+        let mut source = NetlinkSource::with_config(config).unwrap();
+        let mut database = Database::default();
+        let reserved = "xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel";
+        let changes = batch((0..3000).map(|n| {
+            let (host, other) = (host(n % 1000), host((n + 500) % 1000));
+            match n % 10 {
+                0 => "xfrm policy flush\n".to_owned(),
+                1 => format!("xfrm policy setdefault fwd {}\n", if n % 20 == 1 { "block" } else { "accept" }),
+                2 => format!("xfrm policy add {host} priority 1 limit time-hard 1 {TUNNEL}\n"),
+                3 => format!("{reserved} min {} max {}\n", 0x1000 + n, 0x1000 + n),
+                4 => format!("xfrm policy update {other} priority 2 limit packet-hard 9 {TUNNEL}\n"),
+                5 => format!("xfrm policy delete {other}\n"),
+                _ => format!("xfrm policy add {host} priority {n} {TUNNEL}\n"),
+            }
+        }));
+        let change = || {
+            let mut ip = Command::new("ip");
+            // What is there already, or no longer, is no matter.
+            ip.args(["-n", ns.name(), "-force", "-batch"]).arg(changes.path());
+            ip.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        };
+        let mut changing = change();
+        let (mut audits, mut batches) = (0, 0);
+        while audits < 5 || batches < 2 {
+            follow_to_audit(&mut source, &mut database).await;
+            assert_eq!(database.audit_repairs(), 0);
+            audits += 1;
+            if changing.try_wait().unwrap().is_some() {
+                batches += 1;
+                changing = change();
+            }
+        }
+        changing.wait().unwrap();
+        follow(&mut source, &mut database).await;
+        assert_eq!(database.snapshot(), kernel().await);
+        assert_eq!((database.audit_repairs(), source.statistics().dumps), (0, 1));
+        assert!(source.statistics().audits >= audits && source.statistics().failed_audits == 0);
+    });
+}
+
+#[test]
+fn an_audit_repairs_what_was_withheld_and_what_the_kernel_never_had() {
+    story("repairing audits", async |ns| {
+        let config = NetlinkConfig::default().believe_anyone().audit(Some(Duration::from_millis(300)));
+        let mut source = NetlinkSource::with_config(config).unwrap();
+        let mut database = Database::default();
+        ns.ip(&format!("xfrm policy add {OUT} priority 100 {TUNNEL}")).unwrap();
+        follow(&mut source, &mut database).await;
+
+        ns.ip(&format!("xfrm policy delete {OUT}")).unwrap();
+        ns.ip(&format!("xfrm policy add {} priority 5 {TUNNEL}", host(1))).unwrap();
+        for _ in 0..2 {
+            let withheld = timeout(PATIENCE, source.next_event()).await.unwrap().unwrap();
+            assert!(matches!(withheld, Some(PolicyEvent::PolicyRemoved(_) | PolicyEvent::Policy(_))));
+        }
+        inject(Group::Sa, captured("newsa-out-offload")).unwrap();
+        follow_to_audit(&mut source, &mut database).await;
+        assert_eq!(database.audit_repairs(), 3);
+        assert_eq!(database.snapshot(), kernel().await);
+        follow_to_audit(&mut source, &mut database).await;
+        assert_eq!(database.audit_repairs(), 3, "nothing is repaired twice");
+    });
+}
+
+#[test]
+fn without_a_period_there_are_no_audits() {
+    story("no audits", async |ns| {
+        for period in [None, Some(Duration::MAX)] {
+            let mut source = NetlinkSource::with_config(NetlinkConfig::default().audit(period)).unwrap();
+            let mut database = Database::default();
+            ns.ip(&format!("xfrm policy update {OUT} priority 100 {TUNNEL}")).unwrap();
+            follow(&mut source, &mut database).await;
+            assert_eq!((database.policies().count(), source.statistics().audits), (1, 0));
+        }
+    });
+}
+
+#[test]
+fn an_association_that_only_has_its_spi_is_not_told() {
+    story("a reserved SPI", async |ns| {
+        let reserve = "xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel";
+        ns.ip(&format!("{reserve} min 256 max 512")).unwrap();
+        assert!(ns.ip("xfrm state").unwrap().contains("spi"));
+        assert_eq!(kernel().await, Snapshot::default());
     });
 }
 

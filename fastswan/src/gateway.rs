@@ -4,10 +4,11 @@
 //! [`Database`] and [`Compiler`] directly; this module shows how.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     future::Future,
     pin::pin,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use fastswan_ebpf::PassReason;
@@ -15,7 +16,7 @@ use futures::FutureExt as _;
 use tokio::time::{self, MissedTickBehavior, interval};
 
 use crate::{
-    compiler::{Compiler, Explanation, Flow, PolicyReport, PolicyState},
+    compiler::{Cause, Compiler, Explanation, Flow, PolicyReport, PolicyState},
     database::{Database, Freshness},
     host::HostFacts,
     metrics::Meters,
@@ -25,6 +26,9 @@ use crate::{
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
+
+/// The loop looks at the wall clock at least this often.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Events that are applied before the table is written again.
 const BATCH: usize = 4096;
@@ -44,7 +48,20 @@ pub struct Gateway<S, T: OffloadTable> {
     /// When the lease was renewed last, unless everything passes anyway.
     renewed: Option<time::Instant>,
     has_been_fast: bool,
+    host: Host,
+    resyncs: BTreeMap<&'static str, u64>,
+    lease_expiries: u64,
     meters: Meters,
+}
+
+/// Whether what the host does with addresses is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Host {
+    Known,
+    /// Everything passes.
+    Unknown,
+    /// Everything passes until the loop has caught up.
+    KnownAgain,
 }
 
 impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
@@ -63,12 +80,15 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             lease: DEFAULT_LEASE,
             renewed: None,
             has_been_fast: false,
+            host: Host::Known,
+            resyncs: BTreeMap::new(),
+            lease_expiries: 0,
             meters: Meters::new(),
         }
     }
 
     /// Sets how long the table stays valid without a sign of life of the loop, from 50 ms up. Shorter values
-    /// count as 50 ms: the loop renews the lease four times as often.
+    /// count as 50 ms: the loop renews the lease at least four times as often.
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.lease = lease.max(Duration::from_millis(50));
@@ -85,8 +105,8 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     /// [`GatewayError`]. Everything passes to the kernel from then on.
     pub async fn run_until(&mut self, stop: impl Future<Output = ()>) -> Result<(), GatewayError> {
         let mut stop = pin!(stop);
-        let mut renewal = interval(self.lease / 4);
-        renewal.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut look = interval((self.lease / 4).min(LOOK));
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 biased;
@@ -95,11 +115,19 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                     let result = self.follow(event);
                     self.off_if_failed(result)?;
                 }
-                _ = renewal.tick() => if self.database.is_current() {
-                    self.renew_lease();
-                },
+                _ = look.tick() => {
+                    let result = self.go_on();
+                    self.off_if_failed(result)?;
+                }
             }
         }
+    }
+
+    /// Passes everything until [`Self::set_host`]: what the host does with addresses has changed and cannot be read,
+    /// or is not to be read yet. What the source says is followed meanwhile.
+    pub fn forget_host(&mut self) {
+        self.host = Host::Unknown;
+        self.set_off();
     }
 
     /// Takes up what the host does with addresses now: read it again when
@@ -110,6 +138,9 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     /// [`GatewayError`]. Everything passes to the kernel from then on.
     pub fn set_host(&mut self, host: &HostFacts) -> Result<(), GatewayError> {
         self.compiler.set_host(host);
+        if self.host == Host::Unknown {
+            self.host = Host::KnownAgain;
+        }
         if !self.database.is_current() {
             return Ok(());
         }
@@ -135,6 +166,32 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         Ok(())
     }
 
+    /// Renews the lease while the source says nothing, and switches off what is about to expire.
+    fn go_on(&mut self) -> Result<(), GatewayError> {
+        let expires = self.database.set_time(wall_clock());
+        if self.database.is_current() {
+            if expires {
+                let update = self.compiler.compile(&self.database);
+                self.write(&update)?;
+            }
+            match self.host {
+                Host::Known => self.renew_lease(),
+                Host::KnownAgain => self.caught_up(),
+                Host::Unknown => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// All that is known is in the table.
+    fn caught_up(&mut self) {
+        if self.host != Host::Unknown {
+            self.host = Host::Known;
+            self.renew_lease();
+            self.table.set_enabled(true);
+        }
+    }
+
     /// Applies an event, and those that are there already, and writes what follows from them.
     fn follow(&mut self, first: Result<Option<PolicyEvent>, SourceError>) -> Result<(), GatewayError> {
         let mut event = first?;
@@ -154,6 +211,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             event = next?;
         };
         self.meters.applied(applied);
+        self.database.set_time(wall_clock());
         if self.database.is_current() {
             let compiling = Instant::now();
             let update = self.compiler.compile(&self.database);
@@ -161,8 +219,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             self.write(&update)?;
             self.meters.written(update.len(), received.elapsed());
             if caught_up {
-                self.renew_lease();
-                self.table.set_enabled(true);
+                self.caught_up();
             }
         }
         Ok(())
@@ -203,13 +260,16 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                     Freshness::Current => "snapshot",
                     Freshness::Stale(cause) => cause.name(),
                 };
+                *self.resyncs.entry(cause).or_default() += 1;
                 self.meters.resynchronised(cause);
                 let (policies, associations) = (snapshot.policies.len(), snapshot.sas.len());
                 tracing::info!(cause, policies, associations, "the source knows everything");
             }
             _ => {}
         }
+        let repairs = self.database.audit_repairs();
         self.database.apply(event);
+        self.meters.repaired(self.database.audit_repairs() - repairs);
     }
 
     fn renew_lease(&mut self) {
@@ -218,6 +278,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         if let Some(since) = self.renewed.replace(now).map(|renewed| now - renewed)
             && since > self.lease
         {
+            self.lease_expiries += 1;
             self.meters.lease_expired();
             tracing::warn!(?since, lease = ?self.lease, "the lease was renewed too late: packets passed meanwhile");
         }
@@ -241,6 +302,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     /// Whether a packet is fast, via which policy and association, or why not. Looks at all policies.
     #[must_use]
     pub fn explain(&self, flow: &Flow) -> Explanation {
+        if self.host == Host::Unknown {
+            return Explanation::Pass { reason: PassReason::Disabled, cause: Cause::HostUnknown };
+        }
         let port = flow.ingress.and_then(|(ifindex, vlan)| self.table.port(ifindex, vlan));
         self.compiler.explain(&self.database, flow, port.as_ref())
     }
@@ -263,7 +327,13 @@ impl<S, T: OffloadTable> Gateway<S, T> {
             let traffic = policy.slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot));
             (policy, traffic)
         });
-        Report { policies: policies.collect(), passes: self.table.passes() }
+        Report {
+            policies: policies.collect(),
+            passes: self.table.passes(),
+            resyncs: self.resyncs.clone(),
+            lease_expiries: self.lease_expiries,
+            audit_repairs: self.database.audit_repairs(),
+        }
     }
 
     fn off_if_failed<R>(&mut self, result: Result<R, GatewayError>) -> Result<R, GatewayError> {
@@ -277,7 +347,16 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     fn set_off(&mut self) {
         self.table.set_enabled(false);
         self.renewed = None;
+        if self.host == Host::KnownAgain {
+            // It takes more now to switch on again.
+            self.host = Host::Known;
+        }
     }
+}
+
+/// Seconds since 1970. The kernel counts the age of policies and associations with this clock, which may be set.
+fn wall_clock() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 impl<S, T: OffloadTable> Drop for Gateway<S, T> {
@@ -289,11 +368,19 @@ impl<S, T: OffloadTable> Drop for Gateway<S, T> {
 
 /// What a gateway does at one moment.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Report {
     /// The packet-offloaded outbound policies, and what each has forwarded since it was added.
     pub policies: Vec<(PolicyReport, Traffic)>,
     /// Packets that were passed to the kernel, by reason; reasons without packets are left out.
     pub passes: Vec<(PassReason, u64)>,
+    /// Snapshots that were applied, by what made them necessary: the [name](crate::source::StaleCause::name) of a
+    /// cause, `start`, or `snapshot` for one that nobody announced.
+    pub resyncs: BTreeMap<&'static str, u64>,
+    /// Renewals of the lease that came too late: packets passed for a while.
+    pub lease_expiries: u64,
+    /// See [`Database::audit_repairs`].
+    pub audit_repairs: u64,
 }
 
 impl fmt::Display for Report {
@@ -307,6 +394,16 @@ impl fmt::Display for Report {
         }
         for (reason, packets) in &self.passes {
             writeln!(f, "passed, {}: {packets} packets", reason.name())?;
+        }
+        for (cause, snapshots) in &self.resyncs {
+            writeln!(f, "resynchronised, {cause}: {snapshots}")?;
+        }
+        for (what, times) in
+            [("lease expired", self.lease_expiries), ("repaired by audits", self.audit_repairs)]
+        {
+            if times > 0 {
+                writeln!(f, "{what}: {times}")?;
+            }
         }
         Ok(())
     }

@@ -48,8 +48,8 @@
 //! **Lag.** The kernel changes a device first and tells user space afterwards. Between the two a packet may still be
 //! forwarded by the old state.
 //!
-//! **Host facts** are read once. Read them again, and build a new gateway, when addresses, routes, neighbours or
-//! links change.
+//! **Host facts** are read once. Read them again when [`HostWatch`](host::HostWatch) says that links, addresses, routes,
+//! rules or neighbours have changed; it is not told of sysctls.
 //!
 //! # Features
 //!

@@ -323,8 +323,11 @@ pub struct Policy {
     pub templates: Vec<Template>,
     /// The device it is offloaded to.
     pub offload: Option<OffloadDev>,
-    /// It ends after a number of packets or bytes, which only the kernel counts: never fast.
+    /// It ends after a number of packets or bytes, or a time since its last use, which only the kernel counts:
+    /// never fast.
     pub use_limited: bool,
+    /// When the kernel deletes it for its age, in seconds since 1970 by the wall clock; `None` is never.
+    pub expires: Option<u64>,
     /// How its packets leave the device when they take the fast path.
     pub egress: Egress,
 }
@@ -341,6 +344,7 @@ impl Policy {
             templates: Vec::new(),
             offload: None,
             use_limited: false,
+            expires: None,
             egress: Egress::default(),
         }
     }
@@ -457,6 +461,10 @@ pub struct SecurityAssociation {
     /// Bytes it adds to a packet: outer header, ESP header, IV, trailer and ICV, UDP encapsulation.
     /// `None` if the algorithm is not one that NICs have.
     pub overhead: Option<Overhead>,
+    /// When the kernel deletes it for its age or for the time since its first use, at the earliest, in seconds since
+    /// 1970 by the wall clock; `None` is never. A number of packets or bytes is not here: of a packet-offloaded
+    /// association the device counts them, and its kernel hands packets to it all the same.
+    pub expires: Option<u64>,
 }
 
 impl SecurityAssociation {

@@ -3,27 +3,32 @@
 //! Run as root: `cargo run --bin mirror -- lan0 nic0`. What it does is logged to stderr (`RUST_LOG=debug` tells
 //! more), and what it did is printed when it ends.
 
-use std::{collections::BTreeMap, future::Future, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, future::Future, io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder,
+    BpfTable, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PolicySource, XdpForwarder,
     compiler::{Flow, PolicyState},
     forwarder::{AttachConfig, AttachMode},
     gateway::Report,
     host::HostWatch,
-    table::TableConfig,
+    table::{Port, TableConfig, TableError},
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep, sleep_until},
 };
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 /// Seconds between two looks at what metrics do not count by themselves.
 const LOOK: u64 = 5;
+
+/// What the host does is read at most this often, and this long after that has failed.
+const HOST_PAUSE: Duration = Duration::from_millis(100);
+const HOST_RETRY: Duration = Duration::from_secs(1);
 
 /// Upper bounds of the histograms.
 const SECONDS: [f64; 9] = [1e-5, 1e-4, 1e-3, 5e-3, 2e-2, 5e-2, 2e-1, 1.0, 5.0];
@@ -96,7 +101,7 @@ enum Mode {
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
     let mode = match arguments.mode {
         Mode::Automatic => AttachMode::Automatic,
         Mode::Native => AttachMode::Native,
@@ -107,7 +112,13 @@ async fn main() -> anyhow::Result<()> {
         serve_metrics(address)?;
     }
     let mut watch = HostWatch::open()?;
-    let host = HostFacts::read()?;
+    let host = loop {
+        match watch.read() {
+            Ok(host) => break host,
+            Err(error) => warn!(%error, "cannot read what the host does, trying again"),
+        }
+        sleep(HOST_RETRY).await;
+    };
     let config = TableConfig {
         cells_v4: arguments.cells_v4,
         cells_v6: arguments.cells_v6,
@@ -128,15 +139,12 @@ async fn main() -> anyhow::Result<()> {
         Some(directory) => forwarder.attach_pinned(directory, &configs)?,
         None => configs.iter().map(|config| forwarder.attach(config)).collect::<Result<_, _>>()?,
     };
-    for attachment in &attachments {
-        for port in host.ports(attachment.ifindex) {
-            gateway.table_mut().set_port(&port)?;
-        }
-    }
+    let interfaces = attachments.iter().map(|attachment| attachment.ifindex).collect();
+    let mut follower = Host { watch, interfaces, ports: Vec::new(), last: Instant::now(), due: None };
+    follower.set_ports(gateway.table_mut(), &host)?;
 
     let mut stopped = std::pin::pin!(stop_signal()?);
     let mut ended = false;
-    let mut host_changed = false;
     let mut next_report = seconds_from_now(arguments.report);
     while !ended {
         let pause = async {
@@ -152,15 +160,13 @@ async fn main() -> anyhow::Result<()> {
                 tokio::select! {
                     () = &mut stopped => ended = true,
                     () = superseded(&forwarder) => ended = true,
-                    result = watch.changed() => { host_changed = true; watched = result }
+                    result = follower.changed() => watched = result,
                     () = pause => {}
                 }
             })
             .await?;
         watched.context("watching links, addresses, routes, rules and neighbours")?;
-        if std::mem::take(&mut host_changed) {
-            gateway.set_host(&HostFacts::read()?)?;
-        }
+        follower.follow(&mut gateway)?;
         // It looks at all policies, which is of no use to anybody if nobody is served.
         if arguments.metrics.is_some() {
             gateway.record_metrics();
@@ -185,6 +191,66 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Takes up what the host does with addresses whenever that changes.
+struct Host {
+    watch: HostWatch,
+    /// Packets come in on these.
+    interfaces: Vec<u32>,
+    /// As they are in the table.
+    ports: Vec<Port>,
+    /// When it was read last.
+    last: Instant,
+    /// When it is to be read again.
+    due: Option<Instant>,
+}
+
+impl Host {
+    /// Waits until there is something to [follow](Self::follow).
+    async fn changed(&mut self) -> io::Result<()> {
+        if let Some(due) = self.due {
+            sleep_until(due).await;
+        } else {
+            self.watch.changed().await?;
+            self.due = Some(self.last + HOST_PAUSE);
+        }
+        Ok(())
+    }
+
+    /// Reads again, if it is time to. Until then what has changed must not be relied on.
+    fn follow<S: PolicySource>(&mut self, gateway: &mut Gateway<S, BpfTable>) -> anyhow::Result<()> {
+        let Some(due) = self.due else { return Ok(()) };
+        if Instant::now() < due {
+            gateway.forget_host();
+            return Ok(());
+        }
+        match self.watch.read() {
+            Ok(host) => {
+                self.set_ports(gateway.table_mut(), &host)?;
+                gateway.set_host(&host)?;
+                self.last = Instant::now();
+                self.due = None;
+            }
+            Err(error) => {
+                warn!(%error, "cannot read what the host does: everything passes, trying again");
+                gateway.forget_host();
+                self.due = Some(Instant::now() + HOST_RETRY);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the table's ports those of the interfaces.
+    fn set_ports(&mut self, table: &mut BpfTable, host: &HostFacts) -> Result<(), TableError> {
+        let ports: Vec<Port> = self.interfaces.iter().flat_map(|ifindex| host.ports(*ifindex)).collect();
+        for old in std::mem::replace(&mut self.ports, ports) {
+            if !self.ports.iter().any(|port| (port.ifindex, port.vlan) == (old.ifindex, old.vlan)) {
+                table.remove_port(old.ifindex, old.vlan);
+            }
+        }
+        self.ports.iter().try_for_each(|port| table.set_port(port))
+    }
+}
+
 /// A report in numbers: packets of policies that are gone are not in it.
 fn json(report: &Report) -> serde_json::Value {
     let fast = report.policies.iter().filter(|(policy, _)| policy.state == PolicyState::Fast);
@@ -196,6 +262,9 @@ fn json(report: &Report) -> serde_json::Value {
         "fast_packets": report.policies.iter().map(|(_, traffic)| traffic.packets).sum::<u64>(),
         "fast_bytes": report.policies.iter().map(|(_, traffic)| traffic.bytes).sum::<u64>(),
         "passed": passed,
+        "resyncs": report.resyncs,
+        "lease_expiries": report.lease_expiries,
+        "audit_repairs": report.audit_repairs,
     })
 }
 
@@ -225,7 +294,7 @@ async fn superseded(forwarder: &XdpForwarder) {
 
 /// Waits until this process is told to stop. Then the program is detached, unless it is pinned, since the forwarder is
 /// dropped.
-fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
+fn stop_signal() -> io::Result<impl Future<Output = ()>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     Ok(async move {

@@ -14,6 +14,10 @@ use super::{Image, VmError, last_lines};
 /// What a guest may take beside the time that its command may take: emulated machines start slowly.
 const BOOT_TIME: Duration = Duration::from_secs(120);
 
+/// An emulated CPU may not run for seconds on a busy machine, which is no stall of the guest's.
+const BOOT_OPTIONS: &str =
+    "console=ttyS0 panic=-1 quiet rdinit=/init rcupdate.rcu_cpu_stall_timeout=100 watchdog_thresh=50";
+
 /// What the kernel says when something is wrong with it.
 const COMPLAINTS: [&str; 9] = [
     "BUG:",
@@ -89,7 +93,7 @@ impl<'a> Guest<'a> {
             .arg(&self.image.vmlinuz)
             .arg("-initrd")
             .arg(&self.image.initrd)
-            .args(["-append", "console=ttyS0 panic=-1 quiet rdinit=/init"])
+            .args(["-append", BOOT_OPTIONS])
             .arg("-virtfs")
             .arg(format!("local,path={},mount_tag=host,security_model=none", self.folder.display()))
             .stdin(Stdio::null())

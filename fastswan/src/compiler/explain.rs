@@ -69,6 +69,8 @@ pub enum Explanation {
 pub enum Cause {
     /// What the source told is not what the kernel has.
     NotCurrent(Freshness),
+    /// What the host does with addresses is not known at the moment.
+    HostUnknown,
     /// The packet has a mark, so it has been in the kernel already.
     Marked,
     /// The two addresses are of different families.
@@ -308,9 +310,11 @@ fn why_ineligible(policy: &Policy) -> &'static str {
     } else if policy.id.selector.ifindex != 0 {
         "is for one interface"
     } else if policy.use_limited {
-        "ends after a number of packets or bytes, or some time after its first use"
+        "ends after a number of packets or bytes, or some time after its last use"
     } else if policy.templates.len() != 1 {
         "has more than one template"
+    } else if eligible(policy).is_ok() {
+        "is about to expire"
     } else {
         "asks for something else than a required ESP tunnel between addresses of its own family"
     }
@@ -351,6 +355,9 @@ impl fmt::Display for Cause {
                 write!(f, "the source has lost track ({cause:?}) and has not started over yet")
             }
             Self::NotCurrent(_) => f.write_str("the source has not told its policies yet"),
+            Self::HostUnknown => {
+                f.write_str("what the host does with addresses has changed and has not been read yet")
+            }
             Self::Marked => f.write_str("it has a mark, so it has been in the kernel already"),
             Self::MixedFamilies => f.write_str("its addresses are of different families"),
             Self::Port => f.write_str("no port that forwards its family is known there"),

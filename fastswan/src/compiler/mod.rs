@@ -345,14 +345,18 @@ impl Compiler {
 fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     let template = eligible(policy)?;
     let Some(device) = policy.offload else { return Err(PassReason::NotOffloaded) };
+    if database.is_about_to_expire(policy.expires) {
+        return Err(PassReason::Ineligible);
+    }
     let default_policy = database.default_policy();
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
         return Err(PassReason::DefaultBlock);
     }
-    let mut associations =
-        database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex).peekable();
-    if associations.peek().is_none() {
+    let associations =
+        || database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex);
+    if associations().all(|sa| database.is_about_to_expire(sa.expires)) {
         return Err(PassReason::NoSa);
     }
-    paths.forwarding(policy, device, template, associations).ok_or(PassReason::NoPath)
+    // The device may go on using one that is about to expire, beside another.
+    paths.forwarding(policy, device, template, associations()).ok_or(PassReason::NoPath)
 }

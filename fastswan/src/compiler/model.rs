@@ -220,6 +220,7 @@ pub(super) fn association_of(family: Family) -> SecurityAssociation {
         selector: None,
         offload: Some(to(NIC, OffloadKind::Packet)),
         overhead: Some(Overhead::aes_gcm_tunnel(family, false, 16)),
+        expires: None,
     }
 }
 

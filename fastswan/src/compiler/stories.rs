@@ -16,7 +16,7 @@ use crate::{
     host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
-        PolicyId, PolicyType, PortMatch, SecurityAssociation, Template,
+        PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Template,
     },
     source::{PolicyEvent, Snapshot, StaleCause},
     table::{Capacity, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot},
@@ -652,6 +652,37 @@ fn the_outer_destination_must_be_routed_through_the_policys_device() {
     let mut scene = Scene::new().has(site());
     scene.host.routes = vec![route("10.0.0.0/8", via(NIC))];
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath, "there is no outer route");
+}
+
+#[test]
+fn what_is_about_to_expire_is_switched_off_in_one_write() {
+    let ages = SecurityAssociation { expires: Some(1000), ..association() };
+    let mut scene = Scene::new().has(site());
+    scene.after(PolicyEvent::Sa(ages.clone())).database.set_time(997);
+    assert!(scene.fate("10.1.0.1", "10.2.0.1").is_ok());
+    let compile = |scene: &mut Scene| {
+        let update = scene.compiler.compile(&scene.database);
+        scene.table.apply(&update);
+        (update.slots.len(), update.cells.len() + update.facts.len())
+    };
+    for (now, fate) in [(998, Err(PassReason::NoSa)), (997, Ok(())), (2000, Err(PassReason::NoSa))] {
+        assert!(scene.database.set_time(now));
+        assert_eq!(compile(&mut scene), (1, 0), "one slot, no cell");
+        assert_eq!(scene.table.decide(&packet("10.1.0.1", "10.2.0.1")).map(drop), fate, "at {now}");
+    }
+    // A rekey.
+    let younger = SecurityAssociation { expires: Some(5000), ..ages };
+    let younger = SecurityAssociation { id: SaId { spi: 0x200, ..younger.id }, ..younger };
+    scene.after(PolicyEvent::Sa(younger));
+    assert!(scene.fate("10.1.0.1", "10.2.0.1").is_ok());
+
+    let mut scene = Scene::new().has(Policy { expires: Some(1000), ..site() });
+    assert!(scene.fate("10.1.0.1", "10.2.0.1").is_ok());
+    assert!(scene.database.set_time(999));
+    assert_eq!(compile(&mut scene), (1, 0), "one slot, no cell");
+    let flow = Flow::between("10.1.0.1".parse().unwrap(), "10.2.0.1".parse().unwrap());
+    let explanation = scene.compiler.explain(&scene.database, &flow, None).to_string();
+    assert!(explanation.contains("is about to expire"), "{explanation}");
 }
 
 /// How the packets of the only policy leave.

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::IpAddr,
 };
 
@@ -24,6 +25,14 @@ use crate::{
 
 mod journal;
 mod policies;
+
+/// Seconds before the kernel deletes something for its age, by the wall clock, that it counts as gone. The kernel's
+/// clock for this has whole seconds, a gateway looks four times in one, and if it hangs, its lease of one second, unless
+/// set otherwise, runs out before.
+const AHEAD: u64 = 2;
+
+/// So many differences that an audit finds are logged by name.
+const MOST_NAMED: usize = 8;
 
 /// Whether a database is what the kernel has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -51,10 +60,21 @@ pub struct Database {
     sas_by_reqid: BTreeSet<(IpAddr, u32, u32, u8, Mark)>,
     default_policy: DefaultPolicy,
     freshness: Freshness,
+    audit_repairs: u64,
+    /// What the kernel will delete for its age, by when.
+    expiring: BTreeSet<(u64, Expiring)>,
+    /// What expires up to then counts as gone.
+    horizon: u64,
     /// The packet-offloaded outbound policies of each family.
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
     journal: Journal,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Expiring {
+    Policy(PolicyKey),
+    Sa(SaId),
 }
 
 /// The packet-offloaded outbound policies of a family.
@@ -79,6 +99,7 @@ impl Database {
     pub fn apply(&mut self, event: PolicyEvent) {
         match event {
             PolicyEvent::Snapshot(snapshot) => self.replace(snapshot),
+            PolicyEvent::Audit(snapshot) => self.audit(snapshot),
             PolicyEvent::Policy(policy) => {
                 let key = self.insert_policy(policy);
                 if self.policies.set_order_known(key) {
@@ -107,6 +128,33 @@ impl Database {
             PolicyEvent::DefaultPolicy(default_policy) => self.set_default_policy(default_policy),
             PolicyEvent::Stale(cause) => self.freshness = Freshness::Stale(cause),
         }
+    }
+
+    /// Tells the time by the wall clock, in seconds since 1970. Policies and associations whose
+    /// [`expires`](Policy::expires) is at most 2 s away stay, but make nothing fast from the next
+    /// [`compile`](crate::Compiler::compile) on. Without this, nothing expires. The clock may be set back.
+    ///
+    /// Returns whether anything has come close enough to its end, or is no longer.
+    pub fn set_time(&mut self, now: u64) -> bool {
+        let before = std::mem::replace(&mut self.horizon, now.saturating_add(AHEAD));
+        let (from, to) = (before.min(self.horizon), before.max(self.horizon));
+        let first = (from.saturating_add(1), Expiring::Policy(PolicyKey(0)));
+        let passed = self.expiring.range(first..).take_while(|(expires, _)| *expires <= to);
+        let passed: Vec<_> = passed.map(|(_, which)| *which).collect();
+        for which in &passed {
+            self.journal.record(match *which {
+                Expiring::Sa(id) => Change::Sa(id.destination),
+                Expiring::Policy(key) => {
+                    Change::Policy { key, before: self.policies.get(key).cloned().map(Box::new) }
+                }
+            });
+        }
+        !passed.is_empty()
+    }
+
+    /// Whether what [expires](Policy::expires) then makes nothing fast any longer.
+    pub(crate) fn is_about_to_expire(&self, expires: Option<u64>) -> bool {
+        expires.is_some_and(|expires| expires <= self.horizon)
     }
 
     /// Makes this what a snapshot says. Policies that stay keep their keys.
@@ -138,13 +186,59 @@ impl Database {
         }
         self.sas = snapshot.sas.into_iter().map(|sa| (sa.id, sa)).collect();
         self.sas_by_reqid = self.sas.values().map(reqid_key).collect();
+        let policies = self.policies.iter().map(|(key, policy)| (policy.expires, Expiring::Policy(key)));
+        let sas = self.sas.values().map(|sa| (sa.expires, Expiring::Sa(sa.id)));
+        self.expiring = policies.chain(sas).filter_map(|(expires, which)| Some((expires?, which))).collect();
         self.default_policy = snapshot.default_policy;
         self.freshness = Freshness::Current;
         self.journal.forget();
     }
 
+    /// Takes over what an audit found, if it is not what is here. What was never told may have changed the order of
+    /// policies as well, so it is taken like a snapshot.
+    fn audit(&mut self, found: Snapshot) {
+        if !self.is_current() {
+            return;
+        }
+        let differing = self.differing(&found);
+        if differing.is_empty() {
+            return;
+        }
+        let repairs = differing.len();
+        let which: Vec<String> = differing.iter().take(MOST_NAMED).map(ToString::to_string).collect();
+        tracing::warn!(repairs, ?which, "an audit found what the source never told: repaired");
+        self.audit_repairs += repairs as u64;
+        self.replace(found);
+    }
+
+    /// The policies and associations that are not what an audit found.
+    fn differing<'a>(&'a self, found: &'a Snapshot) -> Vec<&'a dyn fmt::Display> {
+        let mut differing: Vec<&dyn fmt::Display> = Vec::new();
+        let mut is_found = vec![false; self.policies.end()];
+        for policy in &found.policies {
+            let key = self.policies.key(&policy.id);
+            if let Some(key) = key {
+                is_found[key.0 as usize] = true;
+            }
+            if key.and_then(|key| self.policies.get(key)) != Some(policy) {
+                differing.push(&policy.id);
+            }
+        }
+        let missing = self.policies.iter().filter(|(key, _)| !is_found[key.0 as usize]);
+        differing.extend(missing.map(|(_, policy)| &policy.id as &dyn fmt::Display));
+        let found_sas: BTreeMap<_, _> = found.sas.iter().map(|sa| (&sa.id, sa)).collect();
+        let changed = found_sas.iter().filter(|(id, sa)| self.sas.get(id) != Some(sa));
+        differing.extend(changed.map(|(id, _)| *id as &dyn fmt::Display));
+        let gone = self.sas.keys().filter(|id| !found_sas.contains_key(id));
+        differing.extend(gone.map(|id| id as &dyn fmt::Display));
+        if found.default_policy != self.default_policy {
+            differing.push(&"the default policy");
+        }
+        differing
+    }
+
     fn insert_policy(&mut self, policy: Policy) -> PolicyKey {
-        let now = peer(&policy);
+        let (now, expires) = (peer(&policy), policy.expires);
         let (family, offloaded) =
             (policy.id.selector.family(), is_candidate(&policy).then_some(policy.priority));
         let (key, before) = match self.policies.insert(policy) {
@@ -158,6 +252,8 @@ impl Database {
         if let Some(before) = &before {
             self.forget_offloaded(before);
         }
+        let ends = before.as_ref().and_then(|before| before.expires);
+        self.expires_instead(Expiring::Policy(key), ends, expires);
         let was = before.as_ref().and_then(peer);
         if was != now {
             if let Some(peer) = was {
@@ -174,10 +270,18 @@ impl Database {
     fn remove_policy(&mut self, id: &PolicyId) {
         let Some((key, before)) = self.policies.remove(id) else { return };
         self.forget_offloaded(&before);
+        self.expires_instead(Expiring::Policy(key), before.expires, None);
         if let Some(peer) = peer(&before) {
             self.by_peer.remove(&(peer, key));
         }
         self.journal.record(Change::Policy { key, before: Some(Box::new(before)) });
+    }
+
+    fn expires_instead(&mut self, which: Expiring, before: Option<u64>, now: Option<u64>) {
+        if before != now {
+            before.map(|expires| self.expiring.remove(&(expires, which)));
+            now.map(|expires| self.expiring.insert((expires, which)));
+        }
     }
 
     /// Takes a policy that is no longer there out of account.
@@ -223,6 +327,13 @@ impl Database {
     #[must_use]
     pub fn is_current(&self) -> bool {
         self.freshness == Freshness::Current
+    }
+
+    /// How many policies and associations were not as a [`PolicyEvent::Audit`] found them, and were repaired. The
+    /// default policy counts as one.
+    #[must_use]
+    pub fn audit_repairs(&self) -> u64 {
+        self.audit_repairs
     }
 
     /// All policies, in no particular order.
@@ -355,6 +466,7 @@ impl Database {
         }
         self.remove_sa(&sa.id);
         self.sas_by_reqid.insert(reqid_key(&sa));
+        self.expires_instead(Expiring::Sa(sa.id), None, sa.expires);
         self.journal.record(Change::Sa(sa.id.destination));
         self.sas.insert(sa.id, sa);
     }
@@ -362,6 +474,7 @@ impl Database {
     fn remove_sa(&mut self, id: &SaId) {
         let Some(sa) = self.sas.remove(id) else { return };
         self.sas_by_reqid.remove(&reqid_key(&sa));
+        self.expires_instead(Expiring::Sa(sa.id), sa.expires, None);
         self.journal.record(Change::Sa(id.destination));
     }
 }
@@ -408,6 +521,7 @@ mod tests {
             selector: None,
             offload: Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false }),
             overhead: None,
+            expires: None,
         }
     }
 
@@ -440,6 +554,91 @@ mod tests {
         assert_eq!(database.freshness(), Freshness::Stale(StaleCause::Overrun));
         database.apply(PolicyEvent::Sa(sa(1)));
         assert!(!database.is_current(), "an event does not make up for those that were lost");
+    }
+
+    #[test]
+    fn an_audit_that_finds_what_was_told_changes_nothing() {
+        let mut database = Database::default();
+        let told = Snapshot {
+            policies: vec![policy("10.0.1.0/24", PolicyType::Main), policy("10.0.2.0/24", PolicyType::Main)],
+            sas: vec![sa(1)],
+            ..Snapshot::default()
+        };
+        database.apply(PolicyEvent::Snapshot(told.clone()));
+        let before = database.revision();
+        let mut found = told.clone();
+        found.policies.reverse();
+        database.apply(PolicyEvent::Audit(found));
+        assert_eq!((database.audit_repairs(), database.revision()), (0, before));
+        assert_eq!(database.snapshot(), told);
+    }
+
+    #[test]
+    fn an_audit_repairs_what_was_never_told_and_counts_it() {
+        let (one, two) = (policy("10.0.1.0/24", PolicyType::Main), policy("10.0.2.0/24", PolicyType::Main));
+        let told = Snapshot { policies: vec![one.clone(), two], sas: vec![sa(1)], ..Snapshot::default() };
+        let blocks = DefaultPolicy { forward: Action::Block, ..DefaultPolicy::default() };
+        let repaired = [
+            ("added", 1, Snapshot { sas: vec![sa(1), sa(2)], ..told.clone() }),
+            ("removed", 2, Snapshot { policies: vec![one.clone()], sas: Vec::new(), ..told.clone() }),
+            (
+                "changed",
+                3,
+                Snapshot {
+                    policies: vec![Policy { priority: 5, ..one }, policy("10.0.3.0/24", PolicyType::Main)],
+                    ..told.clone()
+                },
+            ),
+            ("default policy", 1, Snapshot { default_policy: blocks, ..told.clone() }),
+        ];
+        for (what, repairs, found) in repaired {
+            let mut database = Database::default();
+            database.apply(PolicyEvent::Snapshot(told.clone()));
+            for policy in told.policies.clone() {
+                database.apply(PolicyEvent::Policy(policy));
+            }
+            let (key, before) = (database.key_of(&told.policies[0].id).unwrap(), database.revision());
+            assert!(database.is_order_known(key));
+            database.apply(PolicyEvent::Audit(found.clone()));
+            assert_eq!((database.snapshot(), database.audit_repairs()), (found, repairs), "{what}");
+            assert!(database.changes_since(before).is_none(), "{what}: a compiler looks at everything");
+            assert!(!database.is_order_known(key), "{what}: and relies on no order");
+        }
+    }
+
+    #[test]
+    fn an_audit_does_not_make_up_for_a_snapshot() {
+        let mut database = Database::default();
+        let found = Snapshot { sas: vec![sa(1)], ..Snapshot::default() };
+        for event in [PolicyEvent::SasFlushed(0), PolicyEvent::Stale(StaleCause::Overrun)] {
+            database.apply(event);
+            database.apply(PolicyEvent::Audit(found.clone()));
+            assert!(!database.is_current());
+            assert_eq!((database.sas().count(), database.audit_repairs()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn time_passes_for_what_is_here_now_and_only_once() {
+        let mut database = Database::default();
+        let ages = |expires| Policy { expires: Some(expires), ..policy("10.0.1.0/24", PolicyType::Main) };
+        assert!(!database.set_time(90), "there is nothing that expires");
+        database.apply(PolicyEvent::Policy(ages(100)));
+        database.apply(PolicyEvent::Sa(SecurityAssociation { expires: Some(100), ..sa(1) }));
+        assert!(!database.set_time(97));
+        assert!(database.set_time(98), "within 2 s");
+        assert!(database.is_about_to_expire(Some(100)) && !database.is_about_to_expire(Some(101)));
+        assert!(!database.set_time(99), "that is known");
+        assert!(database.set_time(97), "the clock was set back");
+
+        database.apply(PolicyEvent::Policy(ages(200)));
+        database.apply(PolicyEvent::SaRemoved(sa(1).id));
+        assert!(!database.set_time(110), "neither is there any longer");
+        assert!(database.set_time(u64::MAX));
+        database.apply(PolicyEvent::Snapshot(Snapshot { policies: vec![ages(100)], ..Snapshot::default() }));
+        assert!(database.set_time(0), "snapshots tell it too");
+        database.apply(PolicyEvent::PolicyRemoved(ages(100).id));
+        assert!(!database.set_time(u64::MAX));
     }
 
     #[test]

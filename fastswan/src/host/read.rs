@@ -405,22 +405,29 @@ fn route(message: &RouteMessage, family: Family) -> Result<Option<Route>, HostEr
     Ok(Some(Route { table, destination: destination.trunc(), metric, kind }))
 }
 
-fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
+/// A neighbour whose Ethernet address is known.
+pub(super) fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
     use NeighbourState::{Delay, Permanent, Probe, Reachable, Stale};
 
     if !matches!(message.header.state, Reachable | Stale | Delay | Probe | Permanent) {
         return None;
     }
-    let (mut destination, mut address) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => destination = Some((*ip).into()),
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => destination = Some((*ip).into()),
-            NeighbourAttribute::LinkLayerAddress(bytes) => address = ethernet_address(bytes),
-            _ => {}
-        }
-    }
-    Some(Neighbour { ifindex: message.header.ifindex, destination: destination?, address: address? })
+    let (ifindex, destination) = destination(message)?;
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => ethernet_address(bytes),
+        _ => None,
+    });
+    Some(Neighbour { ifindex, destination, address: address? })
+}
+
+/// Interface index and address of a neighbour.
+pub(super) fn destination(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
+    let destination = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some((*ip).into()),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some((*ip).into()),
+        _ => None,
+    });
+    Some((message.header.ifindex, destination?))
 }
 
 /// An Ethernet address; loopback and tunnel devices have none, or all zeros.

@@ -19,6 +19,7 @@
 //! | `fastswan_events_total` | counter | | Events that were applied. |
 //! | `fastswan_stale_total` | counter | `cause` | Times that the source lost track. |
 //! | `fastswan_resyncs_total` | counter | `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that nobody announced. |
+//! | `fastswan_audit_repairs_total` | counter | | Policies and associations that were not as an audit found them. |
 //! | `fastswan_lease_expiries_total` | counter | | Renewals of the lease that came too late: packets passed for a while. |
 //! | `fastswan_table_writes_total` | counter | | Updates that were written to the table. |
 //! | `fastswan_table_changes_total` | counter | | Cells, facts, guards, exceptions and slots in them. |

@@ -47,6 +47,12 @@ impl Meters {
         counter!("fastswan_resyncs_total", "cause" => cause).increment(1);
     }
 
+    pub(crate) fn repaired(&mut self, repairs: u64) {
+        if repairs > 0 {
+            counter!("fastswan_audit_repairs_total").increment(repairs);
+        }
+    }
+
     pub(crate) fn applied(&mut self, events: usize) {
         counter!("fastswan_events_total").increment(events as u64);
         histogram!("fastswan_batch_events").record(float(events as u64));
@@ -128,6 +134,7 @@ fn describe() {
     describe_counter!("fastswan_events_total", "events applied");
     describe_counter!("fastswan_stale_total", "times that the source lost track by cause");
     describe_counter!("fastswan_resyncs_total", "snapshots applied by what made them necessary");
+    describe_counter!("fastswan_audit_repairs_total", "policies and associations that an audit repaired");
     describe_counter!("fastswan_lease_expiries_total", "renewals of the lease that came too late");
     describe_counter!("fastswan_table_writes_total", "updates written to the table");
     describe_counter!("fastswan_table_changes_total", "changes in the updates written to the table");
@@ -287,6 +294,27 @@ mod tests {
             let found = Scrape::take(&recorder);
             found.expect(&[("resyncs_total cause=overrun", 1), ("resyncs_total cause=snapshot", 1)]);
             found.expect(&[("stale_total cause=overrun", 0), ("current", 1)]);
+            let report = host.gateway.report();
+            assert_eq!(report.resyncs, [("overrun", 1), ("snapshot", 1), ("start", 1)].into());
+            assert!(report.to_string().contains("resynchronised, overrun: 1\n"), "{report}");
+        });
+    }
+
+    #[test]
+    fn what_an_audit_repaired_is_counted() {
+        let recorder = DebuggingRecorder::new();
+        story(&recorder, async |mut host| {
+            host.follow().await;
+            host.hear(PolicyEvent::Audit(host.snapshot.clone())).await;
+            assert_eq!(Scrape::take(&recorder).0.get("fastswan_audit_repairs_total"), None);
+            host.hear(PolicyEvent::Audit(Snapshot::default())).await;
+            host.gateway.record_metrics();
+            let repaired = Scrape::take(&recorder);
+            repaired.expect(&[("audit_repairs_total", 2), ("resyncs_total cause=start", 0)]);
+            repaired.expect(&[("associations", 0), ("policies state=fast reason=", 0)]);
+            let report = host.gateway.report();
+            assert_eq!(report.audit_repairs, 2);
+            assert!(report.to_string().contains("repaired by audits: 2\n"), "{report}");
         });
     }
 
@@ -303,6 +331,9 @@ mod tests {
             advance(LEASE * 2).await;
             host.follow().await;
             assert_eq!(expiries(), Some(1.0));
+            let report = host.gateway.report();
+            assert_eq!(report.lease_expiries, 1);
+            assert!(report.to_string().contains("lease expired: 1\n"), "{report}");
 
             host.hear(PolicyEvent::Stale(StaleCause::Requested)).await;
             advance(LEASE * 2).await;
@@ -319,7 +350,7 @@ mod tests {
         let id = PolicyId::new(Direction::Out, selector());
         let policy = PolicyReport { id, slot: Some(Slot(3)), state: PolicyState::Fast };
         let moment = |policies| Moment {
-            report: Report { policies, passes: vec![(PassReason::Fragment, 9)] },
+            report: Report { policies, passes: vec![(PassReason::Fragment, 9)], ..Report::default() },
             associations: 0,
             is_current: true,
             queued: 0,

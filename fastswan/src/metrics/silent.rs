@@ -17,6 +17,8 @@ impl Meters {
 
     pub(crate) fn resynchronised(&mut self, _: &'static str) {}
 
+    pub(crate) fn repaired(&mut self, _: u64) {}
+
     pub(crate) fn applied(&mut self, _: usize) {}
 
     pub(crate) fn compiled(&mut self, _: Duration) {}

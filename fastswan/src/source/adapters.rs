@@ -45,6 +45,12 @@ impl<S, F: FnMut(Policy) -> Policy> Map<S, F> {
         let changed = (self.change)(policy);
         if changed.id == id { Ok(changed) } else { Err(SourceError::IdentityChanged(Box::new(id))) }
     }
+
+    fn all_changed(&mut self, mut snapshot: Snapshot) -> Result<Snapshot, SourceError> {
+        let policies = mem::take(&mut snapshot.policies).into_iter();
+        snapshot.policies = policies.map(|policy| self.changed(policy)).collect::<Result<_, _>>()?;
+        Ok(snapshot)
+    }
 }
 
 #[async_trait]
@@ -52,11 +58,8 @@ impl<S: PolicySource, F: FnMut(Policy) -> Policy + Send> PolicySource for Map<S,
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
         Ok(match self.source.next_event().await? {
             Some(PolicyEvent::Policy(policy)) => Some(PolicyEvent::Policy(self.changed(policy)?)),
-            Some(PolicyEvent::Snapshot(mut snapshot)) => {
-                let policies = mem::take(&mut snapshot.policies).into_iter();
-                snapshot.policies = policies.map(|policy| self.changed(policy)).collect::<Result<_, _>>()?;
-                Some(PolicyEvent::Snapshot(snapshot))
-            }
+            Some(PolicyEvent::Snapshot(snapshot)) => Some(PolicyEvent::Snapshot(self.all_changed(snapshot)?)),
+            Some(PolicyEvent::Audit(snapshot)) => Some(PolicyEvent::Audit(self.all_changed(snapshot)?)),
             other => other,
         })
     }
@@ -99,6 +102,7 @@ impl Merge<'_> {
         enum Touched {
             Policy(PolicyId),
             Sa(SaId),
+            Audited,
             Everything,
         }
         let touched = match &event {
@@ -111,6 +115,7 @@ impl Merge<'_> {
                 Touched::Policy(id.clone())
             }
             PolicyEvent::Sa(SecurityAssociation { id, .. }) | PolicyEvent::SaRemoved(id) => Touched::Sa(*id),
+            PolicyEvent::Audit(_) => Touched::Audited,
             _ => Touched::Everything,
         };
         self.sources[index].database.apply(event);
@@ -124,6 +129,8 @@ impl Merge<'_> {
                 Some(sa) => PolicyEvent::Sa(sa.clone()),
                 None => PolicyEvent::SaRemoved(id),
             },
+            // What differed in one source differs in the whole.
+            Touched::Audited => PolicyEvent::Audit(self.snapshot()),
             Touched::Everything => PolicyEvent::Snapshot(self.snapshot()),
         })
     }
@@ -247,6 +254,27 @@ mod tests {
         let (_sender, source) = ChannelSource::new(snapshot, 1);
         let error = source.map(|_| policy(2, 1)).next_event().await.unwrap_err();
         assert!(matches!(error, SourceError::IdentityChanged(_)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_audit_compares_what_the_adapters_made_of_the_policies() {
+        let one = |destination| Snapshot { policies: vec![policy(destination, 1)], ..Snapshot::default() };
+        let (first_sender, first) = ChannelSource::new(one(1), 4);
+        let (_second, second) = ChannelSource::new(one(2), 4);
+        let first = first.map(|policy| Policy { priority: 7, ..policy });
+        let mut merged = merge(vec![Box::new(first), Box::new(second)]);
+        let mut database = Database::default();
+        read(&mut merged, &mut database);
+        let before = database.snapshot();
+        first_sender.try_send(PolicyEvent::Audit(one(1))).unwrap();
+        read(&mut merged, &mut database);
+        assert_eq!((database.snapshot(), database.audit_repairs()), (before, 0));
+
+        first_sender.try_send(PolicyEvent::Audit(one(3))).unwrap();
+        read(&mut merged, &mut database);
+        let mut policies: Vec<Policy> = database.policies().cloned().collect();
+        policies.sort_by(|one, other| one.id.cmp(&other.id));
+        assert_eq!((policies, database.audit_repairs()), (vec![policy(2, 1), policy(3, 7)], 2));
     }
 
     #[tokio::test]

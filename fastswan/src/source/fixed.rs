@@ -64,6 +64,7 @@ impl StaticPolicy {
             selector: None,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
+            expires: None,
         };
         (policy, sa)
     }

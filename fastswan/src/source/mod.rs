@@ -22,6 +22,9 @@ use crate::policy::{DefaultPolicy, Policy, PolicyId, PolicyType, SaId, SecurityA
 pub enum PolicyEvent {
     /// Everything that the source knows now. It replaces all that it said before.
     Snapshot(Snapshot),
+    /// Everything that the source has told must come to this: it has asked again. Where it does not, something was
+    /// never told, and this is what counts. A source that lost track still has to send a snapshot.
+    Audit(Snapshot),
     /// A policy was added, or the one with the same identity was changed.
     Policy(Policy),
     /// A policy was deleted or has expired.

@@ -9,8 +9,9 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use netlink_packet_core::{DecodeError as CoreError, NetlinkBuffer, NlaBuffer, NlasIterator, Parseable as _};
 use netlink_packet_xfrm::{
-    Address, LifetimeConfig, Selector as RawSelector, UserExpire, UserPolicyDefault, UserPolicyExpire,
-    UserPolicyId, UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate, XfrmAttrs, constants as xfrm,
+    Address, Lifetime, LifetimeConfig, Selector as RawSelector, UserExpire, UserPolicyDefault,
+    UserPolicyExpire, UserPolicyId, UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate, XfrmAttrs,
+    constants as xfrm,
 };
 
 use super::super::PolicyEvent;
@@ -54,9 +55,22 @@ pub enum Content {
     Error(i32),
     /// The kernel lost messages.
     Overrun,
-    /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, an association without SPI,
-    /// or a kind of message that changes no policy and no association.
+    /// An association that is not complete, and none yet. Without an SPI, the kernel waits for it to be made; with one
+    /// but without keys, a daemon has reserved the SPI (`XFRM_MSG_ALLOCSPI`). Dumps have these, notifications do not.
+    Larval(SecurityAssociation),
+    /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, or a kind of message that changes
+    /// no policy and no association.
     Ignored,
+}
+
+impl Content {
+    /// The same, but a larval association is one, if it has an SPI.
+    pub(super) fn grown_up(self) -> Self {
+        match self {
+            Self::Larval(sa) if sa.id.spi != 0 => Self::Event(PolicyEvent::Sa(sa)),
+            other => other,
+        }
+    }
 }
 
 /// Bytes are not what the kernel sends.
@@ -126,7 +140,11 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
         xfrm::XFRM_MSG_NEWSA | xfrm::XFRM_MSG_UPDSA => {
             let info = UserSaInfo::parse(payload).map_err(text)?;
             let attributes = Attributes::read(payload, xfrm_length::SA_INFO)?;
-            sa(&info, &attributes)?.map(PolicyEvent::Sa)
+            let sa = sa(&info, &attributes)?;
+            if sa.id.spi == 0 || is_ipsec(sa.id.protocol) && !attributes.has_algorithm {
+                return Ok(Content::Larval(sa));
+            }
+            Some(PolicyEvent::Sa(sa))
         }
         xfrm::XFRM_MSG_DELSA => {
             let id = UserSaId::parse(payload).map_err(text)?;
@@ -173,6 +191,8 @@ struct Attributes {
     offload: Option<OffloadDev>,
     /// Name and ICV length in bits of an AEAD algorithm.
     aead: Option<(String, u32)>,
+    /// An algorithm of any kind.
+    has_algorithm: bool,
     udp_encapsulation: bool,
 }
 
@@ -187,7 +207,16 @@ impl Attributes {
     }
 
     fn add(&mut self, attribute: &NlaBuffer<&[u8]>) -> Result<(), String> {
-        match attribute.kind() {
+        let kind = attribute.kind();
+        self.has_algorithm |= matches!(
+            kind,
+            xfrm::XFRMA_ALG_AUTH
+                | xfrm::XFRMA_ALG_AUTH_TRUNC
+                | xfrm::XFRMA_ALG_CRYPT
+                | xfrm::XFRMA_ALG_COMP
+                | xfrm::XFRMA_ALG_AEAD
+        );
+        match kind {
             xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
             // The library would drop what remains of a last template.
             xfrm::XFRMA_TMPL if !attribute.value().len().is_multiple_of(TEMPLATE_LENGTH) => {
@@ -249,6 +278,7 @@ fn policy(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<Polic
         templates: templates?,
         offload: attributes.offload,
         use_limited: is_use_limited(&info.lifetime_cfg),
+        expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
         ..Policy::new(id)
     }))
 }
@@ -298,12 +328,11 @@ fn template(raw: &UserTemplate) -> Result<Template, String> {
     })
 }
 
-/// An association, or `None` if it has no SPI: the kernel is still asking for one.
-fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<Option<SecurityAssociation>, String> {
+fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<SecurityAssociation, String> {
     let id = sa_id(info, attributes)?;
     // A family of 0 is no selector at all.
     let selector = if info.selector.family == 0 { None } else { Some(selector(&info.selector)?) };
-    Ok(Some(SecurityAssociation {
+    Ok(SecurityAssociation {
         id,
         source: address(info.family, &info.saddr)?,
         reqid: info.reqid,
@@ -312,8 +341,16 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<Option<SecurityAssoc
         selector,
         offload: attributes.offload,
         overhead: overhead(info, attributes),
+        expires: expires(
+            &info.lifetime_cur,
+            &[info.lifetime_cfg.hard_add_expires_seconds, info.lifetime_cfg.hard_use_expires_seconds],
+        ),
     })
-    .filter(|sa| sa.id.spi != 0))
+}
+
+/// Whether associations of a protocol have algorithms: ESP, AH and `IPComp`. Those of Mobile IPv6 have none.
+fn is_ipsec(protocol: u8) -> bool {
+    matches!(protocol, 50 | 51 | 108)
 }
 
 fn sa_id(info: &UserSaInfo, attributes: &Attributes) -> Result<SaId, String> {
@@ -348,7 +385,14 @@ fn default_policy(payload: &[u8]) -> Result<DefaultPolicy, String> {
     })
 }
 
-/// Whether the kernel counts something that would end the policy: packets, bytes, or time since its first use.
+/// When the first of these hard limits in seconds strikes; 0 is none. The first use may be as old as the addition, and
+/// is not looked at: no notification tells of it, so dumps would differ from what was told.
+fn expires(current: &Lifetime, limits: &[u64]) -> Option<u64> {
+    let limit = limits.iter().filter(|limit| **limit != 0).min()?;
+    Some(current.add_time.saturating_add(*limit))
+}
+
+/// Whether the kernel counts something that would end the policy: packets, bytes, or time since its last use.
 fn is_use_limited(lifetime: &LifetimeConfig) -> bool {
     lifetime.hard_packet_limit != xfrm::XFRM_INF
         || lifetime.hard_byte_limit != xfrm::XFRM_INF

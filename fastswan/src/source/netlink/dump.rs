@@ -11,6 +11,7 @@ use netlink_sys::protocols::NETLINK_XFRM;
 
 use super::{
     super::{PolicyEvent, Snapshot},
+    NetlinkConfig,
     decode::{Content, DecodeError, decode},
     socket::{Datagram, NetlinkSocket},
 };
@@ -44,14 +45,16 @@ pub(super) struct Dump {
     socket: NetlinkSocket,
     /// Number of what is being asked for, from 1, which is also the request's sequence number.
     stage: u32,
+    count_larval: bool,
     snapshot: Snapshot,
 }
 
 impl Dump {
     /// Asks for the first part.
-    pub(super) fn start(receive_buffer: usize) -> io::Result<Self> {
-        let socket = NetlinkSocket::open(NETLINK_XFRM, &[], Some(receive_buffer))?;
-        let dump = Self { socket, stage: 1, snapshot: Snapshot::default() };
+    pub(super) fn start(config: &NetlinkConfig) -> io::Result<Self> {
+        let socket = NetlinkSocket::open(NETLINK_XFRM, &[], Some(config.receive_buffer))?;
+        let dump =
+            Self { socket, stage: 1, count_larval: config.count_larval, snapshot: Snapshot::default() };
         dump.ask()?;
         Ok(dump)
     }
@@ -59,15 +62,23 @@ impl Dump {
     /// Reads on until everything is there.
     pub(super) async fn finish(&mut self) -> Result<Snapshot, DumpError> {
         loop {
-            let datagram = self.socket.receive().await?;
-            if self.take(&datagram)? {
-                self.stage += 1;
-                if self.request().is_none() {
-                    return Ok(std::mem::take(&mut self.snapshot));
-                }
-                self.ask()?;
+            if let Some(snapshot) = self.step().await? {
+                return Ok(snapshot);
             }
         }
+    }
+
+    /// Reads one datagram: everything if it was the last one.
+    pub(super) async fn step(&mut self) -> Result<Option<Snapshot>, DumpError> {
+        let datagram = self.socket.receive().await?;
+        if self.take(&datagram)? {
+            self.stage += 1;
+            if self.request().is_none() {
+                return Ok(Some(std::mem::take(&mut self.snapshot)));
+            }
+            self.ask()?;
+        }
+        Ok(None)
     }
 
     /// Type, flags and length of the fixed part of what is being asked for; `None` at the end.
@@ -115,7 +126,8 @@ impl Dump {
             if message.interrupted {
                 return Err(DumpError::Interrupted);
             }
-            match message.content {
+            let content = if self.count_larval { message.content.grown_up() } else { message.content };
+            match content {
                 Content::Event(PolicyEvent::Policy(policy)) => self.snapshot.policies.push(policy),
                 Content::Event(PolicyEvent::Sa(sa)) => self.snapshot.sas.push(sa),
                 Content::Event(PolicyEvent::DefaultPolicy(default_policy)) => {

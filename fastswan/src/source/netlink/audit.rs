@@ -1,0 +1,107 @@
+//! Asks for everything again while changes are followed, to find what was never told.
+//!
+//! An [`Audit`] dumps on a socket of its own and replays what was notified meanwhile: its snapshot is what the
+//! database must hold once it has applied every event before it.
+
+use std::{future::pending, io, time::Duration};
+
+use tokio::{
+    task::yield_now,
+    time::{Instant, sleep_until, timeout_at},
+};
+
+use super::{
+    super::{PolicyEvent, Snapshot},
+    DUMP_LIMIT, NetlinkConfig,
+    dump::{Dump, DumpError},
+};
+use crate::database::Database;
+
+/// More changes during one dump are not kept: the next audit may meet fewer.
+const MOST_TOLD: usize = 1 << 16;
+
+/// The kernel tells of what has expired just after it is gone, and nothing makes it wait for the one who asks. All
+/// other changes are told before the last part of a dump is answered, since one lock (`xfrm_cfg_mutex`) covers a
+/// request and its notification.
+const SETTLING: Duration = Duration::from_millis(100);
+
+/// Compares now and then; see the module.
+#[derive(Debug)]
+pub(super) struct Audit {
+    /// From the end of one to the beginning of the next; `None` is never.
+    period: Option<Duration>,
+    stage: Stage,
+    /// What was notified since the dump began.
+    told: Vec<PolicyEvent>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// It begins then.
+    Waiting(Option<Instant>),
+    /// A dump is being read, until then at most.
+    Dumping(Box<Dump>, Instant),
+    /// Until then notifications may come of what the dump has seen.
+    Settling(Snapshot, Instant),
+}
+
+impl Audit {
+    /// The first one is due a period from now.
+    pub(super) fn new(period: Option<Duration>) -> Self {
+        let mut audit = Self { period, stage: Stage::Waiting(None), told: Vec::new() };
+        audit.restart();
+        audit
+    }
+
+    /// Forgets what was found so far, and waits for a period.
+    pub(super) fn restart(&mut self) {
+        self.told = Vec::new();
+        self.stage = Stage::Waiting(self.period.and_then(|period| Instant::now().checked_add(period)));
+    }
+
+    /// Whether it has begun and not ended.
+    pub(super) fn is_running(&self) -> bool {
+        !matches!(self.stage, Stage::Waiting(_))
+    }
+
+    /// Takes note of what was notified. False if it is too much.
+    pub(super) fn note(&mut self, event: &PolicyEvent) -> bool {
+        if !self.is_running() {
+            return true;
+        }
+        self.told.push(event.clone());
+        self.told.len() <= MOST_TOLD
+    }
+
+    /// Waits for the next step and takes it: a datagram of a dump at most. The snapshot when it has one. Call it
+    /// only while no notification is unread. Cancel-safe.
+    pub(super) async fn advance(&mut self, config: &NetlinkConfig) -> Result<Option<Snapshot>, DumpError> {
+        match &mut self.stage {
+            Stage::Waiting(None) => pending().await,
+            Stage::Waiting(Some(until)) => {
+                sleep_until(*until).await;
+                let dump = Dump::start(config)?;
+                self.stage = Stage::Dumping(Box::new(dump), Instant::now() + DUMP_LIMIT);
+            }
+            Stage::Dumping(dump, until) => {
+                // The kernel always has more to read: whoever waits besides must have a turn.
+                yield_now().await;
+                let read = timeout_at(*until, dump.step()).await;
+                if let Some(snapshot) = read.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?? {
+                    self.stage = Stage::Settling(snapshot, Instant::now() + SETTLING);
+                }
+            }
+            Stage::Settling(snapshot, until) => {
+                sleep_until(*until).await;
+                if self.told.is_empty() {
+                    return Ok(Some(std::mem::take(snapshot)));
+                }
+                let mut database = Database::default();
+                database.apply(PolicyEvent::Snapshot(std::mem::take(snapshot)));
+                self.told.drain(..).for_each(|event| database.apply(event));
+                return Ok(Some(database.snapshot()));
+            }
+        }
+        Ok(None)
+    }
+}
