@@ -21,7 +21,6 @@ mod chains;
 mod judge;
 mod mirror;
 mod packets;
-mod requests;
 mod sets;
 
 use std::collections::BTreeMap;
@@ -348,8 +347,8 @@ mod tests {
     use fastswan::{PolicySource as _, policy::PolicyId};
     use futures::FutureExt as _;
 
-    use super::{sets::Change, *};
-    use crate::lab::require_root;
+    use super::*;
+    use crate::{lab::require_root, requests::Change};
 
     /// As if it were not offloaded, on either side.
     fn in_software(change: &mut Change) {

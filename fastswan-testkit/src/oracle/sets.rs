@@ -15,6 +15,8 @@ use rand::{
     seq::{IndexedRandom as _, SliceRandom as _},
 };
 
+use crate::requests::Change;
+
 /// A kind of policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Set {
@@ -82,23 +84,6 @@ impl Set {
             Self::Nested | Self::Ports | Self::Random | Self::OffloadedModel => 20,
         }
     }
-}
-
-/// A change of policies.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Change {
-    Add(Policy),
-    /// Changes the policy with the same identity.
-    Update(Policy),
-    /// Deletes a policy, by its selector or, if it is given, by its index.
-    Delete {
-        id: PolicyId,
-        index: Option<u32>,
-    },
-    Flush(PolicyType),
-    Default(DefaultPolicy),
-    /// Changes nothing; the source starts over with a snapshot.
-    Resynchronise,
 }
 
 /// Whether the mirror is told that a policy is offloaded. Its reqid says so, which all sides see.

@@ -1,0 +1,234 @@
+//! The mirror under test, on a thread of its own: the kernel as its source, the XDP program's table, the loop that
+//! joins them, and the host's facts as they change. What passes between the parts is noted.
+
+use std::{
+    net::IpAddr,
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use fastswan::{
+    BpfTable, Gateway, HostFacts, NetlinkSource, OffloadTable, PassReason, PolicyEvent, PolicySource,
+    Snapshot, SourceError,
+    host::HostWatch,
+    source::netlink::NetlinkConfig,
+    table::{Capacity, Fact, Port, Side, Slot, Standing, TableError, TableUpdate, Traffic, Verdict},
+};
+use tokio::sync::{mpsc::UnboundedReceiver, oneshot};
+
+use super::{
+    lag::{Note, Subject},
+    offload::pretend,
+};
+
+/// Small, so that it overruns: room for some hundred notifications.
+const RECEIVE_BUFFER: usize = 128 << 10;
+/// The shortest that a gateway takes.
+pub(super) const LEASE: Duration = Duration::from_millis(50);
+
+/// Asks what the database holds; `None` if it is not what the kernel has.
+pub(super) type Question = oneshot::Sender<Option<Snapshot>>;
+
+/// Runs until nobody can ask any longer, and returns for how long everything passed. Takes a thread that is on the
+/// host. Drops one of so many removals, if told to.
+pub(super) fn run(
+    table: BpfTable,
+    device: u32,
+    questions: UnboundedReceiver<Question>,
+    notes: &mpsc::Sender<Note>,
+    drops: Option<u64>,
+) -> anyhow::Result<Duration> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(follow(table, device, questions, notes, drops))
+}
+
+async fn follow(
+    table: BpfTable,
+    device: u32,
+    mut questions: UnboundedReceiver<Question>,
+    notes: &mpsc::Sender<Note>,
+    drops: Option<u64>,
+) -> anyhow::Result<Duration> {
+    let mut watch = HostWatch::open()?;
+    let host = HostFacts::read()?;
+    let config = NetlinkConfig::default().receive_buffer(RECEIVE_BUFFER).believe_anyone();
+    let source = NetlinkSource::with_config(config)?;
+    let source = Noted { source, device, notes: notes.clone(), drops, removals: 0 };
+    let table = Timed::new(table, notes.clone());
+    let mut gateway = Gateway::new(source, table, &host).with_lease(LEASE);
+    loop {
+        let (mut question, mut change) = (None, None);
+        let interrupted = async {
+            tokio::select! {
+                asked = questions.recv() => question = Some(asked),
+                changed = watch.changed() => change = Some(changed),
+            }
+        };
+        gateway.run_until(interrupted).await?;
+        if let Some(changed) = change {
+            changed?;
+            gateway.set_host(&HostFacts::read()?)?;
+        }
+        match question {
+            Some(Some(question)) => {
+                let database = gateway.database();
+                // Whoever does not wait for the answer does not need it.
+                let _ = question.send(database.is_current().then(|| database.snapshot()));
+            }
+            Some(None) => return Ok(gateway.table_mut().passed()),
+            None => {}
+        }
+    }
+}
+
+/// The source, whose events look as if policies were offloaded.
+struct Noted {
+    source: NetlinkSource,
+    device: u32,
+    notes: mpsc::Sender<Note>,
+    drops: Option<u64>,
+    removals: u64,
+}
+
+impl Noted {
+    /// Whether this is a removal that is to be lost.
+    fn is_dropped(&mut self, event: &PolicyEvent) -> bool {
+        let Some(every) = self.drops.filter(|_| matches!(event, PolicyEvent::PolicyRemoved(_))) else {
+            return false;
+        };
+        self.removals += 1;
+        self.removals.is_multiple_of(every)
+    }
+}
+
+#[async_trait]
+impl PolicySource for Noted {
+    async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
+        loop {
+            let Some(mut event) = self.source.next_event().await? else { return Ok(None) };
+            if self.is_dropped(&event) {
+                continue;
+            }
+            pretend(&mut event, self.device);
+            let note = match &event {
+                PolicyEvent::Snapshot(_) => Some(Note::Snapshot(Instant::now())),
+                PolicyEvent::Stale(cause) => Some(Note::Stale(*cause)),
+                event => Subject::told(event).map(Note::Told),
+            };
+            // Nobody reads them when the run is over.
+            note.map(|note| self.notes.send(note));
+            return Ok(Some(event));
+        }
+    }
+}
+
+/// The table, and for how long everything passed: while the kill switch was on, the lease was out, or something was
+/// being written.
+struct Timed {
+    table: BpfTable,
+    notes: mpsc::Sender<Note>,
+    enabled: bool,
+    leased_until: Instant,
+    /// Everything before is in `passed`.
+    counted_until: Instant,
+    passed: Duration,
+}
+
+impl Timed {
+    fn new(table: BpfTable, notes: mpsc::Sender<Note>) -> Self {
+        let now = Instant::now();
+        Self { table, notes, enabled: false, leased_until: now, counted_until: now, passed: Duration::ZERO }
+    }
+
+    fn count(&mut self) {
+        let now = Instant::now();
+        let fast_until = if self.enabled { self.leased_until } else { self.counted_until };
+        self.passed += now.saturating_duration_since(fast_until.max(self.counted_until));
+        self.counted_until = now;
+    }
+
+    fn passed(&mut self) -> Duration {
+        self.count();
+        self.passed
+    }
+}
+
+impl OffloadTable for Timed {
+    fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
+        self.count();
+        let applied = self.table.apply(update);
+        let now = Instant::now();
+        if !update.is_empty() {
+            self.passed += now - self.counted_until;
+            self.counted_until = now;
+        }
+        applied
+    }
+
+    fn set_enabled(&mut self, enabled: bool) {
+        self.table.set_enabled(enabled);
+        self.count();
+        self.enabled = enabled;
+        if enabled {
+            // The gateway does so when all that it was told is written.
+            let _ = self.notes.send(Note::Written(self.counted_until));
+        }
+    }
+
+    fn renew_lease(&mut self, lease: Duration) {
+        self.table.renew_lease(lease);
+        self.count();
+        self.leased_until = self.counted_until + lease;
+    }
+
+    fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
+        self.table.set_port(port)
+    }
+
+    fn remove_port(&mut self, ifindex: u32, vlan: u16) {
+        self.table.remove_port(ifindex, vlan);
+    }
+
+    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+        self.table.port(ifindex, vlan)
+    }
+
+    fn capacity(&self) -> Capacity {
+        self.table.capacity()
+    }
+
+    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
+        self.table.verdict(source, destination)
+    }
+
+    fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
+        self.table.fact(side, address)
+    }
+
+    fn is_guarded(&self, source: IpAddr) -> bool {
+        self.table.is_guarded(source)
+    }
+
+    fn is_exception(
+        &self,
+        source: IpAddr,
+        destination: IpAddr,
+        protocol: u8,
+        ports: Option<(u16, u16)>,
+    ) -> bool {
+        self.table.is_exception(source, destination, protocol, ports)
+    }
+
+    fn standing(&self, slot: Slot) -> Option<Standing> {
+        self.table.standing(slot)
+    }
+
+    fn traffic(&self, slot: Slot) -> Traffic {
+        self.table.traffic(slot)
+    }
+
+    fn passes(&self) -> Vec<(PassReason, u64)> {
+        self.table.passes()
+    }
+}
