@@ -41,7 +41,7 @@ pub struct Gateway<S, T: OffloadTable> {
     database: Database,
     compiler: Compiler,
     lease: Duration,
-    /// When the lease was renewed last, unless everything passes anyway.
+    /// When the lease began last, unless everything passes anyway.
     renewed: Option<time::Instant>,
     has_been_fast: bool,
     meters: Meters,
@@ -77,8 +77,8 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
 
     /// Follows the source until `stop` is ready. Call it again to go on; in between the lease runs.
     ///
-    /// The lease is only renewed when the source has nothing more to say at the moment and all that it said
-    /// is in the table. Cancel-safe: dropping the future loses nothing but the lease.
+    /// The lease is only renewed when the source has nothing more to say and all that it said is in the table, and
+    /// begins when the source was asked. Cancel-safe: dropping the future loses nothing but the lease.
     ///
     /// # Errors
     ///
@@ -95,9 +95,10 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                     let result = self.follow(event);
                     self.off_if_failed(result)?;
                 }
-                _ = renewal.tick() => if self.database.is_current() {
-                    self.renew_lease();
-                },
+                _ = renewal.tick() => {
+                    let result = self.go_on();
+                    self.off_if_failed(result)?;
+                }
             }
         }
     }
@@ -135,22 +136,39 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         Ok(())
     }
 
+    /// Renews the lease, unless the source has something to say.
+    fn go_on(&mut self) -> Result<(), GatewayError> {
+        // When it was asked before is not known: this task, or the whole process, may have had no processor since.
+        let asked = time::Instant::now();
+        if !self.source_ended
+            && let Some(event) = self.source.next_event().now_or_never()
+        {
+            return self.follow(event);
+        }
+        if self.database.is_current() {
+            self.renew_lease(asked);
+        }
+        Ok(())
+    }
+
     /// Applies an event, and those that are there already, and writes what follows from them.
     fn follow(&mut self, first: Result<Option<PolicyEvent>, SourceError>) -> Result<(), GatewayError> {
         let mut event = first?;
         let received = Instant::now();
         let mut applied = 0;
+        // When the source was asked and had nothing more to say.
         let caught_up = loop {
             let Some(current) = event else {
                 self.source_ended = true;
-                break true;
+                break Some(time::Instant::now());
             };
             self.apply(current);
             applied += 1;
             if applied == BATCH {
-                break false;
+                break None;
             }
-            let Some(next) = self.source.next_event().now_or_never() else { break true };
+            let asked = time::Instant::now();
+            let Some(next) = self.source.next_event().now_or_never() else { break Some(asked) };
             event = next?;
         };
         self.meters.applied(applied);
@@ -160,8 +178,8 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             self.meters.compiled(compiling.elapsed());
             self.write(&update)?;
             self.meters.written(update.len(), received.elapsed());
-            if caught_up {
-                self.renew_lease();
+            if let Some(asked) = caught_up {
+                self.renew_lease(asked);
                 self.table.set_enabled(true);
             }
         }
@@ -212,10 +230,10 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         self.database.apply(event);
     }
 
-    fn renew_lease(&mut self) {
-        self.table.renew_lease(self.lease);
-        let now = time::Instant::now();
-        if let Some(since) = self.renewed.replace(now).map(|renewed| now - renewed)
+    /// The lease begins when the source was asked: what has changed since then is not in the table.
+    fn renew_lease(&mut self, asked: time::Instant) {
+        self.table.renew_lease(self.lease.saturating_sub(asked.elapsed()));
+        if let Some(since) = self.renewed.replace(asked).map(|renewed| renewed.elapsed())
             && since > self.lease
         {
             self.meters.lease_expired();
