@@ -26,7 +26,7 @@ const MOST: usize = 400;
 /// Peers that policies have tunnels to.
 const PEERS: u32 = 12;
 /// Changes between two quiet points.
-const ROUND: std::ops::Range<usize> = 500..4000;
+const ROUND: std::ops::Range<usize> = 1000..10_000;
 /// One round in so many begins with more notifications than the mirror's receive buffer holds.
 const BURST_EVERY: u64 = 5;
 const BURST: std::ops::Range<usize> = 1000..2000;
@@ -135,12 +135,12 @@ impl World {
             1010..1020 => happening(Step::Change(Change::Default(blocking(rng)))),
             // Soon, so that it does not block for long.
             1020..1200 => happening(Step::Change(Change::Default(DefaultPolicy::default()))),
-            1200..1215 if self.offloaded.len() < 40 => self.offload(rng),
-            1215..1230 => match self.offloaded.pop() {
+            1200..1204 if self.offloaded.len() < 40 => self.offload(rng),
+            1204..1212 => match self.offloaded.pop() {
                 Some(policy) => Happening { step: Step::Unload(policy.clone()), ended: vec![policy] },
                 None => self.change(rng),
             },
-            1230..1234 => self.lose_device(),
+            1212 => self.lose_device(),
             _ => self.change(rng),
         }
     }

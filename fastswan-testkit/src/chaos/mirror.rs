@@ -4,6 +4,7 @@
 use std::{
     net::IpAddr,
     sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -23,7 +24,7 @@ use super::{
 };
 
 /// Small, so that it overruns: room for some hundred notifications.
-const RECEIVE_BUFFER: usize = 128 << 10;
+const RECEIVE_BUFFER: usize = 256 << 10;
 /// The shortest that a gateway takes.
 pub(super) const LEASE: Duration = Duration::from_millis(50);
 
@@ -123,6 +124,24 @@ impl PolicySource for Noted {
     }
 }
 
+/// Takes the processor away from the mirror from time to time, as other processes do, where it hurts most: when it
+/// knows that it has caught up and the table does not say so yet, and when it has just said so.
+struct Starvation {
+    next: Instant,
+}
+
+impl Starvation {
+    fn strike(&mut self) {
+        if Instant::now() < self.next {
+            return;
+        }
+        thread::sleep(rand::random_range(LEASE / 4..LEASE * 2));
+        // Often twice in a row.
+        let pause = if rand::random() { Duration::ZERO } else { rand::random_range(LEASE..LEASE * 40) };
+        self.next = Instant::now() + pause;
+    }
+}
+
 /// The table, and for how long everything passed: while the kill switch was on, the lease was out, or something was
 /// being written.
 struct Timed {
@@ -133,12 +152,21 @@ struct Timed {
     /// Everything before is in `passed`.
     counted_until: Instant,
     passed: Duration,
+    starvation: Starvation,
 }
 
 impl Timed {
     fn new(table: BpfTable, notes: mpsc::Sender<Note>) -> Self {
         let now = Instant::now();
-        Self { table, notes, enabled: false, leased_until: now, counted_until: now, passed: Duration::ZERO }
+        Self {
+            table,
+            notes,
+            enabled: false,
+            leased_until: now,
+            counted_until: now,
+            passed: Duration::ZERO,
+            starvation: Starvation { next: now },
+        }
     }
 
     fn count(&mut self) {
@@ -156,6 +184,7 @@ impl Timed {
 
 impl OffloadTable for Timed {
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
+        self.starvation.strike();
         self.count();
         let applied = self.table.apply(update);
         let now = Instant::now();
@@ -180,6 +209,7 @@ impl OffloadTable for Timed {
         self.table.renew_lease(lease);
         self.count();
         self.leased_until = self.counted_until + lease;
+        self.starvation.strike();
     }
 
     fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
