@@ -445,6 +445,45 @@ mod tests {
     }
 
     #[test]
+    fn what_the_kernel_would_tell_about_offloads_can_be_told_in_its_stead() {
+        let content = |message: Message| {
+            let mut messages = decode(&Bytes::from(message.bytes(0, 0))).unwrap();
+            messages.pop().unwrap().content
+        };
+        let selector =
+            Selector::between("10.1.0.0/16".parse().unwrap(), "10.2.0.0/16".parse().unwrap()).unwrap();
+        let offload = Some(OffloadDev { ifindex: 7, kind: OffloadKind::Packet, inbound: false });
+        let policy = Policy { index: 9, offload, ..Policy::new(PolicyId::new(Direction::Out, selector)) };
+        let removed = Content::Event(PolicyEvent::PolicyRemoved(policy.id.clone()));
+        assert_eq!(content(told_deletion(&policy)), removed);
+        assert_eq!(
+            content(request(&Change::Add(policy.clone()))),
+            Content::Event(PolicyEvent::Policy(policy))
+        );
+
+        let id = SaId {
+            destination: "192.0.2.2".parse().unwrap(),
+            spi: 0x101,
+            protocol: 50,
+            mark: Mark::default(),
+        };
+        let sa = SecurityAssociation {
+            id,
+            source: "192.0.2.1".parse().unwrap(),
+            reqid: 3,
+            mode: Mode::Tunnel,
+            if_id: 0,
+            selector: None,
+            offload,
+            overhead: None,
+        };
+        assert_eq!(content(told_association(&sa)), Content::Event(PolicyEvent::Sa(sa)));
+        assert_eq!(content(deleted_association(&id)), Content::Event(PolicyEvent::SaRemoved(id)));
+        let flushed = Content::Event(PolicyEvent::SasFlushed(u8::MAX));
+        assert_eq!(content(flushed_associations()), flushed);
+    }
+
+    #[test]
     fn marks_tables_interfaces_and_limits_are_asked_for() {
         let selector =
             Selector::between("10.1.0.0/16".parse().unwrap(), "10.2.0.0/16".parse().unwrap()).unwrap();

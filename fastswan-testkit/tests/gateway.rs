@@ -308,13 +308,11 @@ struct Slow<S>(S);
 #[async_trait]
 impl<S: PolicySource> PolicySource for Slow<S> {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
-        match self.0.next_event().now_or_never() {
-            Some(event) => event,
-            None => {
-                std::thread::sleep(Duration::from_millis(60));
-                pending().await
-            }
+        if let Some(event) = self.0.next_event().now_or_never() {
+            return event;
         }
+        std::thread::sleep(Duration::from_millis(60));
+        pending().await
     }
 }
 

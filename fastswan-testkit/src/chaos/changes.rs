@@ -28,8 +28,8 @@ const PEERS: u32 = 12;
 /// Changes between two quiet points.
 const ROUND: std::ops::Range<usize> = 1000..10_000;
 /// One round in so many begins with more notifications than the mirror's receive buffer holds.
-const BURST_EVERY: u64 = 5;
-const BURST: std::ops::Range<usize> = 1000..2000;
+const BURST_EVERY: u64 = 10;
+const BURST: std::ops::Range<usize> = 2000..4000;
 
 /// Something that happens.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,7 +99,7 @@ impl World {
         self.rounds += 1;
         let mut round: Vec<Happening> =
             (0..PEERS).map(|peer| happening(self.allocate(peer * 2 + 1))).collect();
-        if self.rounds % BURST_EVERY == 2 {
+        if self.rounds % BURST_EVERY == 1 {
             round.push(self.burst(rng));
         }
         for _ in 0..rng.random_range(ROUND) {
@@ -109,7 +109,7 @@ impl World {
         if self.loaded {
             round.push(self.lose_device());
         }
-        if self.rounds % 3 == 0 {
+        if self.rounds.is_multiple_of(3) {
             self.thin_out(&mut round);
         }
         round

@@ -47,18 +47,14 @@ pub(super) struct Kernel<'r> {
     rng: StdRng,
 }
 
-/// Whether a quiet point has come.
-enum Quiet {
-    Yes,
-    NotYet(Why),
-    /// A packet is fast that must not be.
-    Never(String),
-}
-
-enum Why {
-    /// The mirror does not know everything.
+/// What the mirror is, when nothing changes.
+enum State {
+    Right,
+    /// It knows that it does not know everything.
     Stale,
-    Differs(String),
+    /// It may be about to become right.
+    Behind(String),
+    Wrong(String),
 }
 
 impl<'r> Kernel<'r> {
@@ -163,14 +159,14 @@ impl<'r> Kernel<'r> {
         // When the mirror knew everything, if it does.
         let mut current = None;
         loop {
-            match self.is_quiet(report)? {
-                Quiet::Yes => break,
-                Quiet::Never(why) => {
+            match self.judge(report)? {
+                State::Right => break,
+                State::Wrong(why) => {
                     report.diverged(why);
                     break;
                 }
-                Quiet::NotYet(Why::Stale) => current = None,
-                Quiet::NotYet(Why::Differs(why)) => {
+                State::Stale => current = None,
+                State::Behind(why) => {
                     if current.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
                         report.diverged(why);
                         break;
@@ -187,11 +183,11 @@ impl<'r> Kernel<'r> {
         Ok(())
     }
 
-    fn is_quiet(&mut self, report: &mut Report) -> anyhow::Result<Quiet> {
+    fn judge(&mut self, report: &mut Report) -> anyhow::Result<State> {
         let kernel = self.dump()?;
-        let Some(mirror) = self.ask()? else { return Ok(Quiet::NotYet(Why::Stale)) };
+        let Some(mirror) = self.ask()? else { return Ok(State::Stale) };
         if kernel != mirror {
-            return Ok(Quiet::NotYet(Why::Differs(difference(&kernel, &mirror))));
+            return Ok(State::Behind(difference(&kernel, &mirror)));
         }
         let (mut fast, mut wrong, mut slow) = (0, None, None);
         for _ in 0..PACKETS {
@@ -216,14 +212,14 @@ impl<'r> Kernel<'r> {
         if let Some(wrong) = wrong {
             // Unless something has expired meanwhile.
             let same = self.dump()? == kernel;
-            return Ok(if same { Quiet::Never(wrong) } else { Quiet::NotYet(Why::Differs(wrong)) });
+            return Ok(if same { State::Wrong(wrong) } else { State::Behind(wrong) });
         }
         if let Some(slow) = slow {
-            return Ok(Quiet::NotYet(Why::Differs(slow)));
+            return Ok(State::Behind(slow));
         }
         report.packets += PACKETS as u64;
         report.fast_packets += fast;
-        Ok(Quiet::Yes)
+        Ok(State::Right)
     }
 
     /// What the kernel has now, as the mirror should have it.

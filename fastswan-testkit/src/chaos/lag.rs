@@ -68,7 +68,7 @@ pub(super) struct Lags {
     told: Vec<Instant>,
     written: Option<Instant>,
     stale: Option<StaleCause>,
-    lags: Vec<Duration>,
+    found: Vec<Duration>,
     pub(super) overruns: u64,
     /// How often everything was told, by cause.
     pub(super) resyncs: BTreeMap<&'static str, u64>,
@@ -115,15 +115,15 @@ impl Lags {
     fn finish(&mut self) {
         if let Some(written) = self.written.take() {
             let told = self.told.drain(..);
-            self.lags.extend(told.map(|acknowledged| written.saturating_duration_since(acknowledged)));
+            self.found.extend(told.map(|acknowledged| written.saturating_duration_since(acknowledged)));
         }
     }
 
     /// The lag in microseconds that so many of a thousand changes did not exceed. 0 is less than a microsecond, or that the
     /// table was written before the acknowledgement had been read.
     pub(super) fn permille(&mut self, permille: usize) -> u64 {
-        self.lags.sort_unstable();
-        let at = (self.lags.len() * permille / 1000).min(self.lags.len().saturating_sub(1));
-        self.lags.get(at).map_or(0, |lag| u64::try_from(lag.as_micros()).unwrap_or(u64::MAX))
+        self.found.sort_unstable();
+        let at = (self.found.len() * permille / 1000).min(self.found.len().saturating_sub(1));
+        self.found.get(at).map_or(0, |lag| u64::try_from(lag.as_micros()).unwrap_or(u64::MAX))
     }
 }

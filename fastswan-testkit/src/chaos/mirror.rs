@@ -23,8 +23,8 @@ use super::{
     offload::pretend,
 };
 
-/// Small, so that it overruns: room for some hundred notifications.
-const RECEIVE_BUFFER: usize = 256 << 10;
+/// A sixteenth of the default, so that it overruns: room for less than a thousand notifications.
+const RECEIVE_BUFFER: usize = 512 << 10;
 /// The shortest that a gateway takes.
 pub(super) const LEASE: Duration = Duration::from_millis(50);
 
@@ -137,7 +137,7 @@ impl Starvation {
         }
         thread::sleep(rand::random_range(LEASE / 4..LEASE * 2));
         // Often twice in a row.
-        let pause = if rand::random() { Duration::ZERO } else { rand::random_range(LEASE..LEASE * 40) };
+        let pause = if rand::random() { Duration::ZERO } else { rand::random_range(LEASE * 10..LEASE * 60) };
         self.next = Instant::now() + pause;
     }
 }

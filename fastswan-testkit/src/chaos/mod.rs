@@ -9,11 +9,11 @@
 //! - the packets of a policy are still fast longer after the kernel has acknowledged its end than the shortest lease
 //!   lasts (50 ms, and a tick of the clock that ends it);
 //! - at a quiet point, when nothing changes for a moment, its database is not what the kernel has, or the program
-//!   forwards a packet that a [model](judge) says it must pass, or for another policy, or never forwards one that must be
+//!   forwards a packet that a model says it must pass, or for another policy, or never forwards one that must be
 //!   fast.
 //!
 //! No device here takes policies, and no association can be completed. So policies and larval associations whose reqid
-//! is odd are said to be [offloaded](offload) behind the source. Those on the device that is lost from time to time are
+//! is odd are said to be offloaded behind the source. Those on the device that is lost from time to time are
 //! told to the source in the kernel's stead, and the kernel has none of them: as after a real loss.
 //!
 //! A seed repeats the changes, not their timing.
@@ -41,7 +41,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 pub use self::report::Report;
 use self::{
-    changes::World,
+    changes::{Happening, Step, World},
     host::{ADDRESS, Host, LOOSE_ADDRESS, LOOSE_PEER, PEER},
     kernel::Kernel,
     witness::Listener,
@@ -117,6 +117,12 @@ impl Chaos {
                 while begin.elapsed() < self.time {
                     for happening in world.round(&mut rng) {
                         kernel.make(happening, &mut report)?;
+                        if begin.elapsed() > self.time {
+                            // What is left of a round would have ended with it.
+                            kernel
+                                .make(Happening { step: Step::LoseDevice, ended: Vec::new() }, &mut report)?;
+                            break;
+                        }
                     }
                     kernel.be_quiet(&mut report)?;
                 }

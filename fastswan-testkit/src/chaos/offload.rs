@@ -22,8 +22,12 @@ pub(super) fn pretend(event: &mut PolicyEvent, device: u32) {
         PolicyEvent::Policy(policy) => pretend_policy(policy, device),
         PolicyEvent::Sa(sa) => pretend_association(sa, device),
         PolicyEvent::Snapshot(Snapshot { policies, sas, .. }) => {
-            policies.iter_mut().for_each(|policy| pretend_policy(policy, device));
-            sas.iter_mut().for_each(|sa| pretend_association(sa, device));
+            for policy in policies {
+                pretend_policy(policy, device);
+            }
+            for sa in sas {
+                pretend_association(sa, device);
+            }
         }
         _ => {}
     }

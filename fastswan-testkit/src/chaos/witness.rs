@@ -123,8 +123,9 @@ pub(super) fn run(
             }
         }
         for queue in &mut queues {
-            while let Some(ended) = queue.pop_front_if(|ended| ended.at.elapsed() > allowed) {
-                testimony.look(forwarder, ingress, &ended)?;
+            while let Some(ended) = queue.front().filter(|ended| ended.at.elapsed() > allowed) {
+                testimony.look(forwarder, ingress, ended)?;
+                queue.pop_front();
             }
         }
         thread::sleep(Duration::from_millis(1));
