@@ -23,6 +23,8 @@ use crate::requests::Change;
 
 /// Policies that are there at the same time, without those that expire.
 const MOST: usize = 400;
+/// Associations that may be deleted.
+const MOST_ASSOCIATIONS: usize = 100;
 /// Peers that policies have tunnels to.
 const PEERS: u32 = 12;
 /// Changes between two quiet points.
@@ -66,6 +68,7 @@ pub(super) struct World {
     loose: u32,
     policies: Vec<Policy>,
     identities: HashSet<PolicyId>,
+    /// The latest first.
     associations: Vec<SaId>,
     /// What is offloaded to that device, and whether anything was since it was lost.
     offloaded: Vec<Policy>,
@@ -121,26 +124,26 @@ impl World {
                 let policy = self.temporary(rng);
                 happening(Step::Temporary(policy, rng.random_range(1..3)))
             }
-            300..700 => happening(self.allocate(rng.random_range(0..PEERS) * 2 + 1)),
-            700..1000 if !self.associations.is_empty() => {
+            300..400 => happening(self.allocate(rng.random_range(0..PEERS) * 2 + 1)),
+            400..480 if !self.associations.is_empty() => {
                 let at = rng.random_range(0..self.associations.len());
-                happening(Step::DeleteAssociation(self.associations.swap_remove(at)))
+                happening(Step::DeleteAssociation(self.associations.remove(at)))
             }
             // The kernel does not tell of a flush that deletes nothing.
-            1000..1005 if !self.policies.is_empty() => self.flush(),
-            1005..1010 => {
+            480..485 if !self.policies.is_empty() => self.flush(),
+            485..490 => {
                 self.associations.clear();
                 happening(Step::FlushAssociations)
             }
-            1010..1020 => happening(Step::Change(Change::Default(blocking(rng)))),
+            490..500 => happening(Step::Change(Change::Default(blocking(rng)))),
             // Soon, so that it does not block for long.
-            1020..1200 => happening(Step::Change(Change::Default(DefaultPolicy::default()))),
-            1200..1204 if self.offloaded.len() < 40 => self.offload(rng),
-            1204..1212 => match self.offloaded.pop() {
+            500..680 => happening(Step::Change(Change::Default(DefaultPolicy::default()))),
+            680..684 if self.offloaded.len() < 40 => self.offload(rng),
+            684..692 => match self.offloaded.pop() {
                 Some(policy) => Happening { step: Step::Unload(policy.clone()), ended: vec![policy] },
                 None => self.change(rng),
             },
-            1212 => self.lose_device(),
+            692 => self.lose_device(),
             _ => self.change(rng),
         }
     }
@@ -151,11 +154,11 @@ impl World {
         match rng.random_range(0..4) {
             0 if !self.policies.is_empty() => {
                 let at = rng.random_range(0..self.policies.len());
-                let old = &self.policies[at];
-                let mut new = policy(old.id.clone(), rng);
-                new.index = old.index;
-                self.policies[at] = new.clone();
-                happening(Step::Change(Change::Update(new)))
+                let old = &mut self.policies[at];
+                let new = updated(old, rng);
+                let old = std::mem::replace(old, new.clone());
+                let gone = (!is_offered(&new)).then_some(old);
+                Happening { step: Step::Change(Change::Update(new)), ended: ended(gone) }
             }
             1 | 2 if !full => {
                 let policy = self.add(rng);
@@ -262,7 +265,9 @@ impl World {
     fn allocate(&mut self, reqid: u32) -> Step {
         self.spis += 1;
         let sa = association(&tunnel(reqid), self.spis);
-        self.associations.push(sa.id);
+        // The oldest are likely to have expired.
+        self.associations.truncate(MOST_ASSOCIATIONS);
+        self.associations.insert(0, sa.id);
         Step::Allocate(sa)
     }
 
@@ -334,6 +339,16 @@ fn policy(id: PolicyId, rng: &mut StdRng) -> Policy {
         _ => {}
     }
     policy
+}
+
+/// What a policy is changed into. One that is not offloaded never will be, so that whoever looks whether it is still
+/// fast cannot take it for what it became later.
+fn updated(old: &Policy, rng: &mut StdRng) -> Policy {
+    let mut new = Policy { index: old.index, ..policy(old.id.clone(), rng) };
+    if is_offered(&new) && !is_offered(old) {
+        new.templates.iter_mut().for_each(|template| template.reqid += 1);
+    }
+    new
 }
 
 /// Whether it is about many other policies' packets.

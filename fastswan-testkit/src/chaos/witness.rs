@@ -38,7 +38,7 @@ const POLEXPIRE: u16 = 0x1b;
 /// Where a message about an expired policy has the policy's index.
 const EXPIRED_INDEX: usize = 16 + 56 + 64 + 32 + 4;
 
-/// A policy that is gone.
+/// A policy that is gone, or not offloaded any longer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ended {
     pub(super) index: u32,
