@@ -6,6 +6,7 @@
 use std::{
     collections::HashSet,
     net::{Ipv4Addr, Ipv6Addr},
+    ops::Range,
 };
 
 use fastswan::{
@@ -27,11 +28,13 @@ const MOST: usize = 400;
 const MOST_ASSOCIATIONS: usize = 100;
 /// Peers that policies have tunnels to.
 const PEERS: u32 = 12;
-/// Changes between two quiet points.
-const ROUND: std::ops::Range<usize> = 1000..10_000;
-/// One round in so many begins with more notifications than the mirror's receive buffer holds.
+/// Changes between two quiet points. Every other time there are not more than the mirror's receive buffer holds, so that
+/// it has no reason to read everything, which would repair what it has missed.
+const SMALL_ROUND: Range<usize> = 200..500;
+const ROUND: Range<usize> = 1000..10_000;
+/// One round in so many begins with more notifications than the receive buffer holds.
 const BURST_EVERY: u64 = 10;
-const BURST: std::ops::Range<usize> = 2000..4000;
+const BURST: Range<usize> = 2000..4000;
 
 /// Something that happens.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,7 +73,7 @@ pub(super) struct World {
     identities: HashSet<PolicyId>,
     /// The latest first.
     associations: Vec<SaId>,
-    /// What is offloaded to that device, and whether anything was since it was lost.
+    /// What is offloaded to that device, and whether anything was since the last quiet point.
     offloaded: Vec<Policy>,
     loaded: bool,
     /// How many policies, associations and rounds there were.
@@ -97,25 +100,32 @@ impl World {
         }
     }
 
-    /// What happens until the next quiet point. Nothing is left on the device that is lost.
+    /// What happens between two quiet points.
     pub(super) fn round(&mut self, rng: &mut StdRng) -> Vec<Happening> {
         self.rounds += 1;
-        let mut round: Vec<Happening> =
-            (0..PEERS).map(|peer| happening(self.allocate(peer * 2 + 1))).collect();
-        if self.rounds % BURST_EVERY == 1 {
+        let mut round = Vec::new();
+        if self.rounds % BURST_EVERY == 2 {
             round.push(self.burst(rng));
         }
-        for _ in 0..rng.random_range(ROUND) {
+        let size = if self.rounds.is_multiple_of(2) { ROUND } else { SMALL_ROUND };
+        for _ in 0..rng.random_range(size) {
             let happening = self.happening(rng);
             round.push(happening);
-        }
-        if self.loaded {
-            round.push(self.lose_device());
         }
         if self.rounds.is_multiple_of(3) {
             self.thin_out(&mut round);
         }
         round
+    }
+
+    /// What happens before a quiet point, whatever has become of the round: the kernel has all that was offloaded, and
+    /// every peer has an association.
+    pub(super) fn settle(&mut self) -> Vec<Happening> {
+        let mut end: Vec<Happening> = (0..PEERS).map(|peer| happening(self.allocate(peer * 2 + 1))).collect();
+        if std::mem::take(&mut self.loaded) {
+            end.push(self.lose_device());
+        }
+        end
     }
 
     fn happening(&mut self, rng: &mut StdRng) -> Happening {
@@ -258,7 +268,6 @@ impl World {
     }
 
     fn lose_device(&mut self) -> Happening {
-        self.loaded = false;
         Happening { step: Step::LoseDevice, ended: std::mem::take(&mut self.offloaded) }
     }
 

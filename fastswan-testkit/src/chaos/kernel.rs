@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use fastswan::{Policy, PolicyEvent, Snapshot, XdpForwarder, forwarder::RunAction};
+use fastswan::{Policy, Snapshot, XdpForwarder, forwarder::RunAction};
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
@@ -17,7 +17,7 @@ use super::{
     judge::{Expected, Packet, difference, expected, sorted},
     lag::{Lags, Note, Subject},
     mirror::Question,
-    offload::pretend,
+    offload::pretend_snapshot,
     report::Report,
     witness::Ended,
 };
@@ -27,9 +27,9 @@ use crate::{
     xfrm::{Group, inject},
 };
 
-/// How long a mirror that knows everything may take to be what the kernel has when nothing changes.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Nothing takes longer, unless it never happens.
+/// How long a mirror that says that it knows everything may take to be what the kernel has when nothing changes.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Nothing else takes longer, unless it never happens.
 const LIMIT: Duration = Duration::from_secs(20);
 /// Packets that are judged at a quiet point.
 const PACKETS: usize = 200;
@@ -52,8 +52,10 @@ enum State {
     Right,
     /// It knows that it does not know everything.
     Stale,
-    /// It may be about to become right.
+    /// Its database may be about to become right.
     Behind(String),
+    /// Packets pass that must be fast, which they may do for a while.
+    Slow(String),
     Wrong(String),
 }
 
@@ -156,8 +158,8 @@ impl<'r> Kernel<'r> {
     /// Waits until the mirror has caught up, and judges it.
     pub(super) fn be_quiet(&mut self, report: &mut Report) -> anyhow::Result<()> {
         let begin = Instant::now();
-        // When the mirror knew everything, if it does.
-        let mut current = None;
+        // Since when the mirror says that it knows everything, and does not.
+        let mut behind: Option<Instant> = None;
         loop {
             match self.judge(report)? {
                 State::Right => break,
@@ -165,16 +167,19 @@ impl<'r> Kernel<'r> {
                     report.diverged(why);
                     break;
                 }
-                State::Stale => current = None,
-                State::Behind(why) => {
-                    if current.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
-                        report.diverged(why);
-                        break;
-                    }
+                State::Behind(why) if behind.is_some_and(|since| since.elapsed() > PATIENCE) => {
+                    report.diverged(why);
+                    break;
                 }
-            }
-            if begin.elapsed() > LIMIT {
-                bail!("the mirror does not get to know what the kernel has");
+                State::Slow(why) if begin.elapsed() > LIMIT => {
+                    report.diverged(why);
+                    break;
+                }
+                State::Stale if begin.elapsed() > LIMIT => {
+                    bail!("the mirror does not get to know what the kernel has")
+                }
+                State::Stale | State::Slow(_) => behind = None,
+                State::Behind(_) => behind = behind.or_else(|| Some(Instant::now())),
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -215,7 +220,7 @@ impl<'r> Kernel<'r> {
             return Ok(if same { State::Wrong(wrong) } else { State::Behind(wrong) });
         }
         if let Some(slow) = slow {
-            return Ok(State::Behind(slow));
+            return Ok(State::Slow(slow));
         }
         report.packets += PACKETS as u64;
         report.fast_packets += fast;
@@ -224,12 +229,9 @@ impl<'r> Kernel<'r> {
 
     /// What the kernel has now, as the mirror should have it.
     fn dump(&mut self) -> anyhow::Result<Snapshot> {
-        let mut event = PolicyEvent::Snapshot(self.requests.dump()?);
-        pretend(&mut event, self.host.egress);
-        match event {
-            PolicyEvent::Snapshot(snapshot) => Ok(sorted(snapshot)),
-            _ => Ok(Snapshot::default()),
-        }
+        let mut snapshot = self.requests.dump()?;
+        pretend_snapshot(&mut snapshot, self.host.egress);
+        Ok(sorted(snapshot))
     }
 
     /// What the mirror has, if it knows everything.

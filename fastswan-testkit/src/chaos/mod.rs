@@ -41,7 +41,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 pub use self::report::Report;
 use self::{
-    changes::{Happening, Step, World},
+    changes::World,
     host::{ADDRESS, Host, LOOSE_ADDRESS, LOOSE_PEER, PEER},
     kernel::Kernel,
     witness::Listener,
@@ -113,18 +113,20 @@ impl Chaos {
             let kernel = Kernel::new(host, forwarder, asking, ending, notes);
             let made = kernel.and_then(|mut kernel| {
                 let (mut world, mut rng) = (World::new(host.loose), StdRng::seed_from_u64(self.seed));
-                kernel.be_quiet(&mut report)?;
-                while begin.elapsed() < self.time {
+                loop {
+                    for happening in world.settle() {
+                        kernel.make(happening, &mut report)?;
+                    }
+                    kernel.be_quiet(&mut report)?;
+                    if begin.elapsed() >= self.time {
+                        break;
+                    }
                     for happening in world.round(&mut rng) {
                         kernel.make(happening, &mut report)?;
-                        if begin.elapsed() > self.time {
-                            // What is left of a round would have ended with it.
-                            kernel
-                                .make(Happening { step: Step::LoseDevice, ended: Vec::new() }, &mut report)?;
+                        if begin.elapsed() >= self.time {
                             break;
                         }
                     }
-                    kernel.be_quiet(&mut report)?;
                 }
                 Ok(kernel.into_lags())
             });

@@ -21,15 +21,18 @@ pub(super) fn pretend(event: &mut PolicyEvent, device: u32) {
     match event {
         PolicyEvent::Policy(policy) => pretend_policy(policy, device),
         PolicyEvent::Sa(sa) => pretend_association(sa, device),
-        PolicyEvent::Snapshot(Snapshot { policies, sas, .. }) => {
-            for policy in policies {
-                pretend_policy(policy, device);
-            }
-            for sa in sas {
-                pretend_association(sa, device);
-            }
-        }
+        PolicyEvent::Snapshot(snapshot) => pretend_snapshot(snapshot, device),
         _ => {}
+    }
+}
+
+/// The same of everything.
+pub(super) fn pretend_snapshot(snapshot: &mut Snapshot, device: u32) {
+    for policy in &mut snapshot.policies {
+        pretend_policy(policy, device);
+    }
+    for sa in &mut snapshot.sas {
+        pretend_association(sa, device);
     }
 }
 
