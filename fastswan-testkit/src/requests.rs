@@ -172,7 +172,6 @@ pub(crate) enum Change {
 }
 
 /// A message under construction.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Message(Vec<u8>);
 
 /// The request for a change.

@@ -22,7 +22,7 @@ pub struct Report {
     pub changes: u64,
     /// What the kernel told.
     pub events: u64,
-    /// Times that the mirror's receive buffer overran.
+    /// Times that the mirror lost track since its receive buffer overran.
     pub overruns: u64,
     /// Times that the mirror read everything, by what made that necessary.
     pub resyncs: BTreeMap<&'static str, u64>,
