@@ -8,6 +8,7 @@
 //! - [`model`]: what the program should do with a frame, written a second time;
 //! - [`conformance`]: the program against the model, at random;
 //! - [`oracle`]: the kernel as judge of the whole mirror;
+//! - [`chaos`]: everything changes at once, as fast as the kernel takes it;
 //! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
@@ -15,6 +16,7 @@
 //! - [`vm`]: guests with other kernels and the software NIC.
 
 pub mod capture;
+pub mod chaos;
 pub mod conformance;
 pub mod frames;
 pub mod guest;
@@ -23,6 +25,7 @@ pub mod model;
 pub mod oracle;
 pub mod prog_run;
 pub mod promote;
+mod requests;
 pub mod site;
 mod sys;
 pub mod table_suite;

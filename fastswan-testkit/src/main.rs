@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::command::{ci, demo, doctor, ebpf, guest, oracle, vm};
+use crate::command::{chaos, ci, demo, doctor, ebpf, guest, oracle, vm};
 
 /// Shows fastswan, builds its bytecode and runs its tests.
 #[derive(Debug, Parser)]
@@ -19,6 +19,8 @@ enum Command {
     Ebpf(ebpf::Command),
     /// Lets the kernel judge which packets are forwarded, and for which policy.
     Oracle(oracle::Arguments),
+    /// Changes everything at once, as fast as the kernel takes it, and watches the mirror.
+    Chaos(chaos::Arguments),
     /// Runs scenarios in guests with other kernels, a software NIC and strongSwan.
     #[command(subcommand)]
     Vm(vm::Command),
@@ -47,6 +49,7 @@ fn run() -> anyhow::Result<()> {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ebpf(command) => ebpf::run(command),
         Command::Oracle(arguments) => oracle::run(&arguments),
+        Command::Chaos(arguments) => chaos::run(&arguments),
         Command::Vm(command) => vm::run(&command),
         Command::Guest(command) => guest::run(command),
         Command::Ci(arguments) => ci::run(&arguments),

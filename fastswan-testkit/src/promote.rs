@@ -10,10 +10,27 @@ use async_trait::async_trait;
 use fastswan::{
     Policy, PolicyEvent, PolicyId, PolicySource, SecurityAssociation, SourceError,
     policy::{
-        Direction, Family, IPPROTO_ESP, Mark, Mode, NextHop, OffloadDev, OffloadKind, Overhead, SaId,
-        Template,
+        Direction, Family, IPPROTO_ESP, MacAddr, Mark, Mode, NextHop, OffloadDev, OffloadKind, Overhead,
+        SaId, Template,
     },
 };
+
+/// The first two bytes of addresses that name a policy; its index follows.
+const NAME: [u8; 2] = [2, 6];
+
+/// A next hop that names a policy: a frame that was forwarded tells which policy it was for.
+pub(crate) fn naming(index: u32) -> NextHop {
+    let mut address = [0; 6];
+    address[..2].copy_from_slice(&NAME);
+    address[2..].copy_from_slice(&index.to_be_bytes());
+    NextHop::Fixed { source: MacAddr::default(), destination: MacAddr(address) }
+}
+
+/// The index of the policy that a frame's destination address names.
+pub(crate) fn named(frame: &[u8]) -> Option<u32> {
+    let index = frame.strip_prefix(&NAME)?.first_chunk()?;
+    Some(u32::from_be_bytes(*index))
+}
 
 /// A source whose chosen outbound policies are promoted to packet offload, each with an assumed association.
 #[derive(Debug)]

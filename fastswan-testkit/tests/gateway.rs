@@ -2,10 +2,11 @@
 //! the source loses track or the loop stops.
 
 use std::{
-    future::Future,
+    future::{Future, pending},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use async_trait::async_trait;
 use fastswan::{
     BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
     PolicySource, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
@@ -23,6 +24,7 @@ use fastswan_testkit::{
     promote::Promote,
     site::{CLIENT, LAN, OUT, PEER, Site},
 };
+use futures::FutureExt as _;
 use tokio::{
     task::yield_now,
     time::{sleep, timeout},
@@ -297,7 +299,7 @@ fn a_source_that_fails_stops_everything() {
         gateway.run_until(yield_now()).await.unwrap();
         assert_eq!(program.fate(INSIDE), RunAction::Redirect);
         drop(sender);
-        let error = gateway.run_until(std::future::pending()).await.unwrap_err();
+        let error = gateway.run_until(pending()).await.unwrap_err();
         assert!(matches!(error, GatewayError::Source(SourceError::ChannelClosed)), "{error}");
         assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
     });
@@ -330,6 +332,34 @@ fn a_lease_that_nobody_renews_ends() {
                 }
             };
             timeout(PATIENCE, ended).await.expect("a lease of 50 ms to end");
+            assert_eq!(program.reason(&gateway, INSIDE), PassReason::LeaseExpired);
+        }
+    });
+}
+
+/// A source that takes longer than a lease to say that it has nothing to say, as when the process gets no processor.
+struct Slow<S>(S);
+
+#[async_trait]
+impl<S: PolicySource> PolicySource for Slow<S> {
+    async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
+        if let Some(event) = self.0.next_event().now_or_never() {
+            return event;
+        }
+        std::thread::sleep(Duration::from_millis(60));
+        pending().await
+    }
+}
+
+#[test]
+fn a_lease_begins_when_the_source_was_asked() {
+    story("a lease that begins late", async |host| {
+        let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
+        let (program, gateway) = host.gateway(Slow(source));
+        let mut gateway = gateway.with_lease(Duration::from_millis(50));
+        // The snapshot is written, and then the lease is renewed because nothing happens.
+        for _ in 0..3 {
+            gateway.run_until(yield_now()).await.unwrap();
             assert_eq!(program.reason(&gateway, INSIDE), PassReason::LeaseExpired);
         }
     });

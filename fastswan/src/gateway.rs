@@ -45,7 +45,7 @@ pub struct Gateway<S, T: OffloadTable> {
     database: Database,
     compiler: Compiler,
     lease: Duration,
-    /// When the lease was renewed last, unless everything passes anyway.
+    /// When the lease began last, unless everything passes anyway.
     renewed: Option<time::Instant>,
     has_been_fast: bool,
     host: Host,
@@ -97,8 +97,8 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
 
     /// Follows the source until `stop` is ready. Call it again to go on; in between the lease runs.
     ///
-    /// The lease is only renewed when the source has nothing more to say at the moment and all that it said
-    /// is in the table. Cancel-safe: dropping the future loses nothing but the lease.
+    /// The lease is only renewed when the source has nothing more to say and all that it said is in the table, and
+    /// begins when the source was asked. Cancel-safe: dropping the future loses nothing but the lease.
     ///
     /// # Errors
     ///
@@ -166,8 +166,15 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         Ok(())
     }
 
-    /// Renews the lease while the source says nothing, and switches off what is about to expire.
+    /// Renews the lease, unless the source has something to say, and switches off what is about to expire.
     fn go_on(&mut self) -> Result<(), GatewayError> {
+        // When it was asked before is not known: this task, or the whole process, may have had no processor since.
+        let asked = time::Instant::now();
+        if !self.source_ended
+            && let Some(event) = self.source.next_event().now_or_never()
+        {
+            return self.follow(event);
+        }
         let expires = self.database.set_time(wall_clock());
         if self.database.is_current() {
             if expires {
@@ -175,19 +182,19 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                 self.write(&update)?;
             }
             match self.host {
-                Host::Known => self.renew_lease(),
-                Host::KnownAgain => self.caught_up(),
+                Host::Known => self.renew_lease(asked),
+                Host::KnownAgain => self.caught_up(asked),
                 Host::Unknown => {}
             }
         }
         Ok(())
     }
 
-    /// All that is known is in the table.
-    fn caught_up(&mut self) {
+    /// All that was known when the source was asked is in the table.
+    fn caught_up(&mut self, asked: time::Instant) {
         if self.host != Host::Unknown {
             self.host = Host::Known;
-            self.renew_lease();
+            self.renew_lease(asked);
             self.table.set_enabled(true);
         }
     }
@@ -197,17 +204,19 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         let mut event = first?;
         let received = Instant::now();
         let mut applied = 0;
+        // When the source was asked and had nothing more to say.
         let caught_up = loop {
             let Some(current) = event else {
                 self.source_ended = true;
-                break true;
+                break Some(time::Instant::now());
             };
             self.apply(current);
             applied += 1;
             if applied == BATCH {
-                break false;
+                break None;
             }
-            let Some(next) = self.source.next_event().now_or_never() else { break true };
+            let asked = time::Instant::now();
+            let Some(next) = self.source.next_event().now_or_never() else { break Some(asked) };
             event = next?;
         };
         self.meters.applied(applied);
@@ -218,8 +227,8 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             self.meters.compiled(compiling.elapsed());
             self.write(&update)?;
             self.meters.written(update.len(), received.elapsed());
-            if caught_up {
-                self.caught_up();
+            if let Some(asked) = caught_up {
+                self.caught_up(asked);
             }
         }
         Ok(())
@@ -272,10 +281,10 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         self.meters.repaired(self.database.audit_repairs() - repairs);
     }
 
-    fn renew_lease(&mut self) {
-        self.table.renew_lease(self.lease);
-        let now = time::Instant::now();
-        if let Some(since) = self.renewed.replace(now).map(|renewed| now - renewed)
+    /// The lease begins when the source was asked: what has changed since then is not in the table.
+    fn renew_lease(&mut self, asked: time::Instant) {
+        self.table.renew_lease(self.lease.saturating_sub(asked.elapsed()));
+        if let Some(since) = self.renewed.replace(asked).map(|renewed| renewed.elapsed())
             && since > self.lease
         {
             self.lease_expiries += 1;

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::{cargo, ebpf, guest_oracle, oracle, vm, workspace};
+use super::{cargo, chaos, ebpf, guest_oracle, oracle, vm, workspace};
 
 /// What `cargo testkit ci` is told.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,7 @@ type Step<'a> = (&'static str, Box<dyn Fn() -> anyhow::Result<Count> + 'a>);
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let fuzz_seconds = arguments.fuzz_seconds;
-    let steps: [Step<'_>; 11] = [
+    let steps: [Step<'_>; 12] = [
         ("install", Box::new(install)),
         ("format", Box::new(format)),
         ("lint", Box::new(lint)),
@@ -60,6 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         ("bytecode", Box::new(|| ebpf::run(ebpf::Command::Check).map(|()| Count::ONE))),
         ("tests", Box::new(tests)),
         ("oracle", Box::new(oracle::check)),
+        ("chaos", Box::new(chaos::check)),
         ("guests", Box::new(vm::check)),
         ("guest oracle", Box::new(guest_oracle::check)),
         ("fuzz", Box::new(|| fuzz(fuzz_seconds))),

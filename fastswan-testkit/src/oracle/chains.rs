@@ -23,11 +23,8 @@ use fastswan::{
 };
 use ipnet::IpNet;
 
-use super::{
-    judge::Judge,
-    packets::Packet,
-    sets::{Change, is_promoted},
-};
+use super::{judge::Judge, packets::Packet, sets::is_promoted};
+use crate::requests::Change;
 
 /// More than a round changes.
 const EVENTS: usize = 4096;

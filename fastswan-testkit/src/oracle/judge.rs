@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use fastswan::policy::{DefaultPolicy, MacAddr, OffloadDev, OffloadKind, PolicyType};
 use ipnet::IpNet;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
+use netlink_sys::{Socket, protocols::NETLINK_XFRM};
 use nix::{
     errno::Errno,
     sys::{
@@ -24,10 +24,11 @@ use nix::{
     },
 };
 
-use super::{packets::Packet, requests::request, sets::Change};
+use super::packets::Packet;
 use crate::{
     guest::nic::Pair,
     lab::{self, End, LabError, Namespace, join},
+    requests::{BATCH, Change, Requests, request},
     sys::packet_socket,
     xfrm::{Group, inject},
 };
@@ -190,8 +191,7 @@ pub(super) trait Judge {
 
 /// The kernel of a lab. Used on a thread that is on its gateway.
 pub(super) struct Kernel {
-    requests: Socket,
-    sequence: u32,
+    requests: Requests,
     acquires: Socket,
     /// A listener that is full. The kernel keeps an association in mind that it has asked for, and does not ask for
     /// it again, but not if one that wanted to hear it did not.
@@ -203,16 +203,10 @@ pub(super) struct Kernel {
     buffer: Vec<u8>,
 }
 
-/// Requests that are sent at once: all acknowledgements fit into a receive buffer.
-const BATCH: usize = 100;
-
 impl Kernel {
     /// The kernel, without policies.
     pub(super) fn new(lab: &Lab) -> anyhow::Result<Self> {
         let full = full_listener()?;
-        let mut requests = Socket::new(NETLINK_XFRM)?;
-        requests.bind_auto()?;
-        requests.set_cap_ack(true)?;
         let mut acquires = Socket::new(NETLINK_XFRM)?;
         acquires.bind_auto()?;
         acquires.add_membership(Group::Acquire as u32)?;
@@ -226,8 +220,7 @@ impl Kernel {
         let answers = listen(&lab.wire, "wire0", libc::ETH_P_ARP)?;
         setsockopt(&answers, ReceiveTimeout, &TimeVal::seconds(5))?;
         let mut kernel = Self {
-            requests,
-            sequence: 0,
+            requests: Requests::open()?,
             acquires,
             _full: full,
             wire: lab.wire.enter(|| lab::wire("wire0"))?,
@@ -289,36 +282,14 @@ impl Kernel {
         ensure!(answer.is_some(), "the kernel does not answer an ARP request");
         Ok(())
     }
-
-    fn acknowledged(&mut self) -> anyhow::Result<u32> {
-        let socket = self.requests.as_raw_fd();
-        let length = receive(socket, &mut self.buffer, MsgFlags::empty())?.unwrap_or(0);
-        let number =
-            |at: usize| self.buffer[..length].get(at..at + 4).and_then(|bytes| bytes.first_chunk().copied());
-        let (Some(sequence), Some(error)) = (number(8), number(16)) else {
-            anyhow::bail!("an acknowledgement of {length} bytes")
-        };
-        let (sequence, error) = (u32::from_ne_bytes(sequence), i32::from_ne_bytes(error));
-        if error != 0 {
-            return Err(io::Error::from_raw_os_error(-error)).with_context(|| format!("request {sequence}"));
-        }
-        Ok(sequence)
-    }
 }
 
 impl Judge for Kernel {
     fn make(&mut self, changes: &[Change]) -> anyhow::Result<()> {
         for changes in changes.chunks(BATCH) {
-            let first = self.sequence + 1;
-            let mut batch = Vec::new();
-            for change in changes {
-                self.sequence += 1;
-                batch.extend(request(change, self.sequence));
-            }
-            self.requests.send_to(&batch, &SocketAddr::new(0, 0), 0)?;
-            for (sequence, change) in (first..).zip(changes) {
-                let acknowledged = self.acknowledged().with_context(|| format!("{change:?}"))?;
-                ensure!(acknowledged == sequence, "{acknowledged} acknowledged instead of {sequence}");
+            let results = self.requests.make(changes.iter().map(request))?;
+            for (result, change) in results.into_iter().zip(changes) {
+                result.with_context(|| format!("{change:?}"))?;
             }
         }
         Ok(())

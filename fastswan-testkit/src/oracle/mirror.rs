@@ -5,11 +5,7 @@ use std::{collections::HashMap, time::Duration};
 use anyhow::{Context as _, bail, ensure};
 use fastswan::{
     Compiler, Database, HostFacts, OffloadTable as _, PassReason, Policy, PolicyEvent, PolicySource,
-    PolicySourceExt as _,
-    compiler::BrokenRule,
-    forwarder::RunAction,
-    policy::{MacAddr, NextHop},
-    source::StaleCause,
+    PolicySourceExt as _, compiler::BrokenRule, forwarder::RunAction, policy::NextHop, source::StaleCause,
     table::TableConfig,
 };
 use tokio::{
@@ -18,14 +14,15 @@ use tokio::{
 };
 
 use super::{judge::Lab, packets::Packet, sets::is_promoted};
-use crate::{prog_run::ProgRun, promote::Promote};
+use crate::{
+    prog_run::ProgRun,
+    promote::{Promote, named, naming},
+};
 
 /// Few slots, so that they are used again.
 const TABLE: TableConfig = TableConfig { cells_v4: 16_384, cells_v6: 16_384, exceptions: 1024, slots: 256 };
 /// Nothing takes longer, unless it never happens.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The first two bytes of addresses that name a policy; its index follows.
-const NAME: [u8; 2] = [2, 6];
 
 /// A mirror of a judge's policies.
 pub(super) struct Mirror {
@@ -67,8 +64,7 @@ impl Mirror {
         let mut open = move || -> anyhow::Result<Box<dyn PolicySource>> {
             let source = Promote::new(open()?, egress, NextHop::Device, choose).map(|mut policy| {
                 // Of a frame that was forwarded, the address tells which policy it was for.
-                policy.egress.next_hop =
-                    NextHop::Fixed { source: MacAddr::default(), destination: name(policy.index) };
+                policy.egress.next_hop = naming(policy.index);
                 policy
             });
             Ok(Box::new(source))
@@ -157,17 +153,4 @@ impl Mirror {
             _ => Fate::Strange,
         })
     }
-}
-
-fn name(index: u32) -> MacAddr {
-    let mut address = [0; 6];
-    address[..2].copy_from_slice(&NAME);
-    address[2..].copy_from_slice(&index.to_be_bytes());
-    MacAddr(address)
-}
-
-/// The policy that a frame's destination address names.
-fn named(frame: &[u8]) -> Option<u32> {
-    let index = frame.strip_prefix(&NAME)?.first_chunk()?;
-    Some(u32::from_be_bytes(*index))
 }

@@ -22,7 +22,6 @@ mod chains;
 mod judge;
 mod mirror;
 mod packets;
-mod requests;
 mod sets;
 
 use std::collections::BTreeMap;
@@ -42,8 +41,9 @@ use self::{
     judge::{Judge, Kernel, Lab},
     mirror::{Fate, Mirror},
     packets::Packet,
-    sets::{Change, World, is_promoted},
+    sets::{World, is_promoted},
 };
+use crate::requests::Change;
 
 /// Packets between two changes of the policies.
 const PACKETS: u64 = 100;

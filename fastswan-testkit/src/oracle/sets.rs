@@ -17,6 +17,7 @@ use rand::{
 };
 
 use super::judge::Lab;
+use crate::requests::Change;
 
 /// A kind of policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -96,23 +97,6 @@ impl Set {
             Self::Nested | Self::Ports | Self::Random | Self::OffloadedModel | Self::Offloaded => 20,
         }
     }
-}
-
-/// A change of policies.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Change {
-    Add(Policy),
-    /// Changes the policy with the same identity.
-    Update(Policy),
-    /// Deletes a policy, by its selector or, if it is given, by its index.
-    Delete {
-        id: PolicyId,
-        index: Option<u32>,
-    },
-    Flush(PolicyType),
-    Default(DefaultPolicy),
-    /// Changes nothing; the source starts over with a snapshot.
-    Resynchronise,
 }
 
 /// Whether a policy is offloaded, or the mirror is told so. Its reqid says that, which all sides see.

@@ -1,0 +1,145 @@
+//! Chaos: everything changes at once, as fast as the kernel takes it, and the mirror must not forward a packet wrong.
+//!
+//! On a host in namespaces of its own, policies and associations come, change and go in every way that the kernel
+//! knows: by selector, by index, in batches, by flushes, by expiry, and with the device that they are offloaded to.
+//! Bursts overrun the mirror's receive buffer, which is small. The mirror is the real one, on a thread of its own:
+//! [`NetlinkSource`](fastswan::NetlinkSource), [`Gateway`](fastswan::Gateway) and
+//! [`BpfTable`](fastswan::BpfTable). It has **diverged** if
+//!
+//! - the packets of a policy are still fast longer after the kernel has acknowledged its end than the shortest lease
+//!   lasts (50 ms, and a tick of the clock that ends it);
+//! - at a quiet point, when nothing changes for a moment, its database is not what the kernel has, or the program
+//!   forwards a packet that a model says it must pass, or for another policy, or never forwards one that must be
+//!   fast.
+//!
+//! No device here takes policies, and no association can be completed. So policies and larval associations whose reqid
+//! is odd are said to be offloaded behind the source. Those on the device that is lost from time to time are
+//! told to the source in the kernel's stead, and the kernel has none of them: as after a real loss.
+//!
+//! A seed repeats the changes, not their timing.
+
+mod changes;
+mod host;
+mod judge;
+mod kernel;
+mod lag;
+mod mirror;
+mod offload;
+mod report;
+mod witness;
+
+use std::{
+    sync::mpsc,
+    thread::{self, ScopedJoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use fastswan::{HostFacts, OffloadTable as _, XdpForwarder, table::TableConfig};
+use rand::{SeedableRng as _, rngs::StdRng};
+use tokio::sync::mpsc::unbounded_channel;
+
+pub use self::report::Report;
+use self::{
+    changes::World,
+    host::{ADDRESS, ADDRESS_V6, Host, LOOSE_ADDRESS, LOOSE_PEER, PEER, PEER_V6},
+    kernel::Kernel,
+    witness::Listener,
+};
+
+/// Divergences of each kind that are described.
+const EXAMPLES: usize = 3;
+const TABLE: TableConfig = TableConfig { cells_v4: 16_384, cells_v6: 16_384, exceptions: 1024, slots: 2048 };
+
+/// A run to be.
+#[derive(Clone, Debug)]
+pub struct Chaos {
+    seed: u64,
+    time: Duration,
+    drops: Option<u64>,
+}
+
+impl Chaos {
+    /// Changes that depend on a seed, for so long.
+    #[must_use]
+    pub fn new(seed: u64, time: Duration) -> Self {
+        Self { seed, time, drops: None }
+    }
+
+    /// Makes the mirror miss one of so many removals of policies, which must be noticed.
+    #[must_use]
+    pub fn drop_removals(self, every: u64) -> Self {
+        Self { drops: Some(every.max(1)), ..self }
+    }
+
+    /// Makes chaos. Needs root.
+    ///
+    /// # Errors
+    ///
+    /// If the host cannot be made, the kernel refuses a change, or the mirror fails.
+    pub fn run(&self) -> anyhow::Result<Report> {
+        let host = Host::new()?;
+        thread::scope(|scope| {
+            let run = scope.spawn(|| {
+                host.join_this_thread()?;
+                self.run_on(&host)
+            });
+            joined(run)
+        })
+        .with_context(|| format!("seed {}", self.seed))
+    }
+
+    /// Takes a thread that is on the host.
+    fn run_on(&self, host: &Host) -> anyhow::Result<Report> {
+        let facts = HostFacts::read()?;
+        let (forwarder, mut table) = XdpForwarder::load(&TABLE)?;
+        table.set_port(&facts.port(host.ingress, 0).context("packets have no port to enter by")?)?;
+        let listener = Listener::open()?;
+        let (asking, questions) = unbounded_channel();
+        let (noting, notes) = mpsc::channel();
+        let (ending, ended) = mpsc::channel();
+        let begin = Instant::now();
+        let mut report = Report::new(self.seed);
+        thread::scope(|scope| {
+            let forwarder = &forwarder;
+            let mirror = scope.spawn(move || {
+                host.join_this_thread()?;
+                mirror::run(table, host, questions, &noting, self.drops)
+            });
+            let witness = scope.spawn(move || {
+                host.join_this_thread()?;
+                witness::run(listener, forwarder, host.ingress, &ended)
+            });
+            let kernel = Kernel::new(host, forwarder, asking, ending, notes);
+            let made = kernel.and_then(|mut kernel| {
+                let (mut world, mut rng) = (World::new(host.loose), StdRng::seed_from_u64(self.seed));
+                loop {
+                    for happening in world.settle() {
+                        kernel.make(happening, &mut report)?;
+                    }
+                    kernel.be_quiet(&mut report)?;
+                    if begin.elapsed() >= self.time {
+                        break;
+                    }
+                    for happening in world.round(&mut rng) {
+                        kernel.make(happening, &mut report)?;
+                        if begin.elapsed() >= self.time {
+                            break;
+                        }
+                    }
+                }
+                Ok(kernel.into_lags())
+            });
+            // Whatever has failed first is the reason.
+            let life = joined(mirror);
+            let testimony = joined(witness);
+            let (life, mut lags, testimony) = (life?, made?, testimony?);
+            report.finish(begin.elapsed(), &life, &mut lags, testimony);
+            Ok(report)
+        })
+    }
+}
+
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}

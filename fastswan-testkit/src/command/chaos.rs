@@ -1,0 +1,95 @@
+//! `cargo testkit chaos`: everything changes at once, and the mirror is watched.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use fastswan_testkit::{
+    chaos::{Chaos, Report},
+    lab::{clean_up_on_signals, remove_leftovers},
+};
+
+use super::ci::Count;
+
+/// How long `cargo testkit ci` has the mirror watched, and how long until a broken one must have been noticed.
+const CI_SECONDS: u64 = 20;
+const CI_MUTANT_SECONDS: u64 = 3;
+/// A removal that a broken mirror misses in so many.
+const CI_MUTANT: u64 = 100;
+
+/// What `cargo testkit chaos` is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// How long.
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+    /// Repeats the changes of the run that printed this number, not their timing.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Makes the mirror miss one of so many removals of policies, which must be noticed.
+    #[arg(long)]
+    mutant: Option<u64>,
+    /// Prints one JSON object on the last line of stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "chaos makes network namespaces and loads an XDP program: run it as root"
+    );
+    remove_leftovers();
+    clean_up_on_signals()?;
+    let seed = arguments.seed.unwrap_or_else(rand::random);
+    let report = watch(seed, arguments.seconds, arguments.mutant)?;
+    if arguments.json {
+        let mut object = report.json();
+        object["mutant"] = arguments.mutant.into();
+        println!("{object}");
+    }
+    acquit(&report)
+}
+
+/// For `cargo testkit ci`: a fresh seed, and a broken mirror.
+pub(crate) fn check() -> anyhow::Result<Count> {
+    let seed = rand::random();
+    acquit(&watch(seed, CI_SECONDS, None)?)?;
+    println!("\na mirror that misses removals: must be noticed");
+    let noticed = watch(seed, CI_MUTANT_SECONDS, Some(CI_MUTANT))?.divergences > 0;
+    Ok(Count { passed: 1 + u64::from(noticed), failed: u64::from(!noticed) })
+}
+
+/// Runs, and prints what was found.
+fn watch(seed: u64, seconds: u64, mutant: Option<u64>) -> anyhow::Result<Report> {
+    println!("seed {seed}");
+    let chaos = Chaos::new(seed, Duration::from_secs(seconds));
+    let chaos = match mutant {
+        Some(every) => chaos.drop_removals(every),
+        None => chaos,
+    };
+    let report = chaos.run()?;
+    println!(
+        "{} events, {} overruns, {} device losses, {} quiet points; everything passed for {:.3} of the time",
+        report.events, report.overruns, report.lost_devices, report.quiet_points, report.kill_switch_share
+    );
+    let resyncs = report.resyncs.iter().map(|(cause, count)| format!("{cause} {count}"));
+    println!("resynchronisations: {}", resyncs.collect::<Vec<_>>().join(", "));
+    println!("{} audits, {} repairs", report.audits, report.audit_repairs);
+    let [p50, p99, max] = report.lag;
+    println!("from acknowledgement to table: p50 {p50} µs, p99 {p99} µs, max {max} µs");
+    println!(
+        "{} packets judged, {} of them fast, {} looks at packets of policies that were gone, {} divergences, seed {seed}",
+        report.packets, report.fast_packets, report.looks, report.divergences
+    );
+    for example in &report.examples {
+        println!("    DIVERGED {example}");
+    }
+    Ok(report)
+}
+
+/// Fails if a bound was broken.
+fn acquit(report: &Report) -> anyhow::Result<()> {
+    let broken = report.broken_bounds();
+    ensure!(broken.is_empty(), "{}, seed {}", broken.join("; "), report.seed);
+    Ok(())
+}
