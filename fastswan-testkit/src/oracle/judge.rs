@@ -23,11 +23,11 @@ use nix::{
     },
 };
 
-use super::{packets::Packet, requests::request, sets::Change};
+use super::{packets::Packet, sets::Change};
 use crate::{
     lab::{self, End, LabError, Namespace, join},
     sys::packet_socket,
-    xfrm::{Group, inject},
+    xfrm::{Group, Request, inject},
 };
 
 /// Where packets come from, and the port that they enter by.
@@ -262,7 +262,7 @@ impl Judge for Kernel {
             let mut batch = Vec::new();
             for change in changes {
                 self.sequence += 1;
-                batch.extend(request(change, self.sequence));
+                batch.extend(request(change).bytes(self.sequence));
             }
             self.requests.send_to(&batch, &SocketAddr::new(0, 0), 0)?;
             for (sequence, change) in (first..).zip(changes) {
@@ -284,6 +284,17 @@ impl Judge for Kernel {
         }
         let elsewhere = || self.elsewhere.iter().any(|net| net.contains(&packet.destination));
         Ok(chosen.filter(|_| !elsewhere()))
+    }
+}
+
+fn request(change: &Change) -> Request<'_> {
+    match change {
+        Change::Add(policy) => Request::AddPolicy(policy),
+        Change::Update(policy) => Request::UpdatePolicy(policy),
+        Change::Delete { id, index } => Request::DeletePolicy(id, *index),
+        Change::Flush(table) => Request::FlushPolicies(*table),
+        Change::Default(default_policy) => Request::SetDefault(*default_policy),
+        Change::Resynchronise => Request::Nothing,
     }
 }
 

@@ -21,7 +21,6 @@ mod chains;
 mod judge;
 mod mirror;
 mod packets;
-mod requests;
 mod sets;
 
 use std::collections::BTreeMap;

@@ -190,7 +190,10 @@ impl NetlinkSource {
                     continue;
                 }
                 State::Waiting(until) => {
-                    sleep_until(*until).await;
+                    // A timer takes a millisecond even when it is due.
+                    if Instant::now() < *until {
+                        sleep_until(*until).await;
+                    }
                     match self.start_dump() {
                         Ok(dump) => {
                             self.state = State::Dumping(Box::new(dump), Instant::now() + DUMP_LIMIT);

@@ -1,17 +1,17 @@
-//! Requests that change the kernel's policies, as bytes (`linux/xfrm.h`). `ip` takes a process for each.
+//! Requests that change what the kernel has, as bytes (`linux/xfrm.h`). `ip` takes a process for each.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use fastswan::{
     Policy, PolicyId, Selector,
-    policy::{Action, DefaultPolicy, Direction, Family, Mode, PolicyType, Template},
+    policy::{Action, DefaultPolicy, Direction, Family, IPPROTO_ESP, Mode, PolicyType, Template},
 };
 use ipnet::IpNet;
 
-use super::sets::Change;
-
+const NLMSG_NOOP: u16 = 1;
 const NEWPOLICY: u16 = 0x13;
 const DELPOLICY: u16 = 0x14;
+const ALLOCSPI: u16 = 0x16;
 const UPDPOLICY: u16 = 0x19;
 const FLUSHPOLICY: u16 = 0x1d;
 const SETDEFAULT: u16 = 0x27;
@@ -26,30 +26,70 @@ const HEADER_LENGTH: usize = 16;
 /// Lengths of `struct xfrm_userpolicy_info` and `struct xfrm_userpolicy_id`.
 const POLICY_LENGTH: usize = 168;
 const POLICY_ID_LENGTH: usize = 64;
+/// Lengths of `struct xfrm_selector` and `struct xfrm_usersa_info`, and where the reqid is in the latter.
+const SELECTOR_LENGTH: usize = 56;
+const SA_LENGTH: usize = 224;
+const REQID_OFFSET: usize = 208;
+const AF_INET: u16 = 2;
+const MODE_TUNNEL: u8 = 1;
 /// A limit that no test reaches.
 const MANY_PACKETS: u64 = 1 << 40;
 
+/// Something that the kernel is asked to do, and to acknowledge.
+#[derive(Clone, Copy, Debug)]
+pub enum Request<'a> {
+    /// `XFRM_MSG_NEWPOLICY`
+    AddPolicy(&'a Policy),
+    /// `XFRM_MSG_UPDPOLICY`
+    UpdatePolicy(&'a Policy),
+    /// `XFRM_MSG_DELPOLICY`, by index if there is one, else by selector.
+    DeletePolicy(&'a PolicyId, Option<u32>),
+    /// `XFRM_MSG_FLUSHPOLICY`
+    FlushPolicies(PolicyType),
+    /// `XFRM_MSG_SETDEFAULT`
+    SetDefault(DefaultPolicy),
+    /// `XFRM_MSG_ALLOCSPI`: an ESP association in tunnel mode that has a SPI and waits for its keys. It is all that
+    /// a kernel without ESP gives. Expires after `net.core.xfrm_acq_expires` seconds.
+    ReserveSpi {
+        /// Outer source.
+        source: Ipv4Addr,
+        /// Outer destination.
+        destination: Ipv4Addr,
+        /// The number that the policy's template asks for.
+        reqid: u32,
+        /// The SPI.
+        spi: u32,
+    },
+    /// `NLMSG_NOOP`
+    Nothing,
+}
+
+impl Request<'_> {
+    /// The message, with this sequence number.
+    #[must_use]
+    pub fn bytes(&self, sequence: u32) -> Vec<u8> {
+        let (kind, mut message) = match *self {
+            Self::AddPolicy(policy) => (NEWPOLICY, Message::policy(policy)),
+            Self::UpdatePolicy(policy) => (UPDPOLICY, Message::policy(policy)),
+            Self::DeletePolicy(id, index) => (DELPOLICY, Message::deletion(id, index)),
+            Self::FlushPolicies(table) => (FLUSHPOLICY, Message::flush(table)),
+            Self::SetDefault(default_policy) => (SETDEFAULT, Message::default_policy(default_policy)),
+            Self::ReserveSpi { source, destination, reqid, spi } => {
+                (ALLOCSPI, Message::spi(source, destination, reqid, spi))
+            }
+            Self::Nothing => (NLMSG_NOOP, Message::new()),
+        };
+        let length = u32::try_from(message.0.len()).unwrap_or(u32::MAX);
+        message.0[0..4].copy_from_slice(&length.to_ne_bytes());
+        message.0[4..6].copy_from_slice(&kind.to_ne_bytes());
+        message.0[6..8].copy_from_slice(&REQUEST_AND_ACKNOWLEDGE.to_ne_bytes());
+        message.0[8..12].copy_from_slice(&sequence.to_ne_bytes());
+        message.0
+    }
+}
+
 /// A message under construction.
 struct Message(Vec<u8>);
-
-/// The request for a change, which the kernel is to acknowledge.
-pub(super) fn request(change: &Change, sequence: u32) -> Vec<u8> {
-    let (kind, mut message) = match change {
-        Change::Add(policy) => (NEWPOLICY, Message::policy(policy)),
-        Change::Update(policy) => (UPDPOLICY, Message::policy(policy)),
-        Change::Delete { id, index } => (DELPOLICY, Message::deletion(id, *index)),
-        Change::Flush(table) => (FLUSHPOLICY, Message::flush(*table)),
-        Change::Default(default_policy) => (SETDEFAULT, Message::default_policy(*default_policy)),
-        // `NLMSG_NOOP`
-        Change::Resynchronise => (1, Message::new()),
-    };
-    let length = u32::try_from(message.0.len()).unwrap_or(u32::MAX);
-    message.0[0..4].copy_from_slice(&length.to_ne_bytes());
-    message.0[4..6].copy_from_slice(&kind.to_ne_bytes());
-    message.0[6..8].copy_from_slice(&REQUEST_AND_ACKNOWLEDGE.to_ne_bytes());
-    message.0[8..12].copy_from_slice(&sequence.to_ne_bytes());
-    message.0
-}
 
 impl Message {
     fn new() -> Self {
@@ -81,7 +121,7 @@ impl Message {
     fn deletion(id: &PolicyId, index: Option<u32>) -> Self {
         let mut message = Self::new();
         match index {
-            Some(_) => message.0.extend([0; 56]),
+            Some(_) => message.0.extend([0; SELECTOR_LENGTH]),
             None => message.selector(&id.selector),
         }
         message.0.extend(index.unwrap_or(0).to_ne_bytes());
@@ -102,6 +142,26 @@ impl Message {
         let action = |action| if action == Action::Block { 1 } else { 2 };
         let DefaultPolicy { inbound, forward, outbound } = default_policy;
         message.0.extend([action(inbound), action(forward), action(outbound), 0]);
+        message
+    }
+
+    /// `struct xfrm_userspi_info`
+    fn spi(source: Ipv4Addr, destination: Ipv4Addr, reqid: u32, spi: u32) -> Self {
+        let mut message = Self::new();
+        // No selector.
+        message.0.resize(HEADER_LENGTH + SELECTOR_LENGTH, 0);
+        message.0.extend(address(destination.into()));
+        message.0.extend([0, 0, 0, 0, IPPROTO_ESP, 0, 0, 0]);
+        message.0.extend(address(source.into()));
+        // Lifetimes, statistics and a sequence number, all of which are the kernel's.
+        message.0.resize(HEADER_LENGTH + REQID_OFFSET, 0);
+        message.0.extend(reqid.to_ne_bytes());
+        message.0.extend(AF_INET.to_ne_bytes());
+        message.0.extend([MODE_TUNNEL, 0]);
+        message.0.resize(HEADER_LENGTH + SA_LENGTH, 0);
+        // The lowest and the highest number that is wanted.
+        message.0.extend(spi.to_ne_bytes());
+        message.0.extend(spi.to_ne_bytes());
         message
     }
 
@@ -214,7 +274,7 @@ mod tests {
             for message in decode(&Bytes::from_static(datagram)).unwrap() {
                 let Content::Event(PolicyEvent::Policy(policy)) = message.content else { continue };
                 let asked = Policy { offload: None, ..policy };
-                let request = Bytes::from(request(&Change::Add(asked.clone()), 7));
+                let request = Bytes::from(Request::AddPolicy(&asked).bytes(7));
                 let again = decode(&request).unwrap();
                 let [again] = &again[..] else { panic!("{name}: {again:?}") };
                 let expected = Policy { index: 0, ..asked };
@@ -237,7 +297,7 @@ mod tests {
             ..PolicyId::new(Direction::Out, Selector { ifindex: 4, ..selector })
         };
         let policy = Policy { priority: 5, use_limited: true, action: Action::Block, ..Policy::new(id) };
-        let messages = decode(&Bytes::from(request(&Change::Update(policy.clone()), 1))).unwrap();
+        let messages = decode(&Bytes::from(Request::UpdatePolicy(&policy).bytes(1))).unwrap();
         assert_eq!(messages[0].content, Content::Event(PolicyEvent::Policy(policy)));
     }
 }
