@@ -374,6 +374,27 @@ fn a_receive_buffer_that_overruns_ends_in_what_the_kernel_has() {
 }
 
 #[test]
+fn a_receive_buffer_for_links_that_overruns_ends_in_what_the_kernel_has() {
+    story("an overrun of links", async |ns| {
+        let config = NetlinkConfig::default().receive_buffer(4096).believe_anyone();
+        let mut source = NetlinkSource::with_config(config).unwrap();
+        let mut database = Database::default();
+        follow(&mut source, &mut database).await;
+        // The kernel never had it: the next dump is without it.
+        inject(Group::Policy, captured("newpolicy-out-offload")).unwrap();
+        follow(&mut source, &mut database).await;
+        assert_eq!(database.policies().count(), 1);
+        for _ in 0..20 {
+            ns.ip("link set lo down").unwrap();
+            ns.ip("link set lo up").unwrap();
+        }
+        assert_eq!(follow(&mut source, &mut database).await, [StaleCause::Overrun]);
+        assert_eq!(source.statistics().lost_devices, 0);
+        assert_eq!(database.snapshot(), kernel().await);
+    });
+}
+
+#[test]
 fn a_link_that_goes_down_leaves_or_vanishes_takes_what_was_offloaded_to_it_along() {
     story("lost links", async |ns| {
         let elsewhere = Namespace::new("elsewhere").unwrap();
