@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::command::{ci, demo, doctor, ebpf, guest, oracle, vm};
+use crate::command::{bench, ci, demo, doctor, ebpf, guest, oracle, vm};
 
 /// Shows fastswan, builds its bytecode and runs its tests.
 #[derive(Debug, Parser)]
@@ -19,6 +19,9 @@ enum Command {
     Ebpf(ebpf::Command),
     /// Lets the kernel judge which packets are forwarded, and for which policy.
     Oracle(oracle::Arguments),
+    /// Measures how long a mirror takes to begin.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Runs scenarios in guests with other kernels, a software NIC and strongSwan.
     #[command(subcommand)]
     Vm(vm::Command),
@@ -47,6 +50,7 @@ fn run() -> anyhow::Result<()> {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ebpf(command) => ebpf::run(command),
         Command::Oracle(arguments) => oracle::run(&arguments),
+        Command::Bench(command) => bench::run(&command),
         Command::Vm(command) => vm::run(&command),
         Command::Guest(command) => guest::run(command),
         Command::Ci(arguments) => ci::run(&arguments),

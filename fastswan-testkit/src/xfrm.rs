@@ -77,6 +77,35 @@ pub fn listeners() -> io::Result<Vec<Listener>> {
     Ok(table.lines().filter_map(listener).collect())
 }
 
+/// Reads all associations and policies of this thread's network namespace into a buffer, and returns how many bytes
+/// there were: what reading them takes at the least. Takes `CAP_NET_ADMIN`.
+///
+/// # Errors
+///
+/// The errno of a system call, or of what the kernel answers.
+pub fn dump_undecoded() -> io::Result<usize> {
+    const NLMSG_ERROR: u16 = 2;
+    const NLMSG_DONE: u16 = 3;
+    let mut socket = Socket::new(NETLINK_XFRM)?;
+    socket.bind_auto()?;
+    // As long as the source's: the kernel fills what it is given.
+    let mut buffer = vec![0; 1 << 16];
+    let mut all = 0;
+    for request in [Request::DumpAssociations, Request::DumpPolicies] {
+        socket.send_to(&request.bytes(1), &SocketAddr::new(0, 0), 0)?;
+        loop {
+            let length = socket.recv(&mut &mut buffer[..], 0)?;
+            all += length;
+            match buffer.get(4..6).and_then(|bytes| bytes.first_chunk().copied()).map(u16::from_ne_bytes) {
+                Some(NLMSG_DONE) => break,
+                Some(NLMSG_ERROR) | None => return Err(io::Error::other("the kernel dumps nothing")),
+                Some(_) => {}
+            }
+        }
+    }
+    Ok(all)
+}
+
 /// Requests that are sent at once: all acknowledgements fit into a receive buffer.
 const BATCH: usize = 100;
 

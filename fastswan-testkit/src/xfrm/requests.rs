@@ -9,8 +9,10 @@ use fastswan::{
 use ipnet::IpNet;
 
 const NLMSG_NOOP: u16 = 1;
+const GETSA: u16 = 0x12;
 const NEWPOLICY: u16 = 0x13;
 const DELPOLICY: u16 = 0x14;
+const GETPOLICY: u16 = 0x15;
 const ALLOCSPI: u16 = 0x16;
 const UPDPOLICY: u16 = 0x19;
 const FLUSHPOLICY: u16 = 0x1d;
@@ -22,10 +24,13 @@ const ATTRIBUTE_MARK: u16 = 21;
 const ATTRIBUTE_IF_ID: u16 = 31;
 
 const REQUEST_AND_ACKNOWLEDGE: u16 = 1 | 4;
+const REQUEST_AND_DUMP: u16 = 1 | 0x300;
 const HEADER_LENGTH: usize = 16;
 /// Lengths of `struct xfrm_userpolicy_info` and `struct xfrm_userpolicy_id`.
 const POLICY_LENGTH: usize = 168;
 const POLICY_ID_LENGTH: usize = 64;
+/// Length of `struct xfrm_usersa_id`.
+const SA_ID_LENGTH: usize = 24;
 /// Lengths of `struct xfrm_selector` and `struct xfrm_usersa_info`, and where the reqid is in the latter.
 const SELECTOR_LENGTH: usize = 56;
 const SA_LENGTH: usize = 224;
@@ -35,7 +40,7 @@ const MODE_TUNNEL: u8 = 1;
 /// A limit that no test reaches.
 const MANY_PACKETS: u64 = 1 << 40;
 
-/// Something that the kernel is asked to do, and to acknowledge.
+/// Something that the kernel is asked for, and to acknowledge unless it answers.
 #[derive(Clone, Copy, Debug)]
 pub enum Request<'a> {
     /// `XFRM_MSG_NEWPOLICY`
@@ -60,6 +65,10 @@ pub enum Request<'a> {
         /// The SPI.
         spi: u32,
     },
+    /// `XFRM_MSG_GETSA`, which is answered with all of them.
+    DumpAssociations,
+    /// `XFRM_MSG_GETPOLICY`, which is answered with all of them.
+    DumpPolicies,
     /// `NLMSG_NOOP`
     Nothing,
 }
@@ -77,12 +86,18 @@ impl Request<'_> {
             Self::ReserveSpi { source, destination, reqid, spi } => {
                 (ALLOCSPI, Message::spi(source, destination, reqid, spi))
             }
+            Self::DumpAssociations => (GETSA, Message::zeroed(SA_ID_LENGTH)),
+            Self::DumpPolicies => (GETPOLICY, Message::zeroed(POLICY_ID_LENGTH)),
             Self::Nothing => (NLMSG_NOOP, Message::new()),
+        };
+        let flags = match self {
+            Self::DumpAssociations | Self::DumpPolicies => REQUEST_AND_DUMP,
+            _ => REQUEST_AND_ACKNOWLEDGE,
         };
         let length = u32::try_from(message.0.len()).unwrap_or(u32::MAX);
         message.0[0..4].copy_from_slice(&length.to_ne_bytes());
         message.0[4..6].copy_from_slice(&kind.to_ne_bytes());
-        message.0[6..8].copy_from_slice(&REQUEST_AND_ACKNOWLEDGE.to_ne_bytes());
+        message.0[6..8].copy_from_slice(&flags.to_ne_bytes());
         message.0[8..12].copy_from_slice(&sequence.to_ne_bytes());
         message.0
     }
@@ -94,6 +109,11 @@ struct Message(Vec<u8>);
 impl Message {
     fn new() -> Self {
         Self(vec![0; HEADER_LENGTH])
+    }
+
+    /// A fixed part of zeros.
+    fn zeroed(length: usize) -> Self {
+        Self(vec![0; HEADER_LENGTH + length])
     }
 
     fn policy(policy: &Policy) -> Self {
