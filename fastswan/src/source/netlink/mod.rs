@@ -258,14 +258,26 @@ impl NetlinkSource {
     fn replay(&mut self, snapshot: Snapshot) -> Result<Snapshot, StaleCause> {
         self.devices = snapshot.policies.iter().filter_map(|policy| policy.offload).map(index).collect();
         self.devices.extend(snapshot.sas.iter().filter_map(|sa| sa.offload).map(index));
-        let mut database = Database::default();
-        database.apply(PolicyEvent::Snapshot(snapshot));
-        while let Some(received) = self.notifications.try_receive().transpose() {
-            self.read(received)?;
-            self.ready.drain(..).for_each(|event| database.apply(event));
-        }
+        // Mostly nothing was, and what would be built here is built again by whoever reads the snapshot.
+        let snapshot = match self.notifications.try_receive().transpose() {
+            None => snapshot,
+            Some(first) => self.apply_to(snapshot, first)?,
+        };
         while let Some(lost) = self.links.try_lost().transpose() {
             self.judge(lost)?;
+        }
+        Ok(snapshot)
+    }
+
+    /// A snapshot after a notification, and all that are there already.
+    fn apply_to(&mut self, snapshot: Snapshot, first: io::Result<Datagram>) -> Result<Snapshot, StaleCause> {
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Snapshot(snapshot));
+        let mut next = Some(first);
+        while let Some(received) = next {
+            self.read(received)?;
+            self.ready.drain(..).for_each(|event| database.apply(event));
+            next = self.notifications.try_receive().transpose();
         }
         Ok(database.snapshot())
     }
