@@ -8,6 +8,9 @@ pub use self::requests::Request;
 
 mod requests;
 
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+
 /// The multicast groups that policies and associations are notified to (`enum xfrm_nlgroups`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -84,8 +87,6 @@ pub fn listeners() -> io::Result<Vec<Listener>> {
 ///
 /// The errno of a system call, or of what the kernel answers.
 pub fn dump_undecoded() -> io::Result<usize> {
-    const NLMSG_ERROR: u16 = 2;
-    const NLMSG_DONE: u16 = 3;
     let mut socket = Socket::new(NETLINK_XFRM)?;
     socket.bind_auto()?;
     // As long as the source's: the kernel fills what it is given.
@@ -114,9 +115,8 @@ const BATCH: usize = 100;
 ///
 /// # Errors
 ///
-/// The errno of the first request that was refused, or that of a system call. Others were granted then.
+/// The errno of the first request that was refused, or that of a system call. Others may have been granted.
 pub fn ask(requests: &[Request<'_>], sequence: u32) -> io::Result<()> {
-    const NLMSG_ERROR: u16 = 2;
     let mut socket = Socket::new(NETLINK_XFRM)?;
     socket.bind_auto()?;
     let mut buffer = vec![0; 1 << 12];
