@@ -25,7 +25,7 @@ pub mod model;
 pub mod oracle;
 pub mod prog_run;
 pub mod promote;
-mod requests;
+pub mod requests;
 pub mod site;
 mod sys;
 pub mod table_suite;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::command::{chaos, ci, demo, doctor, ebpf, guest, oracle, vm};
+use crate::command::{bench, chaos, ci, demo, doctor, ebpf, guest, oracle, vm};
 
 /// Shows fastswan, builds its bytecode and runs its tests.
 #[derive(Debug, Parser)]
@@ -21,6 +21,9 @@ enum Command {
     Oracle(oracle::Arguments),
     /// Changes everything at once, as fast as the kernel takes it, and watches the mirror.
     Chaos(chaos::Arguments),
+    /// Measures how long a mirror takes to begin.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Runs scenarios in guests with other kernels, a software NIC and strongSwan.
     #[command(subcommand)]
     Vm(vm::Command),
@@ -50,6 +53,7 @@ fn run() -> anyhow::Result<()> {
         Command::Ebpf(command) => ebpf::run(command),
         Command::Oracle(arguments) => oracle::run(&arguments),
         Command::Chaos(arguments) => chaos::run(&arguments),
+        Command::Bench(command) => bench::run(&command),
         Command::Vm(command) => vm::run(&command),
         Command::Guest(command) => guest::run(command),
         Command::Ci(arguments) => ci::run(&arguments),

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use fastswan::{
     Policy, PolicyEvent, PolicyId, SecurityAssociation, Selector, Snapshot,
     policy::{
-        Action, DefaultPolicy, Direction, Family, Mode, OffloadDev, OffloadKind, PolicyType, SaId, Template,
+        Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, PolicyType, SaId,
+        Template,
     },
     source::netlink::{self, Content, decode},
 };
@@ -35,14 +36,16 @@ const ATTRIBUTE_MARK: u16 = 21;
 const ATTRIBUTE_OFFLOAD_DEVICE: u16 = 28;
 const ATTRIBUTE_IF_ID: u16 = 31;
 
-const REQUEST: u16 = 1;
-const ACKNOWLEDGE: u16 = 4;
-const DUMP: u16 = 0x300;
+pub(crate) const REQUEST: u16 = 1;
+pub(crate) const ACKNOWLEDGE: u16 = 4;
+pub(crate) const DUMP: u16 = 0x300;
 const HEADER_LENGTH: usize = 16;
 /// Lengths of `struct xfrm_userpolicy_info`, `struct xfrm_userpolicy_id` and `struct xfrm_usersa_info`.
 const POLICY_LENGTH: usize = 168;
 const POLICY_ID_LENGTH: usize = 64;
 const ASSOCIATION_LENGTH: usize = 224;
+/// Length of `struct xfrm_usersa_id`.
+const ASSOCIATION_ID_LENGTH: usize = 24;
 /// A limit that no test reaches.
 const MANY_PACKETS: u64 = 1 << 40;
 /// The lifetime in seconds of what does not expire.
@@ -107,9 +110,7 @@ impl Requests {
     /// the other.
     pub(crate) fn dump(&mut self) -> anyhow::Result<Snapshot> {
         let mut snapshot = Snapshot::default();
-        for (kind, fixed) in [(GETSA, 24), (GETPOLICY, POLICY_ID_LENGTH)] {
-            let mut message = Message::new(kind);
-            message.0.resize(HEADER_LENGTH + fixed, 0);
+        for message in everything() {
             self.send(message, DUMP)?;
             let mut done = false;
             while !done {
@@ -158,26 +159,33 @@ fn acknowledgement(answer: &[u8]) -> Option<(u32, i32)> {
 
 /// A change of policies.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Change {
+pub enum Change {
+    /// Adds a policy.
     Add(Policy),
     /// Changes the policy with the same identity.
     Update(Policy),
     /// Deletes a policy, by its selector or, if it is given, by its index.
     Delete {
+        /// Which.
         id: PolicyId,
+        /// Its index.
         index: Option<u32>,
     },
+    /// Deletes all policies of a type.
     Flush(PolicyType),
+    /// Sets the default policy.
     Default(DefaultPolicy),
     /// Changes nothing; the source starts over with a snapshot.
     Resynchronise,
 }
 
-/// A message under construction.
-pub(crate) struct Message(Vec<u8>);
+/// A message to the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message(Vec<u8>);
 
 /// The request for a change.
-pub(crate) fn request(change: &Change) -> Message {
+#[must_use]
+pub fn request(change: &Change) -> Message {
     match change {
         Change::Add(policy) => Message::policy(NEWPOLICY, policy, FOREVER),
         Change::Update(policy) => Message::policy(UPDPOLICY, policy, FOREVER),
@@ -186,6 +194,36 @@ pub(crate) fn request(change: &Change) -> Message {
         Change::Default(default_policy) => Message::default_policy(*default_policy),
         // `NLMSG_NOOP`
         Change::Resynchronise => Message::new(1),
+    }
+}
+
+/// The requests for all associations and all policies.
+pub(crate) fn everything() -> [Message; 2] {
+    [(GETSA, ASSOCIATION_ID_LENGTH), (GETPOLICY, POLICY_ID_LENGTH)].map(|(kind, fixed)| {
+        let mut message = Message::new(kind);
+        message.0.resize(HEADER_LENGTH + fixed, 0);
+        message
+    })
+}
+
+/// The association that a template asks for, with this SPI.
+#[must_use]
+pub fn association(template: &Template, spi: u32) -> SecurityAssociation {
+    SecurityAssociation {
+        id: SaId {
+            destination: template.destination,
+            spi,
+            protocol: template.protocol,
+            mark: Mark::default(),
+        },
+        source: template.source,
+        reqid: template.reqid,
+        mode: template.mode,
+        if_id: 0,
+        selector: None,
+        offload: None,
+        overhead: None,
+        expires: None,
     }
 }
 
@@ -203,7 +241,8 @@ pub(crate) fn told_deletion(policy: &Policy) -> Message {
 }
 
 /// The request for a larval association with this SPI, which the kernel answers with the association.
-pub(crate) fn allocation(sa: &SecurityAssociation) -> Message {
+#[must_use]
+pub fn allocation(sa: &SecurityAssociation) -> Message {
     let mut message = Message::association(ALLOCSPI, sa);
     // The least and the greatest that it may be.
     message.0.extend([sa.id.spi.to_ne_bytes(); 2].concat());
@@ -479,7 +518,7 @@ mod tests {
             overhead: None,
             expires: None,
         };
-        assert_eq!(content(told_association(&sa)), Content::Event(PolicyEvent::Sa(sa)));
+        assert_eq!(content(told_association(&sa)), Content::Larval(sa));
         assert_eq!(content(deleted_association(&id)), Content::Event(PolicyEvent::SaRemoved(id)));
         let flushed = Content::Event(PolicyEvent::SasFlushed(u8::MAX));
         assert_eq!(content(flushed_associations()), flushed);

@@ -1,8 +1,13 @@
 //! XFRM netlink messages: real ones to learn from, and a way to send them.
 
-use std::io;
+use std::{fs, io};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
+
+use crate::requests::{ACKNOWLEDGE, BATCH, DUMP, Message, REQUEST, everything};
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 
 /// The multicast groups that policies and associations are notified to (`enum xfrm_nlgroups`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,11 +30,111 @@ pub enum Group {
 ///
 /// The errno of `sendto(2)`; `ECONNREFUSED` if nobody listens.
 pub fn inject(group: Group, message: &[u8]) -> io::Result<()> {
+    // The kernel numbers groups from 1, an address has a bit for each.
+    send(SocketAddr::new(0, 1 << (group as u32 - 1)), message)
+}
+
+/// Sends a message to the socket with this port number. It comes from a port number of this process, not from the
+/// kernel's. Takes `CAP_NET_ADMIN`.
+///
+/// # Errors
+///
+/// The errno of `sendto(2)`; `ECONNREFUSED` if there is no such socket.
+pub fn inject_at(port: u32, message: &[u8]) -> io::Result<()> {
+    send(SocketAddr::new(port, 0), message)
+}
+
+fn send(to: SocketAddr, message: &[u8]) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_XFRM)?;
     socket.bind_auto()?;
-    // The kernel numbers groups from 1, an address has a bit for each.
-    let address = SocketAddr::new(0, 1 << (group as u32 - 1));
-    socket.send_to(message, &address, 0).map(drop)
+    socket.send_to(message, &to, 0).map(drop)
+}
+
+/// A socket of `NETLINK_XFRM` in this thread's network namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Its port number.
+    pub port: u32,
+    /// A bit for each multicast group that it listens to, from the lowest up.
+    pub groups: u32,
+}
+
+/// All of them.
+///
+/// # Errors
+///
+/// Those of reading a file.
+pub fn listeners() -> io::Result<Vec<Listener>> {
+    let table = fs::read_to_string("/proc/thread-self/net/netlink")?;
+    // Columns: address, protocol, port, groups, and more.
+    let listener = |line: &str| {
+        let mut columns = line.split_whitespace().skip(1);
+        columns.next().filter(|protocol| protocol.parse() == Ok(NETLINK_XFRM))?;
+        let port = columns.next()?.parse().ok()?;
+        let groups = u32::from_str_radix(columns.next()?, 16).ok()?;
+        // The kernel's own has number 0.
+        (port != 0).then_some(Listener { port, groups })
+    };
+    Ok(table.lines().filter_map(listener).collect())
+}
+
+/// Reads all associations and policies of this thread's network namespace into a buffer, and returns how many bytes
+/// there were: what reading them takes at the least. Takes `CAP_NET_ADMIN`.
+///
+/// # Errors
+///
+/// The errno of a system call, or of what the kernel answers.
+pub fn dump_undecoded() -> io::Result<usize> {
+    let mut socket = Socket::new(NETLINK_XFRM)?;
+    socket.bind_auto()?;
+    // As long as the source's: the kernel fills what it is given.
+    let mut buffer = vec![0; 1 << 16];
+    let mut all = 0;
+    for request in everything() {
+        socket.send_to(&request.bytes(REQUEST | DUMP, 1), &SocketAddr::new(0, 0), 0)?;
+        loop {
+            let length = socket.recv(&mut &mut buffer[..], 0)?;
+            all += length;
+            match buffer.get(4..6).and_then(|bytes| bytes.first_chunk().copied()).map(u16::from_ne_bytes) {
+                Some(NLMSG_DONE) => break,
+                Some(NLMSG_ERROR) | None => return Err(io::Error::other("the kernel dumps nothing")),
+                Some(_) => {}
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Asks the kernel of this thread's network namespace, with the same sequence number every time, which its
+/// notifications then carry too. Takes `CAP_NET_ADMIN`.
+///
+/// # Errors
+///
+/// The errno of the first request that was refused, or that of a system call. Others may have been granted.
+pub fn ask(requests: &[Message], sequence: u32) -> io::Result<()> {
+    let mut socket = Socket::new(NETLINK_XFRM)?;
+    socket.bind_auto()?;
+    let mut buffer = vec![0; 1 << 12];
+    for batch in requests.chunks(BATCH) {
+        let bytes = batch.iter().cloned().map(|request| request.bytes(REQUEST | ACKNOWLEDGE, sequence));
+        let bytes: Vec<u8> = bytes.flatten().collect();
+        socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+        let mut acknowledged = 0;
+        while acknowledged < batch.len() {
+            let length = socket.recv(&mut &mut buffer[..], 0)?;
+            let answer = &buffer[..length.min(buffer.len())];
+            let kind = answer.get(4..6).and_then(|bytes| bytes.first_chunk().copied());
+            if kind.map(u16::from_ne_bytes) != Some(NLMSG_ERROR) {
+                continue;
+            }
+            let errno = answer.get(16..20).and_then(|bytes| bytes.first_chunk().copied());
+            match errno.map_or(-libc::EPROTO, i32::from_ne_bytes) {
+                0 => acknowledged += 1,
+                errno => return Err(io::Error::from_raw_os_error(-errno)),
+            }
+        }
+    }
+    Ok(())
 }
 
 macro_rules! captured {

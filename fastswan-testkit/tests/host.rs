@@ -1,6 +1,6 @@
 //! Host facts as the kernel tells them, in namespaces that were set up for it.
 
-use std::net::IpAddr;
+use std::{fmt::Write as _, fs, net::IpAddr};
 
 use fastswan::{
     HostFacts,
@@ -253,5 +253,27 @@ fn sysctls_are_those_of_the_namespace() {
             gateway.sysctl(&format!("net.ipv4.conf.{device}.disable_xfrm"), "0").unwrap();
             assert!(!lan().bypasses_xfrm);
         }
+    });
+}
+
+#[test]
+fn more_changes_than_a_watch_holds_are_one_change() {
+    story("a watch that overruns", |gateway| {
+        let batch = tempfile::NamedTempFile::new().unwrap();
+        // Some 4 MiB of notifications, where 2 fit.
+        let routes = (0..5000).fold(String::new(), |mut routes, number| {
+            let _ = writeln!(routes, "route add 10.9.{}.{}/32 dev lan0", number / 256, number % 256);
+            routes
+        });
+        fs::write(batch.path(), routes).unwrap();
+        gateway.enter(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut watch = HostWatch::open().unwrap();
+                gateway.ip(&format!("-batch {}", batch.path().display())).unwrap();
+                watch.changed().await.unwrap();
+                assert_eq!(watch.changed().now_or_never().map(Result::ok), None);
+            });
+        });
     });
 }

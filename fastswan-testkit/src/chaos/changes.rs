@@ -12,15 +12,15 @@ use std::{
 use fastswan::{
     Policy, PolicyId, SecurityAssociation, Selector,
     policy::{
-        Action, DefaultPolicy, Direction, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind,
-        PolicyType, PortMatch, SaId, Template,
+        Action, DefaultPolicy, Direction, Family, IPPROTO_ESP, Mode, OffloadDev, OffloadKind, PolicyType,
+        PortMatch, SaId, Template,
     },
 };
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use super::offload::is_offered;
-use crate::requests::Change;
+use crate::requests::{Change, association};
 
 /// Policies that are there at the same time, without those that expire.
 const MOST: usize = 400;
@@ -413,21 +413,6 @@ fn tunnel(reqid: u32) -> Template {
         destination,
         reqid,
         optional: false,
-    }
-}
-
-/// One that a template asks for.
-fn association(template: &Template, spi: u32) -> SecurityAssociation {
-    SecurityAssociation {
-        id: SaId { destination: template.destination, spi, protocol: IPPROTO_ESP, mark: Mark::default() },
-        source: template.source,
-        reqid: template.reqid,
-        mode: template.mode,
-        if_id: 0,
-        selector: None,
-        offload: None,
-        overhead: None,
-        expires: None,
     }
 }
 

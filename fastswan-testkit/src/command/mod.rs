@@ -1,5 +1,6 @@
 //! The subcommands of `cargo testkit`.
 
+pub(crate) mod bench;
 pub(crate) mod chaos;
 pub(crate) mod ci;
 pub(crate) mod demo;

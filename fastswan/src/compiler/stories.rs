@@ -150,6 +150,23 @@ fn a_lone_offloaded_policy_with_an_association_is_fast_in_its_own_region_only() 
 }
 
 #[test]
+fn more_changes_than_a_database_remembers_end_in_the_same_table() {
+    let mut scene = Scene::new().has(site());
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    let other = offloaded("10.1.0.0/16", "10.3.0.0/16");
+    let events = [PolicyEvent::PolicyRemoved(site().id), PolicyEvent::Policy(other.clone())];
+    let changes = (0..10_000).map(|number| {
+        let ports = with_priority(number, bypass("10.1.0.0/16", "10.4.0.0/16"));
+        if number == 5_000 { PolicyEvent::PolicyRemoved(ports.id) } else { PolicyEvent::Policy(ports) }
+    });
+    // Nobody compiles in between.
+    events.into_iter().chain(changes).for_each(|event| scene.database.apply(event));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPolicy);
+    assert_eq!(scene.fate("10.1.0.1", "10.3.0.1"), Ok(other.id));
+    assert_eq!(scene.reason("10.1.0.1", "10.4.0.1"), PassReason::NotOffloaded);
+}
+
+#[test]
 fn ipv6_in_an_ipv6_tunnel_is_fast_too() {
     let policy = offloaded("2001:db8:1::/48", "2001:db8:2::/48");
     let mut scene = Scene::new().has(policy.clone());

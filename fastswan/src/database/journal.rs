@@ -10,7 +10,7 @@ use super::policies::PolicyKey;
 use crate::policy::Policy;
 
 /// Older changes are forgotten. A reader that was away for longer has to read everything.
-const LENGTH: usize = 8192;
+pub(super) const LENGTH: usize = 8192;
 
 /// Names databases.
 static NEXT: AtomicU64 = AtomicU64::new(0);

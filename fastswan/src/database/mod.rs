@@ -642,6 +642,19 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_that_was_away_for_more_changes_than_are_kept_has_to_read_everything() {
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Snapshot(Snapshot::default()));
+        let start = database.revision();
+        let kept = u32::try_from(journal::LENGTH).unwrap();
+        (1..=kept).for_each(|spi| database.apply(PolicyEvent::Sa(sa(spi))));
+        assert_eq!(database.changes_since(start).map(Iterator::count), Some(journal::LENGTH));
+        database.apply(PolicyEvent::SaRemoved(sa(1).id));
+        assert!(database.changes_since(start).is_none());
+        assert_eq!(database.changes_since(database.revision()).map(Iterator::count), Some(0));
+    }
+
+    #[test]
     fn an_updated_policy_replaces_the_one_with_the_same_identity() {
         let mut database = Database::default();
         let old = policy("10.0.1.0/24", PolicyType::Main);

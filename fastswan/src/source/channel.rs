@@ -87,7 +87,10 @@ impl PolicySource for ChannelSource {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::PolicyType;
+    use crate::{
+        database::Database,
+        policy::{Action, DefaultPolicy, PolicyType},
+    };
 
     #[tokio::test]
     async fn what_is_pushed_comes_out_in_order_after_the_snapshot() {
@@ -100,6 +103,26 @@ mod tests {
         assert_eq!(next().await, PolicyEvent::Snapshot(Snapshot::default()));
         assert_eq!(next().await, PolicyEvent::PoliciesFlushed(PolicyType::Main));
         assert_eq!(next().await, PolicyEvent::SasFlushed(50));
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_makes_up_for_what_a_full_channel_refused() {
+        let (sender, mut source) = ChannelSource::new(Snapshot::default(), 1);
+        let mut database = Database::default();
+        source.next_event().await.unwrap();
+        sender.try_send(PolicyEvent::SasFlushed(50)).unwrap();
+        let blocks = DefaultPolicy { forward: Action::Block, ..DefaultPolicy::default() };
+        assert_eq!(sender.try_send(PolicyEvent::DefaultPolicy(blocks)), Err(PushError::Full));
+        let all = PolicyEvent::Snapshot(Snapshot { default_policy: blocks, ..Snapshot::default() });
+        // Waits until the source has been read.
+        let (sent, ()) = tokio::join!(sender.send(all), async {
+            for _ in 0..2 {
+                database.apply(source.next_event().await.unwrap().unwrap());
+            }
+        });
+        sent.unwrap();
+        assert!(database.is_current());
+        assert_eq!(database.default_policy(), blocks);
     }
 
     #[tokio::test]

@@ -81,3 +81,54 @@ fn lost(datagram: &Datagram) -> io::Result<Vec<u32>> {
     }
     Ok(lost)
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    const GONE: u32 = 7;
+    const DOWN: u32 = 8;
+    const UP: u32 = 9;
+
+    /// One that left, one that is down, and one that is up.
+    fn datagram() -> Datagram {
+        let mut bytes = Vec::new();
+        for (kind, ifindex, flags) in
+            [(RTM_DELLINK, GONE, IFF_UP), (RTM_NEWLINK, DOWN, 0), (RTM_NEWLINK, UP, IFF_UP)]
+        {
+            bytes.extend(REQUEST_LENGTH.to_ne_bytes());
+            bytes.extend(kind.to_ne_bytes());
+            // Flags, sequence and port number, family and type of the link.
+            bytes.extend([0; 14]);
+            bytes.extend(ifindex.to_ne_bytes());
+            bytes.extend(flags.to_ne_bytes());
+            bytes.extend([0; 4]);
+        }
+        Datagram { bytes: bytes.into(), sender: 0, truncated: false }
+    }
+
+    #[test]
+    fn links_that_left_or_are_down_are_lost_if_the_kernel_says_so() {
+        assert_eq!(lost(&datagram()).unwrap(), [GONE, DOWN]);
+        assert_eq!(lost(&Datagram { sender: 1, ..datagram() }).unwrap(), [0; 0]);
+        lost(&Datagram { truncated: true, ..datagram() }).unwrap_err();
+    }
+
+    /// Cut short anywhere but between messages, as a datagram or by its own account, a datagram is refused.
+    #[test]
+    fn a_datagram_cut_short_is_refused() {
+        let whole = datagram().bytes;
+        for length in 1..whole.len() {
+            let cut = Datagram { bytes: whole.slice(..length), ..datagram() };
+            assert_eq!(lost(&cut).is_ok(), length.is_multiple_of(HEADER_LENGTH + LINK_LENGTH), "{length}");
+        }
+        for length in 0..REQUEST_LENGTH {
+            let mut bytes = whole.to_vec();
+            bytes[..4].copy_from_slice(&length.to_ne_bytes());
+            bytes.truncate(length.max(4) as usize);
+            lost(&Datagram { bytes: Bytes::from(bytes), ..datagram() }).unwrap_err();
+        }
+    }
+}

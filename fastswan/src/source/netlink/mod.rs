@@ -45,10 +45,11 @@ const GROUPS: [u32; 3] = [2, 3, 4];
 /// A dump that takes longer has been forgotten.
 const DUMP_LIMIT: Duration = Duration::from_secs(30);
 
-/// More devices that went down while notifications were unread cause a resynchronisation.
+/// More devices that went down during a dump, or are in one datagram, cause another one.
 const MOST_LOST: usize = 1024;
 
-/// More notifications than a receive buffer holds: they go on coming while they are thrown away before a dump.
+/// More notifications than a receive buffer holds: if they go on coming while they are thrown away before a dump, there
+/// is a pause first.
 const MOST_UNREAD: usize = 1 << 20;
 
 /// How a [`NetlinkSource`] listens.
@@ -225,7 +226,10 @@ impl NetlinkSource {
                     continue;
                 }
                 State::Waiting(until) => {
-                    sleep_until(*until).await;
+                    // A timer takes a millisecond even when it is due.
+                    if Instant::now() < *until {
+                        sleep_until(*until).await;
+                    }
                     match self.start_dump() {
                         Ok(dump) => {
                             self.state = State::Dumping(Box::new(dump), Instant::now() + DUMP_LIMIT);
@@ -275,18 +279,21 @@ impl NetlinkSource {
     /// Asks for everything. The order matters: links that were lost before have lost their offloads when this
     /// has settled, and so has every notification about those come, which must not be replayed after the dump.
     fn start_dump(&mut self) -> io::Result<Dump> {
-        while self.links.try_lost()?.is_some() {}
+        // Nothing is lost here that the dump does not tell.
+        drain(MOST_UNREAD, || {
+            let lost = self.links.try_lost();
+            self.statistics.overruns += u64::from(lost.is_err());
+            !matches!(lost, Ok(None))
+        })?;
         self.lost.clear();
         links::settle()?;
-        for _ in 0..MOST_UNREAD {
-            match self.notifications.try_receive() {
-                Ok(None) => return Dump::start(&self.config),
-                Ok(Some(_)) => self.statistics.datagrams += 1,
-                // Nothing is lost that the dump does not tell.
-                Err(_) => self.statistics.overruns += 1,
-            }
-        }
-        Err(io::Error::other("notifications come faster than they can be read"))
+        drain(MOST_UNREAD, || {
+            let received = self.notifications.try_receive();
+            self.statistics.datagrams += u64::from(matches!(received, Ok(Some(_))));
+            self.statistics.overruns += u64::from(received.is_err());
+            !matches!(received, Ok(None))
+        })?;
+        Dump::start(&self.config)
     }
 
     /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
@@ -294,14 +301,26 @@ impl NetlinkSource {
     fn replay(&mut self, snapshot: Snapshot) -> Result<Snapshot, StaleCause> {
         self.devices.clear();
         self.note_devices(&snapshot);
-        let mut database = Database::default();
-        database.apply(PolicyEvent::Snapshot(snapshot));
-        while let Some(received) = self.notifications.try_receive().transpose() {
-            self.read(received)?;
-            self.ready.drain(..).for_each(|event| database.apply(event));
-        }
+        // Mostly nothing was, and what would be built here is built again by whoever reads the snapshot.
+        let snapshot = match self.notifications.try_receive().transpose() {
+            None => snapshot,
+            Some(first) => self.apply_to(snapshot, first)?,
+        };
         while let Some(lost) = self.links.try_lost().transpose() {
             self.judge(lost)?;
+        }
+        Ok(snapshot)
+    }
+
+    /// A snapshot after a notification, and all that are there already.
+    fn apply_to(&mut self, snapshot: Snapshot, first: io::Result<Datagram>) -> Result<Snapshot, StaleCause> {
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Snapshot(snapshot));
+        let mut next = Some(first);
+        while let Some(received) = next {
+            self.read(received)?;
+            self.ready.drain(..).for_each(|event| database.apply(event));
+            next = self.notifications.try_receive().transpose();
         }
         Ok(database.snapshot())
     }
@@ -421,6 +440,14 @@ impl NetlinkSource {
     }
 }
 
+/// Reads until nothing is left, unless that takes too often.
+fn drain(most: usize, mut read: impl FnMut() -> bool) -> io::Result<()> {
+    if (0..most).all(|_| read()) {
+        return Err(io::Error::other("notifications come faster than they can be read"));
+    }
+    Ok(())
+}
+
 fn index(device: OffloadDev) -> u32 {
     device.ifindex
 }
@@ -447,5 +474,31 @@ impl PolicySource for NetlinkSource {
     /// Without what is still in the socket.
     fn queued(&self) -> usize {
         self.ready.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_that_is_filled_as_fast_as_it_is_read_is_left_alone() {
+        let mut left = 3;
+        let mut read = || {
+            left -= 1;
+            left > 0
+        };
+        drain(3, &mut read).unwrap();
+        assert_eq!(left, 0);
+        drain(MOST_UNREAD, || true).unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn more_lost_devices_than_are_kept_are_an_overrun() {
+        let mut source = NetlinkSource::open().unwrap();
+        let most = u32::try_from(MOST_LOST).unwrap();
+        assert_eq!(source.judge(Ok((1..=most).collect())), Ok(()));
+        assert_eq!(source.judge(Ok(vec![1])), Ok(()), "known already");
+        assert_eq!(source.judge(Ok(vec![most + 1])), Err(StaleCause::Overrun));
     }
 }

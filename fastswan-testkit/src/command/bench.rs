@@ -1,0 +1,302 @@
+//! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs.
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr},
+    process::Command as Process,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use async_trait::async_trait;
+use clap::Subcommand;
+use fastswan::{
+    Gateway, HostFacts, NetlinkSource, Policy, PolicyEvent, PolicyId, PolicySource, Selector, SourceError,
+    XdpForwarder,
+    compiler::{PolicyReport, PolicyState},
+    policy::{Direction, Family, IPPROTO_ESP, Mode, OffloadDev, OffloadKind, Overhead, Template},
+    source::netlink::NetlinkConfig,
+    table::TableConfig,
+};
+use fastswan_testkit::{
+    lab::{clean_up_on_signals, remove_leftovers},
+    requests::{Change, allocation, association, request},
+    site::Site,
+    xfrm::{ask, dump_undecoded},
+};
+use ipnet::{IpNet, Ipv4Net};
+use serde_json::json;
+
+/// What is measured.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// From the kernel's policies and associations to the table, compared with only reading them.
+    Mirror(Arguments),
+    /// One round, in a namespace that has them already.
+    #[command(hide = true)]
+    Round(Size),
+}
+
+/// What `cargo testkit bench mirror` is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    size: Size,
+    /// How often it is measured, each time by a fresh process.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Prints one JSON object on the last line of stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How much there is.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct Size {
+    /// Outbound policies, each with an association of its own.
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    policies: u32,
+}
+
+/// What a round measures.
+#[derive(Clone, Copy, Debug, serde::Deserialize, serde::Serialize)]
+struct Round {
+    /// Reading everything into a buffer, in seconds.
+    dump: f64,
+    /// From the opening of the source until everything is in the table, in seconds.
+    mirror: f64,
+    /// How much longer that took, in time on a processor: other processes make less of a difference to it.
+    ratio: f64,
+    /// What the process grew by meanwhile, in bytes per policy, without the table's maps.
+    bytes: f64,
+}
+
+pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Mirror(arguments) => mirror(arguments),
+        Command::Round(size) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            println!("{}", serde_json::to_string(&runtime.block_on(round(size.policies))?)?);
+            Ok(())
+        }
+    }
+}
+
+fn mirror(arguments: &Arguments) -> anyhow::Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the bench makes network namespaces and loads an XDP program: run it as root"
+    );
+    remove_leftovers();
+    clean_up_on_signals()?;
+    let policies = arguments.size.policies;
+    let site = Site::new()?;
+    site.gateway.forward()?;
+    // The networks of the policies, and the other ends of their tunnels.
+    for destination in ["32.0.0.0/3", "199.0.0.0/8"] {
+        site.gateway.ip(&format!("route add {destination} via 192.0.2.2"))?;
+    }
+    // Those that wait for their keys live that long.
+    site.gateway.sysctl("net.core.xfrm_acq_expires", "86400")?;
+    let start = Instant::now();
+    site.gateway.enter(|| install(policies))?;
+    println!(
+        "the kernel has {policies} policies and as many associations after {:.1} s",
+        start.elapsed().as_secs_f64()
+    );
+    println!(
+        "{:>5} {:>9} {:>9} {:>6} {:>15} {:>16}",
+        "round", "dump ms", "mirror ms", "ratio", "processor ratio", "bytes per policy"
+    );
+    let mut rounds = Vec::new();
+    for number in 1..=arguments.rounds {
+        let round = site.gateway.enter(|| in_a_process(policies))?;
+        let Round { dump, mirror, ratio, bytes } = round;
+        println!(
+            "{number:>5} {:>9.1} {:>9.1} {:>6.2} {ratio:>15.2} {bytes:>16.0}",
+            dump * 1e3,
+            mirror * 1e3,
+            mirror / dump
+        );
+        rounds.push(round);
+    }
+    let dump = spread(&rounds, |round| round.dump * 1e3);
+    let mirror = spread(&rounds, |round| round.mirror * 1e3);
+    let ratio = spread(&rounds, |round| round.mirror / round.dump);
+    let processor_ratio = spread(&rounds, |round| round.ratio);
+    let bytes = spread(&rounds, |round| round.bytes);
+    println!("\n{:<17} {:>8} {:>8} {:>8}", "", "min", "median", "max");
+    for (name, [min, median, max]) in [
+        ("dump ms", dump),
+        ("mirror ms", mirror),
+        ("ratio", ratio),
+        ("processor ratio", processor_ratio),
+        ("bytes per policy", bytes),
+    ] {
+        println!("{name:<17} {min:>8.2} {median:>8.2} {max:>8.2}");
+    }
+    if arguments.json {
+        println!(
+            "{}",
+            json!({
+                "policies": policies, "rounds": arguments.rounds,
+                "dump_ms": dump, "mirror_ms": mirror, "ratio": ratio,
+                "processor_ratio": processor_ratio, "bytes_per_policy": bytes,
+            })
+        );
+    }
+    Ok(())
+}
+
+/// Minimum, median and maximum.
+fn spread(rounds: &[Round], figure: impl Fn(&Round) -> f64) -> [f64; 3] {
+    let mut figures: Vec<f64> = rounds.iter().map(figure).collect();
+    figures.sort_by(f64::total_cmp);
+    [figures[0], figures[figures.len() / 2], figures[figures.len() - 1]]
+}
+
+/// A round of its own process, in this thread's network namespace.
+fn in_a_process(policies: u32) -> anyhow::Result<Round> {
+    let program = std::env::current_exe()?;
+    let output =
+        Process::new(program).args(["bench", "round", "--policies", &policies.to_string()]).output()?;
+    ensure!(output.status.success(), "a round failed: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).context("reading what a round has measured")
+}
+
+async fn round(policies: u32) -> anyhow::Result<Round> {
+    let count = policies as usize;
+    let facts = HostFacts::read()?;
+    let device = facts.ifindex("out0").context("no out0")?;
+    let config = TableConfig { cells_v4: policies.max(1024) * 2, slots: policies, ..TableConfig::default() };
+    let (_forwarder, table) = XdpForwarder::load(&config)?;
+
+    let start = Moment::now()?;
+    let dumped = dump_undecoded()?;
+    let dump = start.elapsed()?;
+
+    let before = resident()?;
+    let start = Moment::now()?;
+    let source =
+        Offloaded { source: NetlinkSource::with_config(NetlinkConfig::default().count_larval())?, device };
+    let mut gateway = Gateway::new(source, table, &facts);
+    gateway.synchronise().await?;
+    let mirror = start.elapsed()?;
+    let grown = resident()?.saturating_sub(before);
+
+    let report = gateway.report();
+    ensure!(report.policies.len() == count, "only {} policies were mirrored", report.policies.len());
+    for (PolicyReport { id, state, .. }, _) in &report.policies {
+        ensure!(*state == PolicyState::Fast, "{id} is not fast: {state:?}");
+    }
+    ensure!(dumped > count * 2 * 200, "only {dumped} bytes were dumped");
+    // Far below the numbers that a float does not hold.
+    #[allow(clippy::cast_precision_loss)]
+    let bytes = grown as f64 / f64::from(policies);
+    let ratio = mirror.processor.as_secs_f64() / dump.processor.as_secs_f64();
+    Ok(Round { dump: dump.wall.as_secs_f64(), mirror: mirror.wall.as_secs_f64(), ratio, bytes })
+}
+
+/// A moment of this thread.
+struct Moment {
+    wall: Instant,
+    processor: Duration,
+}
+
+/// What has gone by since.
+struct Elapsed {
+    wall: Duration,
+    processor: Duration,
+}
+
+impl Moment {
+    fn now() -> anyhow::Result<Self> {
+        // Nanoseconds on a processor, in a queue for one, and more.
+        let times = fs::read_to_string("/proc/thread-self/schedstat")?;
+        let processor = times.split(' ').next().context("an odd schedstat")?.parse()?;
+        Ok(Self { wall: Instant::now(), processor: Duration::from_nanos(processor) })
+    }
+
+    fn elapsed(&self) -> anyhow::Result<Elapsed> {
+        let now = Self::now()?;
+        Ok(Elapsed {
+            wall: now.wall - self.wall,
+            processor: now.processor.saturating_sub(self.processor).max(Duration::from_nanos(1)),
+        })
+    }
+}
+
+/// Bytes of this process that are in memory.
+fn resident() -> anyhow::Result<u64> {
+    let pages = fs::read_to_string("/proc/self/statm")?;
+    let pages: u64 = pages.split(' ').nth(1).context("an odd statm")?.parse()?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.context("no page size")?;
+    Ok(pages * u64::try_from(page)?)
+}
+
+/// Gives the kernel of this thread's network namespace policies and associations. Linux 6.18 takes longer for each SPI
+/// the more there are (`xfrm_alloc_spi`): a minute or two for 100,000.
+fn install(policies: u32) -> io::Result<()> {
+    let numbers: Vec<u32> = (0..policies).collect();
+    for numbers in numbers.chunks(1000) {
+        let policies: Vec<Policy> = numbers.iter().map(|&number| policy(number)).collect();
+        let associations = policies
+            .iter()
+            .zip(numbers)
+            .map(|(policy, number)| allocation(&association(&policy.templates[0], 0x1000_0000 | number)));
+        let added = policies.iter().cloned().map(|policy| request(&Change::Add(policy)));
+        ask(&added.chain(associations).collect::<Vec<_>>(), 1)?;
+    }
+    Ok(())
+}
+
+const LOCAL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+
+/// The other end of a tunnel. Not in the order of reqids and SPIs: the kernel's hash of the three is an XOR, and
+/// would be the same for all.
+fn peer(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0xc700_0000 | number.wrapping_mul(0x9e_3779) & 0xff_ffff)
+}
+
+/// From the gateway's network to one of many, with a tunnel of its own.
+fn policy(number: u32) -> Policy {
+    let net = |bits: u32, length| IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::from(bits), length));
+    let selector = Selector::between(net(0x0a01_0000, 16), net(0x2000_0000 | number << 8, 24));
+    let id = PolicyId::new(Direction::Out, selector.expect("one family"));
+    let template = Template {
+        mode: Mode::Tunnel,
+        protocol: IPPROTO_ESP,
+        spi: 0,
+        source: IpAddr::V4(LOCAL),
+        destination: peer(number).into(),
+        reqid: number + 1,
+        optional: false,
+    };
+    Policy { priority: 100, templates: vec![template], ..Policy::new(id) }
+}
+
+/// **For labs only:** all that a source tells is offloaded to a device.
+struct Offloaded {
+    source: NetlinkSource,
+    device: u32,
+}
+
+#[async_trait]
+impl PolicySource for Offloaded {
+    async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
+        let mut event = self.source.next_event().await?;
+        let offload = Some(OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false });
+        if let Some(PolicyEvent::Snapshot(snapshot)) = &mut event {
+            for policy in &mut snapshot.policies {
+                policy.offload = offload;
+            }
+            for sa in &mut snapshot.sas {
+                sa.offload = offload;
+                sa.overhead = Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16));
+                // That of the packet that it would have been asked for.
+                sa.selector = None;
+            }
+        }
+        Ok(event)
+    }
+}
