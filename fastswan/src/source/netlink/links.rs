@@ -4,22 +4,19 @@
 use std::io;
 
 use netlink_packet_core::NetlinkBuffer;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::socket::{Datagram, NetlinkSocket};
+use super::socket::{Datagram, NetlinkSocket, pass_through};
 
 const RTNLGRP_LINK: u32 = 1;
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
-const RTM_GETLINK: u16 = 18;
-const NLM_F_REQUEST: u16 = 1;
+const RTM_SETLINK: u16 = 19;
 const IFF_UP: u32 = 1;
 const AF_UNSPEC: u8 = 0;
 
-/// Lengths of a message's header, of `struct ifinfomsg`, and of both in bytes.
-const HEADER_LENGTH: usize = 16;
+/// Length of `struct ifinfomsg` in bytes.
 const LINK_LENGTH: usize = 16;
-const REQUEST_LENGTH: u32 = 32;
 
 /// Hears about the links of a namespace.
 #[derive(Debug)]
@@ -45,15 +42,15 @@ impl Links {
 }
 
 /// Returns when what the kernel has begun to do to links is done. It tells that a link is down before it deletes
-/// what was offloaded to it, but holds one lock (RTNL) over both, which this request waits for.
+/// what was offloaded to it, but holds one lock (RTNL) over both, which this request waits for: one that would change a
+/// link, if there were one of this index. Reading takes that lock no longer (Linux 7.3).
 pub(super) fn settle() -> io::Result<()> {
-    let mut request = [0; HEADER_LENGTH + LINK_LENGTH];
-    request[..4].copy_from_slice(&REQUEST_LENGTH.to_ne_bytes());
-    request[4..6].copy_from_slice(&RTM_GETLINK.to_ne_bytes());
-    request[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
-    // Loopback, which every namespace has. Nobody reads the answer.
-    request[20..24].copy_from_slice(&1_u32.to_ne_bytes());
-    Socket::new(NETLINK_ROUTE)?.send_to(&request, &SocketAddr::new(0, 0), 0).map(drop)
+    let mut link = [0; LINK_LENGTH];
+    link[4..8].copy_from_slice(&i32::MAX.to_ne_bytes());
+    match pass_through(NETLINK_ROUTE, RTM_SETLINK, &link)? {
+        0 | libc::ENODEV => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 fn lost(datagram: &Datagram) -> io::Result<Vec<u32>> {
