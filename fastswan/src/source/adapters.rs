@@ -61,6 +61,10 @@ impl<S: PolicySource, F: FnMut(Policy) -> Policy + Send> PolicySource for Map<S,
         })
     }
 
+    fn settle(&mut self) -> Result<(), SourceError> {
+        self.source.settle()
+    }
+
     fn queued(&self) -> usize {
         self.source.queued()
     }
@@ -192,6 +196,10 @@ impl PolicySource for Merge<'_> {
                 }
             }
         }
+    }
+
+    fn settle(&mut self) -> Result<(), SourceError> {
+        self.sources.iter_mut().try_for_each(|part| part.source.settle())
     }
 
     fn queued(&self) -> usize {
