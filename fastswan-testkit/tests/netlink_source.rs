@@ -11,6 +11,7 @@ use fastswan_testkit::{
     lab::{self, Namespace},
     xfrm::{Group, captured, inject},
 };
+use futures::FutureExt as _;
 use tokio::time::timeout;
 
 const OUT: &str = "src 10.1.0.0/16 dst 10.2.0.0/16 dir out";
@@ -90,6 +91,21 @@ fn what_ip_xfrm_does_is_mirrored_step_by_step() {
         let blocks = DefaultPolicy { forward: Action::Block, ..DefaultPolicy::default() };
         assert_eq!(database.default_policy(), blocks);
         assert_eq!(source.statistics().dumps, 1);
+    });
+}
+
+#[test]
+fn when_the_source_has_settled_what_was_removed_is_to_be_read_at_once() {
+    story("settling", async |ns| {
+        ns.ip(&format!("xfrm policy add {OUT} priority 100 {TUNNEL}")).unwrap();
+        let mut source = NetlinkSource::open().unwrap();
+        let mut database = Database::default();
+        follow(&mut source, &mut database).await;
+        ns.ip(&format!("xfrm policy delete {OUT}")).unwrap();
+        source.settle().unwrap();
+        let event = source.next_event().now_or_never().unwrap().unwrap();
+        assert!(matches!(event, Some(PolicyEvent::PolicyRemoved(_))), "{event:?}");
+        assert!(source.next_event().now_or_never().is_none());
     });
 }
 
