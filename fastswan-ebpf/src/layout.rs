@@ -80,6 +80,10 @@ pub struct Control {
     pub deadline: Word,
     /// A deadline further ahead than this, in nanoseconds, does not count.
     pub lease: Word,
+    /// Removals that the kernel has begun, as the guard counts them; 0 without one.
+    pub removals: Word,
+    /// The removals whose consequences are in the maps: everything passes unless it is all of them.
+    pub acknowledged: Word,
     /// Cells, facts and guards of IPv4, by [`List`].
     pub v4: SpaceControl<LISTS>,
     /// Those of IPv6.
@@ -444,7 +448,7 @@ shared! {
 const _: () = {
     assert!(size_of::<Word>() == 8 && align_of::<Word>() == 8);
     assert!(size_of::<SpaceControl<LISTS>>() == 48 && size_of::<SpaceControl<EXCEPTION_LISTS>>() == 32);
-    assert!(size_of::<Control>() == 192);
+    assert!(size_of::<Control>() == 208);
     assert!(size_of::<TupleList<1>>() == MAX_TUPLES * 16 && size_of::<TupleList<4>>() == MAX_TUPLES * 40);
     assert!(size_of::<TupleList<2>>() == MAX_TUPLES * 24 && size_of::<TupleList<5>>() == MAX_TUPLES * 48);
     assert!(size_of::<Bucket<1>>() == 64 && size_of::<Bucket<4>>() == 160);

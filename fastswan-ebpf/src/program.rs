@@ -8,9 +8,9 @@ use aya_ebpf::{
         bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
         bpf_xdp_get_buff_len,
     },
-    macros::{map, xdp},
+    macros::{fentry, map, xdp},
     maps::{Array, DevMapHash},
-    programs::XdpContext,
+    programs::{FEntryContext, XdpContext},
 };
 use fastswan_ebpf::{
     Bucket, Buckets, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
@@ -94,6 +94,31 @@ fn fastswan_clock(_: XdpContext) -> u32 {
     XDP_PASS
 }
 
+/// The guard, once for each function that it is attached to: it counts removals before the kernel does anything about them.
+/// Loaded only if asked for.
+#[fentry]
+fn fastswan_guard_policy(_: FEntryContext) -> i32 {
+    removal_begins()
+}
+
+#[fentry]
+fn fastswan_guard_sa(_: FEntryContext) -> i32 {
+    removal_begins()
+}
+
+#[fentry]
+fn fastswan_guard_device(_: FEntryContext) -> i32 {
+    removal_begins()
+}
+
+#[inline(always)]
+fn removal_begins() -> i32 {
+    if let Some(control) = CONTROL.get(0) {
+        increment(&control.removals);
+    }
+    0
+}
+
 #[inline(always)]
 fn forward(context: &XdpContext) -> Result<u32, Pass> {
     let control = CONTROL.get(0).ok_or(PassReason::Disabled)?;
@@ -132,6 +157,12 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     };
     let forwarding = FORWARDINGS.get(packet.slot).ok_or(PassReason::EgressUnavailable)?;
     let rewrite = (forwarding.destination.load(), forwarding.source.load());
+    // As late as possible, but while the tables are still those of the lookup: an acknowledgement says that they hold
+    // what followed from the removals. The removals last, so that one that begins meanwhile counts.
+    let acknowledged = control.acknowledged.load();
+    if acknowledged != control.removals.load() {
+        return Err(PassReason::Removal.into());
+    }
     sequence.still_holds()?;
 
     let action = if packet.device == port.ifindex {
@@ -556,19 +587,24 @@ fn fence() -> Result<(), PassReason> {
     // SAFETY: a global that is set when the program is loaded; the verifier knows its value and removes the
     // branch that is not taken.
     if unsafe { (&raw const WEAKLY_ORDERED).read_volatile() } != 0 {
-        let scratch = passes().ok_or(PassReason::Updating)?.scratch.atomic().as_ptr();
-        // Rust has no atomic read-modify-write operations for this target.
-        // SAFETY: the word is this CPU's own, and its value means nothing.
-        unsafe {
-            asm!(
-                "{value} = atomic_fetch_add((u64 *)({scratch} + 0), {value})",
-                value = inout(reg) 1_u64 => _,
-                scratch = in(reg) scratch,
-                options(nostack),
-            );
-        }
+        increment(&passes().ok_or(PassReason::Updating)?.scratch);
     }
     Ok(())
+}
+
+/// Adds 1 to a word that others may write at the same time. Nothing before or after is reordered across it.
+#[inline(always)]
+fn increment(word: &Word) {
+    // Rust has no atomic read-modify-write operations for this target.
+    // SAFETY: the pointer comes from a reference, and words may be written through one.
+    unsafe {
+        asm!(
+            "{value} = atomic_fetch_add((u64 *)({word} + 0), {value})",
+            value = inout(reg) 1_u64 => _,
+            word = in(reg) word.atomic().as_ptr(),
+            options(nostack),
+        );
+    }
 }
 
 /// Takes VLAN tags and Ethernet padding off the frame. The frame's bytes are as before if this fails.

@@ -95,6 +95,9 @@ reasons! {
     ReversePath = "reverse_path",
     /// The packet is longer than the policy's path takes.
     TooLong = "too_long",
+    /// The guard has seen the kernel begin to remove a policy, an association or a device, and the mirror has not
+    /// caught up with that yet.
+    Removal = "removal",
     /// The frame could not be handed to the device: it is not in the device map, or a helper refused.
     EgressUnavailable = "egress_unavailable",
 }

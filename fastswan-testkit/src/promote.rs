@@ -125,6 +125,10 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote
             self.replace(event);
         }
     }
+
+    fn settle(&mut self) -> Result<(), SourceError> {
+        self.source.settle()
+    }
 }
 
 #[cfg(test)]

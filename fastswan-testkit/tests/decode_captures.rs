@@ -107,7 +107,8 @@ fn associations_say_their_device_and_overhead() {
     assert!(!sa("newsa-in-offload").is_outbound_packet_offload());
     assert_eq!(sa("newsa-not-offloaded").offload, None);
     assert_eq!(sa("newsa-out-offload-esn").offload, Some(offload(false)));
-    assert_eq!(sa("updsa-offload").id.protocol, 50);
+    let updated = decode(&Bytes::from_static(captured("updsa-offload"))).unwrap_err();
+    assert!(updated.to_string().contains("does not tell what it is now"), "{updated}");
     for name in ["delsa-offload", "expire-sa-hard"] {
         assert!(matches!(event(name), PolicyEvent::SaRemoved(id) if id.spi != 0), "{name}");
     }
@@ -128,9 +129,9 @@ fn dumps_and_defaults_and_what_changes_nothing() {
 }
 
 #[test]
-fn every_captured_message_is_decoded() {
+fn every_captured_message_is_decoded_but_updates_of_offloaded_associations() {
     for (name, bytes) in CAPTURED {
-        assert!(decode(&Bytes::from_static(bytes)).is_ok(), "{name}");
+        assert_eq!(decode(&Bytes::from_static(bytes)).is_ok(), *name != "updsa-offload", "{name}");
     }
 }
 

@@ -12,11 +12,11 @@ use std::{
 
 use fastswan::{
     OffloadTable as _, PassReason, XdpForwarder,
-    forwarder::{AttachConfig, AttachMode, ForwarderError},
+    forwarder::{AttachConfig, AttachMode, ForwarderError, GuardError},
     policy::MacAddr,
     table::{
-        BpfTable, Cell, Forwarding, Forwards, Port, Probes, ReversePath, Slot, TableConfig, TableUpdate,
-        Traffic, Verdict,
+        BpfTable, Cell, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Slot, TableConfig,
+        TableUpdate, Traffic, Verdict,
     },
 };
 use fastswan_testkit::{
@@ -28,7 +28,11 @@ use fastswan_testkit::{
 const UNPRIVILEGED: &str = "FASTSWAN_TEST_UNPRIVILEGED";
 
 fn forwarder() -> XdpForwarder {
-    XdpForwarder::load(&TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 }).unwrap().0
+    XdpForwarder::load(&config()).unwrap().0
+}
+
+fn config() -> TableConfig {
+    TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 }
 }
 
 /// A veth port whose sender is said to complete its frames.
@@ -436,5 +440,43 @@ fn a_directory_elsewhere_is_refused_with_a_place_to_choose() {
         assert!(matches!(error, ForwarderError::NotABpfFileSystem { .. }), "{error}");
         says(&error, &["pins", "/sys/fs/bpf", "mount -t bpf"]);
         assert_eq!(running(here, "lan0"), None);
+    });
+}
+
+#[test]
+fn the_guard_counts_removals_or_says_why_it_cannot() {
+    story("the guard", |namespace| {
+        let (mut forwarder, table) = XdpForwarder::load(&config()).unwrap();
+        match forwarder.attach_guard() {
+            Ok(guard) => {
+                let begun = || table.removals().begun;
+                assert_eq!((begun(), table.removals().acknowledged), (1, 0), "it is shut at first");
+                let policy = "src 10.1.0.0/16 dst 10.2.0.0/16 dir out";
+                let cycle = || {
+                    namespace.ip(&format!("xfrm policy add {policy}")).unwrap();
+                    namespace.ip(&format!("xfrm policy delete {policy}")).unwrap();
+                };
+                cycle();
+                assert!(begun() > 1);
+                drop(guard);
+                let before = begun();
+                cycle();
+                assert_eq!(begun(), before);
+                let _again = forwarder.attach_guard().unwrap();
+                assert!(begun() > before);
+            }
+            Err(error) => {
+                println!("{error}");
+                match error {
+                    GuardError::NoBtf { .. } => assert!(!Path::new("/sys/kernel/btf/vmlinux").exists()),
+                    GuardError::Refused { function: "__xfrm_policy_unlink", error } => {
+                        assert!(error.raw_os_error().is_some());
+                    }
+                    other => panic!("{other:?}"),
+                }
+                assert_eq!(table.removals(), Removals::default());
+                forwarder.attach(&port("lan0")).unwrap();
+            }
+        }
     });
 }

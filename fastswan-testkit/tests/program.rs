@@ -254,6 +254,20 @@ fn a_device_that_takes_no_redirected_frames_gets_none() {
 }
 
 #[test]
+fn as_long_as_removals_are_not_acknowledged_only_what_would_be_fast_is_counted_for_them() {
+    with_program(|program, _| {
+        // The guard has counted none.
+        program.table.acknowledge(1);
+        passes(program, v4(), PassReason::Removal);
+        passes(program, v6(), PassReason::Removal);
+        passes(program, v4().ttl(1), PassReason::TtlExpired);
+        program.table.acknowledge(0);
+        assert_eq!(run(program, v4()).action, RunAction::Transmit);
+        assert_eq!(run(program, v6()).action, RunAction::Transmit);
+    });
+}
+
+#[test]
 fn ethernet_padding_is_never_sent() {
     with_program(|program, _| {
         for padding in [1, 7, 18, 46] {
@@ -444,6 +458,9 @@ fn every_reason_is_reached_and_leaves_the_frame_untouched() {
         program.set_updating(true).unwrap();
         check(program, v4(), PassReason::Updating);
         program.set_updating(false).unwrap();
+        program.table.acknowledge(1);
+        check(program, v4(), PassReason::Removal);
+        program.table.acknowledge(0);
 
         check(program, v4().payload(8000), PassReason::MultiBuffer);
         check(program, v4().truncated(33), PassReason::Truncated);

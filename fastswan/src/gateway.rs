@@ -21,7 +21,7 @@ use crate::{
     host::HostFacts,
     metrics::Meters,
     source::{PolicyEvent, PolicySource, SourceError},
-    table::{OffloadTable, TableError, TableUpdate, Traffic},
+    table::{OffloadTable, Removals, TableError, TableUpdate, Traffic},
 };
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
@@ -29,6 +29,8 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 
 /// The loop looks at the wall clock at least this often.
 const LOOK: Duration = Duration::from_millis(250);
+/// How often the loop looks whether a guard has shut the fast path.
+const LOOK_FOR_REMOVALS: Duration = Duration::from_millis(5);
 
 /// Events that are applied before the table is written again.
 const BATCH: usize = 4096;
@@ -51,6 +53,8 @@ pub struct Gateway<S, T: OffloadTable> {
     host: Host,
     resyncs: BTreeMap<&'static str, u64>,
     lease_expiries: u64,
+    /// Times that a guard had shut the fast path when the loop looked.
+    times_shut: u64,
     meters: Meters,
 }
 
@@ -83,6 +87,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             host: Host::Known,
             resyncs: BTreeMap::new(),
             lease_expiries: 0,
+            times_shut: 0,
             meters: Meters::new(),
         }
     }
@@ -107,7 +112,10 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         let mut stop = pin!(stop);
         let mut look = interval((self.lease / 4).min(LOOK));
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut look_for_removals = interval(LOOK_FOR_REMOVALS);
+        look_for_removals.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let has_guard = self.table.removals().begun != 0;
             tokio::select! {
                 biased;
                 () = &mut stop => return Ok(()),
@@ -117,6 +125,10 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                 }
                 _ = look.tick() => {
                     let result = self.go_on();
+                    self.off_if_failed(result)?;
+                }
+                _ = look_for_removals.tick(), if has_guard => {
+                    let result = self.open_after_removals();
                     self.off_if_failed(result)?;
                 }
             }
@@ -163,6 +175,25 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             let result = self.follow(event);
             self.off_if_failed(result)?;
         }
+        let result = self.open_after_removals();
+        self.off_if_failed(result)
+    }
+
+    /// Lets packets be fast again if a guard has shut the fast path: when the table holds what follows from every
+    /// removal that had begun by now. If others begin meanwhile, it stays shut until the next look.
+    fn open_after_removals(&mut self) -> Result<(), GatewayError> {
+        let Removals { begun, acknowledged } = self.table.removals();
+        if begun == acknowledged || !self.database.is_current() {
+            return Ok(());
+        }
+        let looked = Instant::now();
+        self.source.settle()?;
+        let event = if self.source_ended { None } else { self.source.next_event().now_or_never() };
+        if event.map_or(Ok(true), |event| self.follow(event))? {
+            self.table.acknowledge(begun);
+            self.times_shut += 1;
+            self.meters.opened(looked.elapsed());
+        }
         Ok(())
     }
 
@@ -173,7 +204,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         if !self.source_ended
             && let Some(event) = self.source.next_event().now_or_never()
         {
-            return self.follow(event);
+            return self.follow(event).map(drop);
         }
         let expires = self.database.set_time(wall_clock());
         if self.database.is_current() {
@@ -199,8 +230,9 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         }
     }
 
-    /// Applies an event, and those that are there already, and writes what follows from them.
-    fn follow(&mut self, first: Result<Option<PolicyEvent>, SourceError>) -> Result<(), GatewayError> {
+    /// Applies an event, and those that are there already, and writes what follows from them. True if the table then
+    /// holds all that the source knows.
+    fn follow(&mut self, first: Result<Option<PolicyEvent>, SourceError>) -> Result<bool, GatewayError> {
         let mut event = first?;
         let received = Instant::now();
         let mut applied = 0;
@@ -231,7 +263,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                 self.caught_up(asked);
             }
         }
-        Ok(())
+        Ok(caught_up.is_some() && self.database.is_current())
     }
 
     /// Writes an update, a little at a time: while something is being written, everything passes.
@@ -342,6 +374,7 @@ impl<S, T: OffloadTable> Gateway<S, T> {
             resyncs: self.resyncs.clone(),
             lease_expiries: self.lease_expiries,
             audit_repairs: self.database.audit_repairs(),
+            times_shut: self.times_shut,
         }
     }
 
@@ -390,6 +423,8 @@ pub struct Report {
     pub lease_expiries: u64,
     /// See [`Database::audit_repairs`].
     pub audit_repairs: u64,
+    /// Times that a guard has shut the fast path, and the gateway has opened it again.
+    pub times_shut: u64,
 }
 
 impl fmt::Display for Report {
@@ -407,9 +442,11 @@ impl fmt::Display for Report {
         for (cause, snapshots) in &self.resyncs {
             writeln!(f, "resynchronised, {cause}: {snapshots}")?;
         }
-        for (what, times) in
-            [("lease expired", self.lease_expiries), ("repaired by audits", self.audit_repairs)]
-        {
+        for (what, times) in [
+            ("lease expired", self.lease_expiries),
+            ("repaired by audits", self.audit_repairs),
+            ("shut by the guard", self.times_shut),
+        ] {
             if times > 0 {
                 writeln!(f, "{what}: {times}")?;
             }
@@ -428,4 +465,230 @@ pub enum GatewayError {
     /// The table failed.
     #[error(transparent)]
     Table(#[from] TableError),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::VecDeque,
+        net::IpAddr,
+        sync::{
+            Arc,
+            atomic::{AtomicU64, Ordering},
+        },
+    };
+
+    use async_trait::async_trait;
+    use tokio::time::sleep;
+
+    use super::*;
+    use crate::{
+        MemoryTable, Selector, StaticSource,
+        policy::{Egress, NextHop, PolicyType},
+        source::{StaleCause, fixed::StaticPolicy},
+        table::{Capacity, Fact, Port, Side, Slot, Standing, TableConfig, Verdict},
+    };
+
+    /// What a guard has counted, and what a table was told.
+    #[derive(Clone, Debug, Default)]
+    struct Guard {
+        begun: Arc<AtomicU64>,
+        acknowledged: Arc<AtomicU64>,
+    }
+
+    impl Guard {
+        fn begin_removal(&self) {
+            self.begun.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn is_shut(&self) -> bool {
+            self.removals().begun != self.removals().acknowledged
+        }
+
+        fn removals(&self) -> Removals {
+            let [begun, acknowledged] =
+                [&self.begun, &self.acknowledged].map(|number| number.load(Ordering::Relaxed));
+            Removals { begun, acknowledged }
+        }
+    }
+
+    /// A kernel that notifies of nothing before it is waited for.
+    struct Kernel {
+        told: VecDeque<PolicyEvent>,
+        to_tell: Vec<PolicyEvent>,
+        /// Removals that begin while it is waited for.
+        meanwhile: u64,
+        guard: Guard,
+    }
+
+    #[async_trait]
+    impl PolicySource for Kernel {
+        async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
+            match self.told.pop_front() {
+                Some(event) => Ok(Some(event)),
+                None => std::future::pending().await,
+            }
+        }
+
+        fn settle(&mut self) -> Result<(), SourceError> {
+            self.told.extend(self.to_tell.drain(..));
+            for _ in 0..std::mem::take(&mut self.meanwhile) {
+                self.guard.begin_removal();
+            }
+            Ok(())
+        }
+    }
+
+    /// A table with such a guard.
+    struct Guarded {
+        table: MemoryTable,
+        guard: Guard,
+    }
+
+    impl OffloadTable for Guarded {
+        fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
+            self.table.apply(update)
+        }
+
+        fn set_enabled(&mut self, enabled: bool) {
+            self.table.set_enabled(enabled);
+        }
+
+        fn renew_lease(&mut self, lease: Duration) {
+            self.table.renew_lease(lease);
+        }
+
+        fn removals(&self) -> Removals {
+            self.guard.removals()
+        }
+
+        fn acknowledge(&mut self, removals: u64) {
+            self.guard.acknowledged.store(removals, Ordering::Relaxed);
+        }
+
+        fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
+            self.table.set_port(port)
+        }
+
+        fn remove_port(&mut self, ifindex: u32, vlan: u16) {
+            self.table.remove_port(ifindex, vlan);
+        }
+
+        fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+            self.table.port(ifindex, vlan)
+        }
+
+        fn capacity(&self) -> Capacity {
+            self.table.capacity()
+        }
+
+        fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
+            self.table.verdict(source, destination)
+        }
+
+        fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
+            self.table.fact(side, address)
+        }
+
+        fn is_guarded(&self, source: IpAddr) -> bool {
+            self.table.is_guarded(source)
+        }
+
+        fn is_exception(
+            &self,
+            source: IpAddr,
+            destination: IpAddr,
+            protocol: u8,
+            ports: Option<(u16, u16)>,
+        ) -> bool {
+            self.table.is_exception(source, destination, protocol, ports)
+        }
+
+        fn standing(&self, slot: Slot) -> Option<Standing> {
+            self.table.standing(slot)
+        }
+
+        fn traffic(&self, slot: Slot) -> Traffic {
+            self.table.traffic(slot)
+        }
+
+        fn passes(&self) -> Vec<(PassReason, u64)> {
+            self.table.passes()
+        }
+    }
+
+    /// A gateway of one tunnel with a guard that has just been attached.
+    async fn gateway() -> (Gateway<Kernel, Guarded>, Guard) {
+        let mut source = StaticSource::new(&[StaticPolicy {
+            selector: Selector::between("10.1.0.0/16".parse().unwrap(), "10.2.0.0/16".parse().unwrap())
+                .unwrap(),
+            device: 7,
+            tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
+            priority: 100,
+            egress: Egress { next_hop: NextHop::Device, max_length: Some(1400) },
+        }]);
+        let told = source.next_event().await.unwrap().into_iter().collect();
+        let guard = Guard::default();
+        guard.begin_removal();
+        let kernel = Kernel { told, to_tell: Vec::new(), meanwhile: 0, guard: guard.clone() };
+        let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 16, slots: 8 };
+        let table = Guarded { table: MemoryTable::new(&config), guard: guard.clone() };
+        (Gateway::new(kernel, table, &HostFacts::vouched()), guard)
+    }
+
+    fn is_fast(gateway: &Gateway<Kernel, Guarded>) -> bool {
+        matches!(gateway.table.standing(Slot(0)), Some(Ok(_)))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_removal_the_fast_path_opens_when_the_table_holds_what_follows_from_it() {
+        let (mut gateway, guard) = gateway().await;
+        gateway.synchronise().await.unwrap();
+        assert!(is_fast(&gateway) && !guard.is_shut(), "what began before is caught up with");
+
+        guard.begin_removal();
+        gateway.source.to_tell.push(PolicyEvent::PoliciesFlushed(PolicyType::Main));
+        gateway.run_until(sleep(LOOK_FOR_REMOVALS * 2)).await.unwrap();
+        assert!(!is_fast(&gateway) && !guard.is_shut());
+        assert_eq!(gateway.report().times_shut, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_begins_while_the_kernel_settles_keeps_it_shut_until_the_next_look() {
+        let (mut gateway, guard) = gateway().await;
+        gateway.synchronise().await.unwrap();
+        guard.begin_removal();
+        gateway.source.meanwhile = 1;
+        gateway.open_after_removals().unwrap();
+        assert_eq!(guard.removals(), Removals { begun: 3, acknowledged: 2 });
+        gateway.open_after_removals().unwrap();
+        assert!(!guard.is_shut());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_stays_shut_until_all_that_the_kernel_has_told_is_applied() {
+        let (mut gateway, guard) = gateway().await;
+        gateway.synchronise().await.unwrap();
+        guard.begin_removal();
+        gateway.source.to_tell = vec![PolicyEvent::SasFlushed(51); BATCH];
+        gateway.source.to_tell.push(PolicyEvent::PoliciesFlushed(PolicyType::Main));
+        gateway.open_after_removals().unwrap();
+        assert!(is_fast(&gateway) && guard.is_shut());
+        gateway.open_after_removals().unwrap();
+        assert!(!is_fast(&gateway) && !guard.is_shut());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_stays_shut_while_the_source_has_lost_track() {
+        let (mut gateway, guard) = gateway().await;
+        let snapshot = gateway.source.told[0].clone();
+        gateway.synchronise().await.unwrap();
+        guard.begin_removal();
+        gateway.source.to_tell.push(PolicyEvent::Stale(StaleCause::DeviceLost(7)));
+        gateway.run_until(sleep(LOOK_FOR_REMOVALS * 2)).await.unwrap();
+        assert!(guard.is_shut());
+        gateway.source.told.push_back(snapshot);
+        gateway.run_until(sleep(LOOK_FOR_REMOVALS * 2)).await.unwrap();
+        assert!(is_fast(&gateway) && !guard.is_shut());
+    }
 }

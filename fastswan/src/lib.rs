@@ -46,7 +46,8 @@
 //! packet's fate; and also netfilter rules, tc programs and IPVS on the ports, which do, and are **not detected yet**.
 //!
 //! **Lag.** The kernel changes a device first and tells user space afterwards. Between the two a packet may still be
-//! forwarded by the old state.
+//! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
+//! for what is removed; for policies that come it stays.
 //!
 //! **Host facts** are read once. Read them again when [`HostWatch`](host::HostWatch) says that links, addresses, routes,
 //! rules or neighbours have changed; it is not told of sysctls.
@@ -55,6 +56,7 @@
 //!
 //! - `serde`: `StaticSource::from_toml`.
 //! - `metrics`: a gateway records its [`metrics`].
+//! - `guard`: `XdpForwarder::attach_guard`.
 //! - `untrusted-netlink-senders`: for tests only; lets a netlink source believe processes.
 //! - `broken-rules`: for the oracle of the testkit only; lets a compiler break the promise on purpose.
 //!

@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 use fastswan::{
     BpfTable, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PolicySource, XdpForwarder,
     compiler::{Flow, PolicyState},
-    forwarder::{AttachConfig, AttachMode},
+    forwarder::{AttachConfig, AttachMode, Guard},
     gateway::Report,
     host::HostWatch,
     table::{Port, TableConfig, TableError},
@@ -53,6 +53,9 @@ struct Arguments {
     /// Milliseconds that packets are fast without a sign of life of this process; from 50 up.
     #[arg(long, default_value_t = 1000)]
     lease: u64,
+    /// Whether the fast path is shut before the kernel removes anything (on, off), or only where that can be had (auto).
+    #[arg(long, value_enum, default_value_t = Guarding::Auto)]
+    guard: Guarding,
     /// Cells, host facts and guards of IPv4 that fit.
     #[arg(long, default_value_t = TableConfig::default().cells_v4)]
     cells_v4: u32,
@@ -88,6 +91,13 @@ fn flow(text: &str) -> anyhow::Result<Flow> {
         *port = words.next().map_or(Ok(0), str::parse)?;
     }
     Ok(flow)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Guarding {
+    Auto,
+    On,
+    Off,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -126,6 +136,7 @@ async fn main() -> anyhow::Result<()> {
         ..TableConfig::default()
     };
     let (mut forwarder, table) = XdpForwarder::load(&config)?;
+    let _guard = guard(&mut forwarder, arguments.guard)?;
     let mut gateway =
         Gateway::new(NetlinkSource::open()?, table, &host).with_lease(Duration::from_millis(arguments.lease));
     // Whoever runs before this process goes on until it knows all.
@@ -251,6 +262,25 @@ impl Host {
     }
 }
 
+/// Attaches the guard, as it was asked for, and says what came of it.
+fn guard(forwarder: &mut XdpForwarder, guarding: Guarding) -> anyhow::Result<Option<Guard>> {
+    if guarding == Guarding::Off {
+        tracing::info!("no guard: packets follow removals with a lag");
+        return Ok(None);
+    }
+    match forwarder.attach_guard() {
+        Ok(guard) => {
+            tracing::info!("the guard shuts the fast path before anything is removed");
+            Ok(Some(guard))
+        }
+        Err(error) if guarding == Guarding::Auto => {
+            tracing::warn!(%error, "no guard: packets follow removals with a lag");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// A report in numbers: packets of policies that are gone are not in it.
 fn json(report: &Report) -> serde_json::Value {
     let fast = report.policies.iter().filter(|(policy, _)| policy.state == PolicyState::Fast);
@@ -265,6 +295,7 @@ fn json(report: &Report) -> serde_json::Value {
         "resyncs": report.resyncs,
         "lease_expiries": report.lease_expiries,
         "audit_repairs": report.audit_repairs,
+        "times_shut": report.times_shut,
     })
 }
 

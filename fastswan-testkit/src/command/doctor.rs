@@ -15,6 +15,8 @@ pub(crate) fn run() {
     for (what, found) in tier_1() {
         tell(what, found);
     }
+    println!("what the fast path gains from this kernel");
+    tell("the guard", guard());
     println!("tier 2: guests with other kernels and the software NIC");
     for (program, package) in GUEST_PROGRAMS {
         let found = version(program, &["--version"]);
@@ -56,6 +58,16 @@ pub(crate) fn tier_1() -> Vec<(&'static str, Result<String, String>)> {
         ("the program loads", loaded.map(|cost| format!("Linux {kernel}, {cost}"))),
         ("namespaces, veth and XFRM", lab()),
     ]
+}
+
+/// Whether the fast path can be shut before the kernel removes anything.
+fn guard() -> Result<String, String> {
+    let (mut forwarder, _) =
+        XdpForwarder::load(&TableConfig::default()).map_err(|error| error.to_string())?;
+    let guard = forwarder.attach_guard();
+    guard
+        .map(|_| "it shuts the fast path before anything is removed".to_owned())
+        .map_err(|error| error.to_string())
 }
 
 fn lab() -> Result<String, String> {

@@ -20,6 +20,8 @@ use super::{gateways::Gateways, wait_for};
 const ATTACHED: &str = "attached the XDP program";
 /// What it says when it runs where another one did.
 const TAKEN_OVER: &str = "took over from an earlier process";
+/// What it says when it shuts the fast path before anything is removed.
+const GUARDED: &str = "the guard shuts the fast path";
 /// Where it runs.
 const PORTS: [&str; 2] = ["lan0", "nic0"];
 
@@ -40,6 +42,8 @@ pub struct Counted {
     pub fast_packets: u64,
     /// Packets that it passed, by reason.
     pub passed: BTreeMap<String, u64>,
+    /// Times that its guard has shut the fast path.
+    pub times_shut: u64,
 }
 
 impl Mirror {
@@ -79,6 +83,12 @@ impl Mirror {
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(&self.files.1).unwrap_or_default()
+    }
+
+    /// Whether it has a guard.
+    #[must_use]
+    pub fn is_guarded(&self) -> bool {
+        self.log().contains(GUARDED)
     }
 
     /// Its last report.

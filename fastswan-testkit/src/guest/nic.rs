@@ -109,7 +109,7 @@ impl Port {
     ///
     /// The errno of a system call.
     pub fn leaks(self) -> io::Result<bool> {
-        Ok(!fs::read_to_string(self.file("leak"))?.trim_end().starts_with('0'))
+        Ok(fs::read_to_string(self.file("leak"))?.starts_with(['1', 'Y']))
     }
 
     /// All its counters.

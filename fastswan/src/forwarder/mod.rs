@@ -20,6 +20,8 @@ use aya::{
 };
 
 pub use self::error::ForwarderError;
+#[cfg(feature = "guard")]
+pub use self::guard::{Guard, GuardError};
 use self::{
     error::errno,
     link::{PortLink, read_link},
@@ -31,6 +33,8 @@ use crate::{
 };
 
 mod error;
+#[cfg(feature = "guard")]
+mod guard;
 mod link;
 mod pins;
 

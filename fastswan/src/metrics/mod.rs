@@ -21,11 +21,13 @@
 //! | `fastswan_resyncs_total` | counter | `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that nobody announced. |
 //! | `fastswan_audit_repairs_total` | counter | | Policies and associations that were not as an audit found them. |
 //! | `fastswan_lease_expiries_total` | counter | | Renewals of the lease that came too late: packets passed for a while. |
+//! | `fastswan_guard_shut_total` | counter | | Times that the guard has shut the fast path and the loop has opened it again. |
 //! | `fastswan_table_writes_total` | counter | | Updates that were written to the table. |
 //! | `fastswan_table_changes_total` | counter | | Cells, facts, guards, exceptions and slots in them. |
 //! | `fastswan_batch_events` | histogram | | Events that were applied before the table was written. |
 //! | `fastswan_compile_seconds` | histogram | | From a batch applied to what the table must hold. |
 //! | `fastswan_lag_seconds` | histogram | | From the first event of a batch out of the source to all of it in the table. What an event has waited in the kernel and in the source, and a resynchronisation, come on top. |
+//! | `fastswan_guard_open_seconds` | histogram | | From noticing that the guard has shut the fast path to opening it: the kernel settles, its notifications are applied. |
 
 #[cfg(feature = "metrics")]
 mod recorded;

@@ -81,6 +81,11 @@ impl Meters {
         histogram!("fastswan_lag_seconds").record(lag);
     }
 
+    pub(crate) fn opened(&mut self, took: Duration) {
+        counter!("fastswan_guard_shut_total").increment(1);
+        histogram!("fastswan_guard_open_seconds").record(took);
+    }
+
     pub(crate) fn lease_expired(&mut self) {
         counter!("fastswan_lease_expiries_total").increment(1);
     }
@@ -136,6 +141,12 @@ fn describe() {
     describe_counter!("fastswan_resyncs_total", "snapshots applied by what made them necessary");
     describe_counter!("fastswan_audit_repairs_total", "policies and associations that an audit repaired");
     describe_counter!("fastswan_lease_expiries_total", "renewals of the lease that came too late");
+    describe_counter!("fastswan_guard_shut_total", "times that the guard has shut the fast path");
+    describe_histogram!(
+        "fastswan_guard_open_seconds",
+        Unit::Seconds,
+        "from noticing that the guard has shut the fast path to opening it"
+    );
     describe_counter!("fastswan_table_writes_total", "updates written to the table");
     describe_counter!("fastswan_table_changes_total", "changes in the updates written to the table");
     describe_histogram!("fastswan_batch_events", "events applied before the table was written");

@@ -27,5 +27,7 @@ impl Meters {
 
     pub(crate) fn written(&mut self, _: usize, _: Duration) {}
 
+    pub(crate) fn opened(&mut self, _: Duration) {}
+
     pub(crate) fn lease_expired(&mut self) {}
 }

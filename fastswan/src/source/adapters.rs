@@ -64,6 +64,10 @@ impl<S: PolicySource, F: FnMut(Policy) -> Policy + Send> PolicySource for Map<S,
         })
     }
 
+    fn settle(&mut self) -> Result<(), SourceError> {
+        self.source.settle()
+    }
+
     fn queued(&self) -> usize {
         self.source.queued()
     }
@@ -199,6 +203,10 @@ impl PolicySource for Merge<'_> {
                 }
             }
         }
+    }
+
+    fn settle(&mut self) -> Result<(), SourceError> {
+        self.sources.iter_mut().try_for_each(|part| part.source.settle())
     }
 
     fn queued(&self) -> usize {

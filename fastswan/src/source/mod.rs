@@ -103,6 +103,17 @@ pub trait PolicySource: Send {
     /// [`SourceError`]: the source cannot go on, and nothing that it said may be relied on any longer.
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError>;
 
+    /// Returns when all that the kernel had begun to remove at the call is to be read: as soon as
+    /// [`Self::next_event`] is pending, it has yielded it. For a guard, after which the fast path is open again; a
+    /// source that wraps others asks them.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError`], as above.
+    fn settle(&mut self) -> Result<(), SourceError> {
+        Ok(())
+    }
+
     /// How many events it holds that were not read yet, as far as it knows; for metrics.
     fn queued(&self) -> usize {
         0
@@ -113,6 +124,10 @@ pub trait PolicySource: Send {
 impl<S: PolicySource + ?Sized> PolicySource for Box<S> {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
         (**self).next_event().await
+    }
+
+    fn settle(&mut self) -> Result<(), SourceError> {
+        (**self).settle()
     }
 
     fn queued(&self) -> usize {

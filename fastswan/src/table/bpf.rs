@@ -11,12 +11,14 @@ use aya::{
     Ebpf,
     maps::{Map, MapData, MapError},
 };
+#[cfg(feature = "guard")]
+use fastswan_ebpf::Control;
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, PassReason, Shared};
 use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
-    Capacity, Fact, OffloadTable, Port, Side, Slot, Standing, TableConfig, TableError, TableUpdate, Traffic,
-    Verdict,
+    Capacity, Fact, OffloadTable, Port, Removals, Side, Slot, Standing, TableConfig, TableError, TableUpdate,
+    Traffic, Verdict,
     devices::Devices,
     mmap::Region,
     store::{Regions, Store},
@@ -106,6 +108,14 @@ impl BpfTable {
     }
 }
 
+/// Counts a removal, so that everything passes until it is acknowledged.
+#[cfg(feature = "guard")]
+pub(crate) fn begin_removal(ebpf: &Ebpf) -> Result<(), MapsError> {
+    let control: Region<Control> = map(ebpf, "CONTROL", 1)?;
+    control[0].removals.atomic().fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+    Ok(())
+}
+
 /// An array map of an object.
 pub(crate) fn array<'e>(ebpf: &'e Ebpf, name: &'static str) -> Result<&'e MapData, MapsError> {
     match ebpf.map(name) {
@@ -147,6 +157,14 @@ impl OffloadTable for BpfTable {
     fn renew_lease(&mut self, lease: Duration) {
         let now = monotonic_coarse_nanoseconds().saturating_add_signed(self.clock_offset);
         self.store.renew_lease(now, lease);
+    }
+
+    fn removals(&self) -> Removals {
+        self.store.removals()
+    }
+
+    fn acknowledge(&mut self, removals: u64) {
+        self.store.acknowledge(removals);
     }
 
     fn set_port(&mut self, port: &Port) -> Result<(), TableError> {

@@ -5,8 +5,8 @@ use std::{net::IpAddr, time::Duration};
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, PassReason};
 
 use super::{
-    Capacity, Fact, OffloadTable, Port, Side, Slot, Standing, TableConfig, TableError, TableUpdate, Traffic,
-    Verdict,
+    Capacity, Fact, OffloadTable, Port, Removals, Side, Slot, Standing, TableConfig, TableError, TableUpdate,
+    Traffic, Verdict,
     mmap::Region,
     store::{Regions, Store},
 };
@@ -56,6 +56,14 @@ impl OffloadTable for MemoryTable {
     }
 
     fn renew_lease(&mut self, _: Duration) {}
+
+    fn removals(&self) -> Removals {
+        self.store.removals()
+    }
+
+    fn acknowledge(&mut self, removals: u64) {
+        self.store.acknowledge(removals);
+    }
 
     fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
         self.store.set_port(port)

@@ -13,6 +13,8 @@ use std::{fmt, io, net::IpAddr, time::Duration};
 use fastswan_ebpf::{MAX_TUPLES, PassReason};
 use ipnet::IpNet;
 
+#[cfg(feature = "guard")]
+pub(crate) use self::bpf::begin_removal;
 pub use self::{bpf::BpfTable, memory::MemoryTable};
 pub(crate) use self::{
     bpf::{MapsError, array, grace_period},
@@ -297,6 +299,15 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
+/// Removals of policies, associations and devices in the kernel, as numbers of the last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removals {
+    /// Begun, says the guard; 0 if there is none.
+    pub begun: u64,
+    /// Acknowledged by whoever writes the table.
+    pub acknowledged: u64,
+}
+
 /// What the data path reads.
 ///
 /// Methods that change something take effect for packets that arrive after they return.
@@ -315,6 +326,18 @@ pub trait OffloadTable: Send {
     /// Declares the mirror alive and caught up for the next `lease`. When no renewal comes in time, every
     /// packet passes to the kernel.
     fn renew_lease(&mut self, lease: Duration);
+
+    /// How many removals a guard has counted, and up to which of them the table has been acknowledged to hold what
+    /// follows: as long as these differ, every packet passes to the kernel. Without a guard both are 0.
+    fn removals(&self) -> Removals {
+        Removals::default()
+    }
+
+    /// Declares that the table holds what follows from all removals up to this one, the [`Removals::begun`] of an
+    /// earlier call of [`Self::removals`].
+    fn acknowledge(&mut self, removals: u64) {
+        let _ = removals;
+    }
 
     /// Adds a port, or changes the one with the same (interface, VLAN).
     ///

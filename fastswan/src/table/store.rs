@@ -23,8 +23,8 @@ use fastswan_ebpf::{
 use ipnet::IpNet;
 
 use super::{
-    Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, Standing,
-    TableConfig, TableError, TableUpdate, Traffic, Verdict,
+    Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Side, Slot,
+    Standing, TableConfig, TableError, TableUpdate, Traffic, Verdict,
     mmap::Region,
     space::{NoRoom, Pattern, TupleSpace},
 };
@@ -338,6 +338,20 @@ impl Store {
         let control = &self.control[0];
         control.lease.store(lease);
         control.deadline.atomic().store(now.saturating_add(lease), Ordering::Release);
+    }
+
+    pub(super) fn removals(&self) -> Removals {
+        let control = &self.control[0];
+        Removals {
+            // What is read of the source from now on is no older.
+            begun: control.removals.atomic().load(Ordering::Acquire),
+            acknowledged: control.acknowledged.load(),
+        }
+    }
+
+    pub(super) fn acknowledge(&self, removals: u64) {
+        // A packet that sees it sees all that was written before.
+        self.control[0].acknowledged.atomic().store(removals, Ordering::Release);
     }
 
     pub(super) fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {

@@ -34,8 +34,10 @@ pub(super) fn rekey(story: &mut Story) -> anyhow::Result<()> {
 }
 
 pub(super) fn delete(story: &mut Story) -> anyhow::Result<()> {
-    for (logs, leak) in [("closed", false), ("leak", true)] {
-        let plan = Plan { leak, logs, refuse_clear: true, ..Plan::default() };
+    for (logs, leak, guard) in [("closed", false, "on"), ("unguarded", true, "off"), ("guarded", true, "on")]
+    {
+        let mirror = &["--guard", guard];
+        let plan = Plan { leak, logs, mirror, refuse_clear: true, ..Plan::default() };
         let mut scene = Scene::established(story, plan)?;
         for what in [["--child", "net"], ["--ike", "gateway"]] {
             scene.traffic()?.may_lose(true);

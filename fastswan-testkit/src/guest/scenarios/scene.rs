@@ -160,11 +160,14 @@ impl Scene {
     /// Ends it, and notes what must hold in every story.
     pub(super) fn finish(mut self, story: &mut Story) -> anyhow::Result<()> {
         let totals = self.traffic.take().map(Traffic::stop).transpose()?.unwrap_or_default();
+        let guarded = self.mirror.as_ref().is_some_and(Mirror::is_guarded);
         let counted = self.mirror.take().map(Mirror::stop).transpose()?.unwrap_or_default();
         let seen = self.wire.take().map(Wire::seen).transpose()?.unwrap_or_default();
         let nic = Gateways::PORT_A.counters()?;
         let leaked = Gateways::PORT_A.clear()?;
         story.add("fast_packets", counted.fast_packets);
+        story.add("shut", counted.times_shut);
+        story.add("passed_removal", counted.passed.get("removal").copied().unwrap_or(0));
         story.add("sent", totals.sent.iter().sum());
         story.add("lost", totals.lost.iter().sum());
         story.add("esp_from_a", seen.esp[0]);
@@ -174,13 +177,14 @@ impl Scene {
         story.expect(totals.twice == 0, format!("{} packets arrived twice", totals.twice));
         let removed = leaked.iter().filter(|clear| clear.cause == "removed").count() as u64;
         let clear: u64 = seen.clear.iter().sum();
-        if removed > 0 {
-            let lag = leaked.iter().filter_map(|clear| clear.since).max().unwrap_or(0);
-            story.figure("leak_clear", removed);
-            story.figure("leak_lag_us", lag / 1000);
-        }
-        let excused = clear <= removed && leaked.iter().all(|clear| clear.cause == "removed");
         let leaks = Gateways::PORT_A.leaks()?;
+        if leaks {
+            let lag = leaked.iter().filter_map(|clear| clear.since).max().unwrap_or(0);
+            let mirror = if guarded { "guarded" } else { "leak" };
+            story.figure(&format!("{mirror}_clear"), removed);
+            story.figure(&format!("{mirror}_lag_us"), lag / 1000);
+        }
+        let excused = !guarded && clear <= removed && leaked.iter().all(|clear| clear.cause == "removed");
         story.expect(
             clear == 0 || leaks && excused,
             format!("{clear} packets in clear on the wire: {:?}, of the NIC: {leaked:?}", seen.examples),

@@ -141,6 +141,10 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
             let info = UserSaInfo::parse(payload).map_err(text)?;
             let attributes = Attributes::read(payload, xfrm_length::SA_INFO)?;
             let sa = sa(&info, &attributes)?;
+            // An update tells what was asked for. The kernel keeps most of what it had (`xfrm_state_update`).
+            if kind == xfrm::XFRM_MSG_UPDSA && sa.is_outbound_packet_offload() {
+                return Err("an update of an offloaded association does not tell what it is now".into());
+            }
             if sa.id.spi == 0 || is_ipsec(sa.id.protocol) && !attributes.has_algorithm {
                 return Ok(Content::Larval(sa));
             }

@@ -6,14 +6,16 @@
 
 use std::io;
 
-use netlink_packet_xfrm::constants::{XFRM_MSG_GETDEFAULT, XFRM_MSG_GETPOLICY, XFRM_MSG_GETSA};
+use netlink_packet_xfrm::constants::{
+    XFRM_MSG_GETDEFAULT, XFRM_MSG_GETPOLICY, XFRM_MSG_GETSA, XFRM_MSG_GETSPDINFO,
+};
 use netlink_sys::protocols::NETLINK_XFRM;
 
 use super::{
     super::{PolicyEvent, Snapshot},
     NetlinkConfig,
     decode::{Content, DecodeError, decode},
-    socket::{Datagram, NetlinkSocket},
+    socket::{Datagram, NetlinkSocket, pass_through},
 };
 
 const NLM_F_REQUEST: u16 = 1;
@@ -24,9 +26,19 @@ const HEADER_LENGTH: u32 = 16;
 const POLICY_ID_LENGTH: u32 = 64;
 const SA_ID_LENGTH: u32 = 24;
 const DEFAULT_LENGTH: u32 = 4;
+const SPD_INFO_LENGTH: usize = 4;
 
 /// Before Linux 5.14 there was no default policy: everything was accepted.
 const NO_SUCH_REQUEST: i32 = libc::EINVAL;
+
+/// Returns when every request that the kernel had begun to handle is done and notified of: it handles one at a time in
+/// each namespace (`xfrm_cfg_mutex`), those of `PF_KEY` too.
+pub(super) fn settle() -> io::Result<()> {
+    match pass_through(NETLINK_XFRM, XFRM_MSG_GETSPDINFO, &[0; SPD_INFO_LENGTH])? {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
 
 /// A dump could not be had.
 #[derive(Debug, thiserror::Error)]

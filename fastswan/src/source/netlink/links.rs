@@ -4,22 +4,19 @@
 use std::io;
 
 use netlink_packet_core::NetlinkBuffer;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::socket::{Datagram, NetlinkSocket};
+use super::socket::{Datagram, NetlinkSocket, pass_through};
 
 const RTNLGRP_LINK: u32 = 1;
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
-const RTM_GETLINK: u16 = 18;
-const NLM_F_REQUEST: u16 = 1;
+const RTM_SETLINK: u16 = 19;
 const IFF_UP: u32 = 1;
 const AF_UNSPEC: u8 = 0;
 
-/// Lengths of a message's header, of `struct ifinfomsg`, and of both in bytes.
-const HEADER_LENGTH: usize = 16;
+/// Length of `struct ifinfomsg` in bytes.
 const LINK_LENGTH: usize = 16;
-const REQUEST_LENGTH: u32 = 32;
 
 /// Hears about the links of a namespace.
 #[derive(Debug)]
@@ -45,15 +42,15 @@ impl Links {
 }
 
 /// Returns when what the kernel has begun to do to links is done. It tells that a link is down before it deletes
-/// what was offloaded to it, but holds one lock (RTNL) over both, which this request waits for.
+/// what was offloaded to it, but holds one lock (RTNL) over both, which this request waits for: one that would change a
+/// link, if there were one of this index. Reading takes that lock no longer (Linux 7.3).
 pub(super) fn settle() -> io::Result<()> {
-    let mut request = [0; HEADER_LENGTH + LINK_LENGTH];
-    request[..4].copy_from_slice(&REQUEST_LENGTH.to_ne_bytes());
-    request[4..6].copy_from_slice(&RTM_GETLINK.to_ne_bytes());
-    request[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
-    // Loopback, which every namespace has. Nobody reads the answer.
-    request[20..24].copy_from_slice(&1_u32.to_ne_bytes());
-    Socket::new(NETLINK_ROUTE)?.send_to(&request, &SocketAddr::new(0, 0), 0).map(drop)
+    let mut link = [0; LINK_LENGTH];
+    link[4..8].copy_from_slice(&i32::MAX.to_ne_bytes());
+    match pass_through(NETLINK_ROUTE, RTM_SETLINK, &link)? {
+        0 | libc::ENODEV => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 fn lost(datagram: &Datagram) -> io::Result<Vec<u32>> {
@@ -88,6 +85,8 @@ mod tests {
 
     use super::*;
 
+    const HEADER_LENGTH: usize = 16;
+    const MESSAGE_LENGTH: usize = HEADER_LENGTH + LINK_LENGTH;
     const GONE: u32 = 7;
     const DOWN: u32 = 8;
     const UP: u32 = 9;
@@ -98,7 +97,7 @@ mod tests {
         for (kind, ifindex, flags) in
             [(RTM_DELLINK, GONE, IFF_UP), (RTM_NEWLINK, DOWN, 0), (RTM_NEWLINK, UP, IFF_UP)]
         {
-            bytes.extend(REQUEST_LENGTH.to_ne_bytes());
+            bytes.extend(u32::try_from(MESSAGE_LENGTH).unwrap().to_ne_bytes());
             bytes.extend(kind.to_ne_bytes());
             // Flags, sequence and port number, family and type of the link.
             bytes.extend([0; 14]);
@@ -122,12 +121,12 @@ mod tests {
         let whole = datagram().bytes;
         for length in 1..whole.len() {
             let cut = Datagram { bytes: whole.slice(..length), ..datagram() };
-            assert_eq!(lost(&cut).is_ok(), length.is_multiple_of(HEADER_LENGTH + LINK_LENGTH), "{length}");
+            assert_eq!(lost(&cut).is_ok(), length.is_multiple_of(MESSAGE_LENGTH), "{length}");
         }
-        for length in 0..REQUEST_LENGTH {
+        for length in 0..MESSAGE_LENGTH {
             let mut bytes = whole.to_vec();
-            bytes[..4].copy_from_slice(&length.to_ne_bytes());
-            bytes.truncate(length.max(4) as usize);
+            bytes[..4].copy_from_slice(&u32::try_from(length).unwrap().to_ne_bytes());
+            bytes.truncate(length.max(4));
             lost(&Datagram { bytes: Bytes::from(bytes), ..datagram() }).unwrap_err();
         }
     }

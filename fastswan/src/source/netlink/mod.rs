@@ -37,7 +37,7 @@ use self::{
     links::Links,
 };
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
-use crate::{database::Database, policy::OffloadDev};
+use crate::{database::Database, policy::OffloadDev, table::grace_period};
 
 /// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.
 const GROUPS: [u32; 3] = [2, 3, 4];
@@ -469,6 +469,19 @@ impl PolicySource for NetlinkSource {
                 return Ok(Some(PolicyEvent::Stale(cause)));
             }
         }
+    }
+
+    /// Whoever removes something counts first and notifies afterwards, and there are three who do. What is asked for by
+    /// netlink or `PF_KEY` is done, notification included, under a lock that each request takes. What happens to links
+    /// is done under another (RTNL). And what expires does so in a softirq, which a grace period outlasts.
+    fn settle(&mut self) -> Result<(), SourceError> {
+        dump::settle().and_then(|()| links::settle()).map_err(|error| SourceError::System {
+            attempt: "waiting for removals to be notified of".to_owned(),
+            error,
+            remedy: "",
+        })?;
+        grace_period();
+        Ok(())
     }
 
     /// Without what is still in the socket.

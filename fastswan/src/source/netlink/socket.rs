@@ -12,6 +12,11 @@ use crate::sys::watch;
 /// The kernel never makes a datagram of a dump longer, and a notification is a few hundred bytes.
 const LONGEST_DATAGRAM: usize = 64 * 1024;
 
+/// Length of a message's header in bytes (`linux/netlink.h`).
+const HEADER_LENGTH: usize = 16;
+const NLM_F_REQUEST: u16 = 1;
+const NLMSG_ERROR: u16 = 2;
+
 /// `MSG_TRUNC` asks for the length that a datagram really had.
 const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
 
@@ -75,6 +80,24 @@ impl NetlinkSocket {
             }
         }
     }
+}
+
+/// Sends a request with this fixed part, and returns the errno of the answer, 0 if it is no error. At the return the kernel
+/// has handled the request, and so has taken the locks that it handles such requests under.
+pub(super) fn pass_through(protocol: isize, kind: u16, fixed: &[u8]) -> io::Result<i32> {
+    let length = u32::try_from(HEADER_LENGTH + fixed.len()).unwrap_or(u32::MAX);
+    let mut request = Vec::from(length.to_ne_bytes());
+    request.extend(kind.to_ne_bytes());
+    request.extend(NLM_F_REQUEST.to_ne_bytes());
+    request.resize(HEADER_LENGTH, 0);
+    request.extend(fixed);
+    let socket = Socket::new(protocol)?;
+    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+    // It is there already: the kernel handles a request before the call that sends it returns.
+    let Datagram { bytes, .. } = receive(&socket, &mut BytesMut::new())?;
+    let is_error = bytes.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes());
+    let code = bytes.get(HEADER_LENGTH..).and_then(|payload| payload.first_chunk()).filter(|_| is_error);
+    Ok(code.map_or(0, |code| i32::from_ne_bytes(*code).saturating_neg()))
 }
 
 fn receive(socket: &Socket, buffer: &mut BytesMut) -> io::Result<Datagram> {
