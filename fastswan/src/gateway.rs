@@ -55,6 +55,8 @@ pub struct Gateway<S, T: OffloadTable> {
     lease_expiries: u64,
     /// Times that a guard had shut the fast path when the loop looked.
     times_shut: u64,
+    /// The source or the table has failed. The table may lack what the compiler believes to be in it.
+    failed: bool,
     meters: Meters,
 }
 
@@ -88,6 +90,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             resyncs: BTreeMap::new(),
             lease_expiries: 0,
             times_shut: 0,
+            failed: false,
             meters: Meters::new(),
         }
     }
@@ -207,7 +210,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             return self.follow(event).map(drop);
         }
         let expires = self.database.set_time(wall_clock());
-        if self.database.is_current() {
+        if self.database.is_current() && !self.failed {
             if expires {
                 let update = self.compiler.compile(&self.database);
                 self.write(&update)?;
@@ -223,7 +226,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
 
     /// All that was known when the source was asked is in the table.
     fn caught_up(&mut self, asked: time::Instant) {
-        if self.host != Host::Unknown {
+        if self.host != Host::Unknown && !self.failed {
             self.host = Host::Known;
             self.renew_lease(asked);
             self.table.set_enabled(true);
@@ -381,6 +384,7 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     fn off_if_failed<R>(&mut self, result: Result<R, GatewayError>) -> Result<R, GatewayError> {
         if let Err(error) = &result {
             self.set_off();
+            self.failed = true;
             tracing::error!(%error, "the gateway cannot go on: everything passes");
         }
         result
@@ -455,7 +459,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// The loop cannot go on; everything passes to the kernel.
+/// The loop cannot go on. Everything passes to the kernel, even if it is run again: it takes another gateway.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GatewayError {
@@ -543,14 +547,20 @@ mod tests {
     struct Guarded {
         table: MemoryTable,
         guard: Guard,
+        enabled: bool,
+        fails: bool,
     }
 
     impl OffloadTable for Guarded {
         fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
+            if self.fails {
+                return Err(TableError::NoSuchSlot { slot: Slot(0), limit: 0 });
+            }
             self.table.apply(update)
         }
 
         fn set_enabled(&mut self, enabled: bool) {
+            self.enabled = enabled;
             self.table.set_enabled(enabled);
         }
 
@@ -632,7 +642,8 @@ mod tests {
         guard.begin_removal();
         let kernel = Kernel { told, to_tell: Vec::new(), meanwhile: 0, guard: guard.clone() };
         let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 16, slots: 8 };
-        let table = Guarded { table: MemoryTable::new(&config), guard: guard.clone() };
+        let table =
+            Guarded { table: MemoryTable::new(&config), guard: guard.clone(), enabled: false, fails: false };
         (Gateway::new(kernel, table, &HostFacts::vouched()), guard)
     }
 
@@ -651,6 +662,21 @@ mod tests {
         gateway.run_until(sleep(LOOK_FOR_REMOVALS * 2)).await.unwrap();
         assert!(!is_fast(&gateway) && !guard.is_shut());
         assert_eq!(gateway.report().times_shut, 2);
+    }
+
+    /// What could not be written is not in the table, whatever is written afterwards.
+    #[tokio::test(start_paused = true)]
+    async fn after_a_table_has_failed_everything_passes_whatever_is_told() {
+        let (mut gateway, _guard) = gateway().await;
+        gateway.synchronise().await.unwrap();
+        assert!(gateway.table.enabled);
+        gateway.table.fails = true;
+        gateway.source.told.push_back(PolicyEvent::PoliciesFlushed(PolicyType::Main));
+        gateway.run_until(sleep(LOOK * 2)).await.unwrap_err();
+        gateway.table.fails = false;
+        gateway.source.told.push_back(PolicyEvent::SasFlushed(51));
+        gateway.run_until(sleep(LOOK * 2)).await.unwrap();
+        assert!(is_fast(&gateway) && !gateway.table.enabled, "the slot is as it was, and nobody reads it");
     }
 
     #[tokio::test(start_paused = true)]
