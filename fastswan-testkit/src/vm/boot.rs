@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{Read as _, Seek as _, SeekFrom},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -13,6 +13,8 @@ use super::{Image, VmError, last_lines};
 
 /// What a guest may take beside the time that its command may take: emulated machines start slowly.
 const BOOT_TIME: Duration = Duration::from_secs(120);
+/// How often it is booted until it starts.
+const ATTEMPTS: u32 = 3;
 
 /// An emulated CPU may not run for seconds on a busy machine, which is no stall of the guest's.
 const BOOT_OPTIONS: &str =
@@ -82,25 +84,9 @@ impl<'a> Guest<'a> {
         fs::write(&script, format!("cd /host\nexec {command}\n"))
             .map_err(VmError::system(format!("writing {}", script.display())))?;
         let console = path("console");
-        let log = File::create(&console).map_err(VmError::system(format!("making {}", console.display())))?;
-        let start = Instant::now();
-        // Should this process die, so does the guest.
-        let mut machine = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
-            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1500"])
-            .args(["-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio"])
-            .arg("-kernel")
-            .arg(&self.image.vmlinuz)
-            .arg("-initrd")
-            .arg(&self.image.initrd)
-            .args(["-append", BOOT_OPTIONS])
-            .arg("-virtfs")
-            .arg(format!("local,path={},mount_tag=host,security_model=none", self.folder.display()))
-            .stdin(Stdio::null())
-            .stderr(log.try_clone().map_err(VmError::system("sharing the console"))?)
-            .stdout(log)
-            .spawn()
-            .map_err(|error| VmError::Missing { program: "setpriv", package: "util-linux", error })?;
+        let mut start = Instant::now();
+        let mut machine = self.start(&console)?;
+        let mut attempts = 1;
         let mut results = Results { path: path("results"), read: 0, rest: String::new() };
         let ended = loop {
             let ended = machine.try_wait().map_err(VmError::system("waiting for QEMU"))?;
@@ -108,6 +94,15 @@ impl<'a> Guest<'a> {
             match ended {
                 Some(status) => break Some(status),
                 None if start.elapsed() > limit + BOOT_TIME => break None,
+                // Seldom an emulated kernel hangs before it says anything: seen once in some 30 boots.
+                None if attempts < ATTEMPTS && start.elapsed() > BOOT_TIME && !path("output").exists() => {
+                    let kernel = self.image.kernel.name();
+                    eprintln!("the guest with Linux {kernel} has not started: booting it again");
+                    end(&mut machine);
+                    attempts += 1;
+                    start = Instant::now();
+                    machine = self.start(&console)?;
+                }
                 None => sleep(Duration::from_millis(50)),
             }
         };
@@ -117,8 +112,7 @@ impl<'a> Guest<'a> {
             VmError::Guest { kernel: self.image.kernel, what, console }
         };
         let Some(ended) = ended else {
-            let _ = machine.kill();
-            let _ = machine.wait();
+            end(&mut machine);
             return Err(failed(format!("did not end within {} s", (limit + BOOT_TIME).as_secs())));
         };
         if ended.code() == Some(127) {
@@ -135,6 +129,32 @@ impl<'a> Guest<'a> {
             took: start.elapsed(),
         })
     }
+
+    fn start(&self, console: &Path) -> Result<Child, VmError> {
+        let log = File::create(console).map_err(VmError::system(format!("making {}", console.display())))?;
+        // Should this process die, so does the guest.
+        Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1500"])
+            .args(["-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio"])
+            .arg("-kernel")
+            .arg(&self.image.vmlinuz)
+            .arg("-initrd")
+            .arg(&self.image.initrd)
+            .args(["-append", BOOT_OPTIONS])
+            .arg("-virtfs")
+            .arg(format!("local,path={},mount_tag=host,security_model=none", self.folder.display()))
+            .stdin(Stdio::null())
+            .stderr(log.try_clone().map_err(VmError::system("sharing the console"))?)
+            .stdout(log)
+            .spawn()
+            .map_err(|error| VmError::Missing { program: "setpriv", package: "util-linux", error })
+    }
+}
+
+fn end(machine: &mut Child) {
+    let _ = machine.kill();
+    let _ = machine.wait();
 }
 
 /// Lines that the guest appends to a file.
