@@ -475,7 +475,6 @@ pub enum GatewayError {
 mod tests {
     use std::{
         collections::VecDeque,
-        net::IpAddr,
         sync::{
             Arc,
             atomic::{AtomicU64, Ordering},
@@ -490,7 +489,7 @@ mod tests {
         MemoryTable, Selector, StaticSource,
         policy::{Egress, NextHop, PolicyType},
         source::{StaleCause, fixed::StaticPolicy},
-        table::{Capacity, Fact, Port, Side, Slot, Standing, TableConfig, Verdict},
+        table::{Slot, TableConfig, delegate_lookups},
     };
 
     /// What a guard has counted, and what a table was told.
@@ -576,55 +575,7 @@ mod tests {
             self.guard.acknowledged.store(removals, Ordering::Relaxed);
         }
 
-        fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
-            self.table.set_port(port)
-        }
-
-        fn remove_port(&mut self, ifindex: u32, vlan: u16) {
-            self.table.remove_port(ifindex, vlan);
-        }
-
-        fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
-            self.table.port(ifindex, vlan)
-        }
-
-        fn capacity(&self) -> Capacity {
-            self.table.capacity()
-        }
-
-        fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
-            self.table.verdict(source, destination)
-        }
-
-        fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
-            self.table.fact(side, address)
-        }
-
-        fn is_guarded(&self, source: IpAddr) -> bool {
-            self.table.is_guarded(source)
-        }
-
-        fn is_exception(
-            &self,
-            source: IpAddr,
-            destination: IpAddr,
-            protocol: u8,
-            ports: Option<(u16, u16)>,
-        ) -> bool {
-            self.table.is_exception(source, destination, protocol, ports)
-        }
-
-        fn standing(&self, slot: Slot) -> Option<Standing> {
-            self.table.standing(slot)
-        }
-
-        fn traffic(&self, slot: Slot) -> Traffic {
-            self.table.traffic(slot)
-        }
-
-        fn passes(&self) -> Vec<(PassReason, u64)> {
-            self.table.passes()
-        }
+        delegate_lookups!(table);
     }
 
     /// A gateway of one tunnel with a guard that has just been attached.

@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
     time::Duration,
 };
@@ -13,12 +12,11 @@ use aya::{
 };
 #[cfg(feature = "guard")]
 use fastswan_ebpf::Control;
-use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, PassReason, Shared};
+use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, Shared};
 use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
-    Capacity, Fact, OffloadTable, Port, Removals, Side, Slot, Standing, TableConfig, TableError, TableUpdate,
-    Traffic, Verdict,
+    OffloadTable, Removals, TableConfig, TableError, TableUpdate, delegate_lookups,
     devices::Devices,
     mmap::Region,
     store::{Regions, Store},
@@ -167,53 +165,5 @@ impl OffloadTable for BpfTable {
         self.store.acknowledge(removals);
     }
 
-    fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
-        self.store.set_port(port)
-    }
-
-    fn remove_port(&mut self, ifindex: u32, vlan: u16) {
-        self.store.remove_port(ifindex, vlan);
-    }
-
-    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
-        self.store.port(ifindex, vlan)
-    }
-
-    fn capacity(&self) -> Capacity {
-        self.store.capacity()
-    }
-
-    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
-        self.store.verdict(source, destination)
-    }
-
-    fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
-        self.store.fact(side, address)
-    }
-
-    fn is_guarded(&self, source: IpAddr) -> bool {
-        self.store.is_guarded(source)
-    }
-
-    fn is_exception(
-        &self,
-        source: IpAddr,
-        destination: IpAddr,
-        protocol: u8,
-        ports: Option<(u16, u16)>,
-    ) -> bool {
-        self.store.is_exception(source, destination, protocol, ports)
-    }
-
-    fn standing(&self, slot: Slot) -> Option<Standing> {
-        self.store.standing(slot)
-    }
-
-    fn traffic(&self, slot: Slot) -> Traffic {
-        self.store.traffic(slot)
-    }
-
-    fn passes(&self) -> Vec<(PassReason, u64)> {
-        self.store.passes()
-    }
+    delegate_lookups!(store);
 }

@@ -1,12 +1,11 @@
 //! A table in ordinary memory.
 
-use std::{net::IpAddr, time::Duration};
+use std::time::Duration;
 
-use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, PassReason};
+use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS};
 
 use super::{
-    Capacity, Fact, OffloadTable, Port, Removals, Side, Slot, Standing, TableConfig, TableError, TableUpdate,
-    Traffic, Verdict,
+    OffloadTable, Removals, TableConfig, TableError, TableUpdate, delegate_lookups,
     mmap::Region,
     store::{Regions, Store},
 };
@@ -65,53 +64,5 @@ impl OffloadTable for MemoryTable {
         self.store.acknowledge(removals);
     }
 
-    fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
-        self.store.set_port(port)
-    }
-
-    fn remove_port(&mut self, ifindex: u32, vlan: u16) {
-        self.store.remove_port(ifindex, vlan);
-    }
-
-    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
-        self.store.port(ifindex, vlan)
-    }
-
-    fn capacity(&self) -> Capacity {
-        self.store.capacity()
-    }
-
-    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
-        self.store.verdict(source, destination)
-    }
-
-    fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
-        self.store.fact(side, address)
-    }
-
-    fn is_guarded(&self, source: IpAddr) -> bool {
-        self.store.is_guarded(source)
-    }
-
-    fn is_exception(
-        &self,
-        source: IpAddr,
-        destination: IpAddr,
-        protocol: u8,
-        ports: Option<(u16, u16)>,
-    ) -> bool {
-        self.store.is_exception(source, destination, protocol, ports)
-    }
-
-    fn standing(&self, slot: Slot) -> Option<Standing> {
-        self.store.standing(slot)
-    }
-
-    fn traffic(&self, slot: Slot) -> Traffic {
-        self.store.traffic(slot)
-    }
-
-    fn passes(&self) -> Vec<(PassReason, u64)> {
-        self.store.passes()
-    }
+    delegate_lookups!(store);
 }

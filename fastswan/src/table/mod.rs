@@ -385,6 +385,67 @@ pub trait OffloadTable: Send {
     fn passes(&self) -> Vec<(PassReason, u64)>;
 }
 
+/// The ports and what can be looked up, as a field that has the same functions knows it: for an [`OffloadTable`] that
+/// differs in how it is written.
+macro_rules! delegate_lookups {
+    ($field:ident) => {
+        fn set_port(&mut self, port: &$crate::table::Port) -> Result<(), $crate::table::TableError> {
+            self.$field.set_port(port)
+        }
+
+        fn remove_port(&mut self, ifindex: u32, vlan: u16) {
+            self.$field.remove_port(ifindex, vlan);
+        }
+
+        fn port(&self, ifindex: u32, vlan: u16) -> Option<$crate::table::Port> {
+            self.$field.port(ifindex, vlan)
+        }
+
+        fn capacity(&self) -> $crate::table::Capacity {
+            self.$field.capacity()
+        }
+
+        fn verdict(
+            &self,
+            source: std::net::IpAddr,
+            destination: std::net::IpAddr,
+        ) -> Option<$crate::table::Verdict> {
+            self.$field.verdict(source, destination)
+        }
+
+        fn fact(&self, side: $crate::table::Side, address: std::net::IpAddr) -> Option<$crate::table::Fact> {
+            self.$field.fact(side, address)
+        }
+
+        fn is_guarded(&self, source: std::net::IpAddr) -> bool {
+            self.$field.is_guarded(source)
+        }
+
+        fn is_exception(
+            &self,
+            source: std::net::IpAddr,
+            destination: std::net::IpAddr,
+            protocol: u8,
+            ports: Option<(u16, u16)>,
+        ) -> bool {
+            self.$field.is_exception(source, destination, protocol, ports)
+        }
+
+        fn standing(&self, slot: $crate::table::Slot) -> Option<$crate::table::Standing> {
+            self.$field.standing(slot)
+        }
+
+        fn traffic(&self, slot: $crate::table::Slot) -> $crate::table::Traffic {
+            self.$field.traffic(slot)
+        }
+
+        fn passes(&self) -> Vec<(fastswan_ebpf::PassReason, u64)> {
+            self.$field.passes()
+        }
+    };
+}
+pub(crate) use delegate_lookups;
+
 /// A table could not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
