@@ -17,9 +17,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Mirror(Child);
 
 impl Mirror {
-    fn start(arguments: &[&str]) -> Self {
+    /// One that serves its metrics and tells nothing else.
+    fn start() -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mirror"));
-        command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.args(["lan0", "--complete-frames", "--metrics", ADDRESS, "--report", "0"]);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
         Self(command.spawn().unwrap())
     }
 }
@@ -29,6 +31,17 @@ impl Drop for Mirror {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Tells a story on the gateway of a site.
+fn story(what: &str, tell: impl FnOnce(&Site) + Send) {
+    if !lab::require_root(what) {
+        return;
+    }
+    let site = Site::new().unwrap();
+    site.route().unwrap();
+    site.gateway.ip("link set lo up").unwrap();
+    site.gateway.enter(|| tell(&site));
 }
 
 /// What is served, if anybody answers.
@@ -57,16 +70,8 @@ fn wait_for_lines(lines: &[&str]) {
 
 #[test]
 fn the_mirror_answers_a_scrape_with_what_the_kernel_has() {
-    if !lab::require_root("a mirror that serves metrics") {
-        return;
-    }
-    let site = Site::new().unwrap();
-    site.route().unwrap();
-    let gateway = &site.gateway;
-    gateway.ip("link set lo up").unwrap();
-    gateway.enter(|| {
-        let arguments = ["lan0", "--complete-frames", "--metrics", ADDRESS, "--report", "0"];
-        let _mirror = Mirror::start(&arguments);
+    story("a mirror that serves metrics", |site| {
+        let _mirror = Mirror::start();
         wait_for_lines(&[
             "fastswan_current 1",
             "fastswan_policies{state=\"fast\",reason=\"\"} 0",
@@ -75,7 +80,7 @@ fn the_mirror_answers_a_scrape_with_what_the_kernel_has() {
             "fastswan_lag_seconds_count 1",
             "# TYPE fastswan_fast_packets_total counter",
         ]);
-        gateway
+        site.gateway
             .ip("xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir out \
                  tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel")
             .unwrap();
@@ -102,16 +107,8 @@ fn wait_until_followed(site: &Site) {
 
 #[test]
 fn a_host_that_changes_all_the_time_is_followed_to_the_end() {
-    if !lab::require_root("a mirror of a host that changes") {
-        return;
-    }
-    let site = Site::new().unwrap();
-    site.route().unwrap();
-    let gateway = &site.gateway;
-    gateway.ip("link set lo up").unwrap();
-    gateway.enter(|| {
-        let arguments = ["lan0", "--complete-frames", "--metrics", ADDRESS, "--report", "0"];
-        let _mirror = Mirror::start(&arguments);
+    story("a mirror of a host that changes", |site| {
+        let _mirror = Mirror::start();
         wait_for_lines(&["fastswan_current 1"]);
         // Far more than can be read one by one, or without being interrupted.
         let mut storm = tempfile::NamedTempFile::new().unwrap();
@@ -119,23 +116,15 @@ fn a_host_that_changes_all_the_time_is_followed_to_the_end() {
             let route = format!("10.3.{}.{}/32", host % 200 / 100, host % 100);
             writeln!(storm, "route replace {route} via 192.0.2.2\nroute delete {route}").unwrap();
         }
-        gateway.ip(&format!("-batch {}", storm.path().display())).unwrap();
-        wait_until_followed(&site);
+        site.gateway.ip(&format!("-batch {}", storm.path().display())).unwrap();
+        wait_until_followed(site);
     });
 }
 
 #[test]
 fn a_mirror_that_cannot_read_what_the_host_does_tries_again() {
-    if !lab::require_root("a mirror that cannot read") {
-        return;
-    }
-    let site = Site::new().unwrap();
-    site.route().unwrap();
-    let gateway = &site.gateway;
-    gateway.ip("link set lo up").unwrap();
-    gateway.enter(|| {
-        let arguments = ["lan0", "--complete-frames", "--metrics", ADDRESS, "--report", "0"];
-        let mut mirror = Mirror::start(&arguments);
+    story("a mirror that cannot read", |site| {
+        let mut mirror = Mirror::start();
         wait_for_lines(&["fastswan_current 1"]);
         let process = mirror.0.id();
         let may_open = |files: u32| {
@@ -143,24 +132,19 @@ fn a_mirror_that_cannot_read_what_the_host_does_tries_again() {
             assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
         };
         may_open(3);
-        gateway.ip("route add 10.9.0.0/16 via 192.0.2.2").unwrap();
+        site.gateway.ip("route add 10.9.0.0/16 via 192.0.2.2").unwrap();
         let mut said = BufReader::new(mirror.0.stderr.take().unwrap()).lines();
         assert!(said.any(|line| line.unwrap().contains("cannot read what the host does")));
         may_open(1024);
-        wait_until_followed(&site);
+        wait_until_followed(site);
     });
 }
 
 #[test]
 fn an_address_that_is_taken_is_named() {
-    if !lab::require_root("a mirror that serves metrics") {
-        return;
-    }
-    let site = Site::new().unwrap();
-    site.gateway.ip("link set lo up").unwrap();
-    site.gateway.enter(|| {
+    story("a mirror that serves metrics", |_| {
         let _taken = TcpListener::bind(ADDRESS).unwrap();
-        let mut mirror = Mirror::start(&["lan0", "--complete-frames", "--metrics", ADDRESS]);
+        let mut mirror = Mirror::start();
         let mut said = String::new();
         mirror.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         assert!(!mirror.0.wait().unwrap().success());
