@@ -86,7 +86,7 @@ impl Paths {
 
     /// Gateway and MTU of the route to an outer destination, if it leads through the device.
     fn outer_route(&self, destination: IpAddr, device: u32) -> Option<(Option<IpAddr>, Option<u32>)> {
-        let family = if destination.is_ipv4() { Family::V4 } else { Family::V6 };
+        let family = Family::from(destination);
         match (self.routing(family), self.routing(family).route(destination)) {
             (Routing::Vouched, _) => Some((None, None)),
             (_, Some(RouteKind::Unicast { ifindex, gateway, mtu })) if ifindex == device => {

@@ -163,6 +163,6 @@ pub(super) fn eligible(policy: &Policy) -> Result<&Template, PassReason> {
         && !template.optional
         // For an offloaded tunnel the kernel looks for a route to its far end in the family of the packet
         // (`xfrm_bundle_create`): it forwards nothing into one of the other family.
-        && template.destination.is_ipv4() == (policy.id.selector.family() == Family::V4);
+        && Family::from(template.destination) == policy.id.selector.family();
     if plain { Ok(template) } else { Err(PassReason::Ineligible) }
 }

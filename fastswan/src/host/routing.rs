@@ -120,8 +120,7 @@ mod tests {
 
     fn lookup(host: &HostFacts, destination: &str) -> Option<RouteKind> {
         let destination: IpAddr = destination.parse().unwrap();
-        let family = if destination.is_ipv4() { Family::V4 } else { Family::V6 };
-        host.routing(family).route(destination)
+        host.routing(destination.into()).route(destination)
     }
 
     fn host(routes: Vec<Route>) -> HostFacts {

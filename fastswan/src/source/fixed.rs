@@ -53,7 +53,7 @@ impl StaticPolicy {
             egress: self.egress,
             ..Policy::new(PolicyId::new(Direction::Out, self.selector))
         };
-        let outer = if destination.is_ipv4() { Family::V4 } else { Family::V6 };
+        let outer = Family::from(destination);
         let spi = FIRST_ASSUMED_SPI.wrapping_add(number);
         let sa = SecurityAssociation {
             id: SaId { destination, spi, protocol: IPPROTO_ESP, mark: Mark::default() },
@@ -215,8 +215,7 @@ mod written {
         fn try_from(written: Written) -> Result<Self, StaticSourceError> {
             let selector = Selector::between(written.source, written.destination)?;
             let (local, peer) = (written.local, written.peer);
-            let is_ipv4 = selector.family() == Family::V4;
-            if [local, peer].iter().any(|end| end.is_ipv4() != is_ipv4) {
+            if [local, peer].iter().any(|end| Family::from(*end) != selector.family()) {
                 return Err(StaticSourceError::MixedTunnel { selector: Box::new(selector), local, peer });
             }
             let device = ifindex(&written.device).map_err(|_| StaticSourceError::NoSuchInterface {

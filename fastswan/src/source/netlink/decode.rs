@@ -64,10 +64,10 @@ pub enum Content {
 }
 
 impl Content {
-    /// The same, but a larval association is one, if it has an SPI.
-    pub(super) fn grown_up(self) -> Self {
+    /// The same, but if they count, a larval association with an SPI is one.
+    pub(super) fn counting_larval(self, they_count: bool) -> Self {
         match self {
-            Self::Larval(sa) if sa.id.spi != 0 => Self::Event(PolicyEvent::Sa(sa)),
+            Self::Larval(sa) if they_count && sa.id.spi != 0 => Self::Event(PolicyEvent::Sa(sa)),
             other => other,
         }
     }

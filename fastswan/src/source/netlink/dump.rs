@@ -138,8 +138,7 @@ impl Dump {
             if message.interrupted {
                 return Err(DumpError::Interrupted);
             }
-            let content = if self.count_larval { message.content.grown_up() } else { message.content };
-            match content {
+            match message.content.counting_larval(self.count_larval) {
                 Content::Event(PolicyEvent::Policy(policy)) => self.snapshot.policies.push(policy),
                 Content::Event(PolicyEvent::Sa(sa)) => self.snapshot.sas.push(sa),
                 Content::Event(PolicyEvent::DefaultPolicy(default_policy)) => {

@@ -413,8 +413,7 @@ impl NetlinkSource {
             return Err(StaleCause::Undecodable);
         };
         for message in messages {
-            let content = if self.config.count_larval { message.content.grown_up() } else { message.content };
-            match content {
+            match message.content.counting_larval(self.config.count_larval) {
                 Content::Event(event) => {
                     self.statistics.events += 1;
                     match &event {
