@@ -67,7 +67,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
         let spi = *self.spis.entry(policy.id.clone()).or_insert(next);
         let promoted = OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false };
         let offload = policy.offload.or(Some(promoted));
-        let outer = if template.destination.is_ipv4() { Family::V4 } else { Family::V6 };
+        let outer = Family::from(template.destination);
         let association = SecurityAssociation {
             id: SaId { destination: template.destination, spi, protocol: IPPROTO_ESP, mark: Mark::default() },
             source: template.source,

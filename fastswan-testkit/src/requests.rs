@@ -95,7 +95,7 @@ impl Requests {
     }
 
     /// Asks for something that is not a dump, and returns the datagram that answers it.
-    pub(crate) fn ask(&mut self, message: Message) -> anyhow::Result<Bytes> {
+    pub(crate) fn ask(&mut self, message: &Message) -> anyhow::Result<Bytes> {
         self.send(message, 0)?;
         let answer = Bytes::copy_from_slice(self.receive()?);
         match &decode(&answer)?[..] {
@@ -111,7 +111,7 @@ impl Requests {
     pub(crate) fn dump(&mut self) -> anyhow::Result<Snapshot> {
         let mut snapshot = Snapshot::default();
         for message in everything() {
-            self.send(message, DUMP)?;
+            self.send(&message, DUMP)?;
             let mut done = false;
             while !done {
                 let datagram = Bytes::copy_from_slice(self.receive()?);
@@ -131,7 +131,7 @@ impl Requests {
         }
         let mut message = Message::new(GETDEFAULT);
         message.0.extend([0; 4]);
-        for message in decode(&self.ask(message)?)? {
+        for message in decode(&self.ask(&message)?)? {
             if let Content::Event(PolicyEvent::DefaultPolicy(default_policy)) = message.content {
                 snapshot.default_policy = default_policy;
             }
@@ -139,7 +139,7 @@ impl Requests {
         Ok(snapshot)
     }
 
-    fn send(&mut self, message: Message, flags: u16) -> io::Result<()> {
+    fn send(&mut self, message: &Message, flags: u16) -> io::Result<()> {
         self.sequence += 1;
         let request = message.bytes(REQUEST | flags, self.sequence);
         self.socket.send_to(&request, &SocketAddr::new(0, 0), 0).map(drop)
@@ -152,7 +152,7 @@ impl Requests {
 }
 
 /// The sequence number of what was acknowledged, and the error.
-fn acknowledgement(answer: &[u8]) -> Option<(u32, i32)> {
+pub(crate) fn acknowledgement(answer: &[u8]) -> Option<(u32, i32)> {
     let number = |at: usize| answer.get(at..).and_then(|bytes| bytes.first_chunk().copied());
     Some((u32::from_ne_bytes(number(8)?), i32::from_ne_bytes(number(16)?)))
 }
@@ -281,13 +281,14 @@ impl Message {
     }
 
     /// As it is sent.
-    pub(crate) fn bytes(mut self, flags: u16, sequence: u32) -> Vec<u8> {
-        let length = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
-        self.0[0..4].copy_from_slice(&length.to_ne_bytes());
-        self.0[6..8].copy_from_slice(&flags.to_ne_bytes());
-        self.0[8..12].copy_from_slice(&sequence.to_ne_bytes());
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-        self.0
+    pub(crate) fn bytes(&self, flags: u16, sequence: u32) -> Vec<u8> {
+        let mut bytes = self.0.clone();
+        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        bytes[0..4].copy_from_slice(&length.to_ne_bytes());
+        bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&sequence.to_ne_bytes());
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
     }
 
     fn policy(kind: u16, policy: &Policy, seconds: u64) -> Self {

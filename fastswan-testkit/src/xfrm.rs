@@ -4,7 +4,7 @@ use std::{fs, io};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
 
-use crate::requests::{ACKNOWLEDGE, BATCH, DUMP, Message, REQUEST, everything};
+use crate::requests::{ACKNOWLEDGE, BATCH, DUMP, Message, REQUEST, acknowledgement, everything};
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -116,8 +116,8 @@ pub fn ask(requests: &[Message], sequence: u32) -> io::Result<()> {
     socket.bind_auto()?;
     let mut buffer = vec![0; 1 << 12];
     for batch in requests.chunks(BATCH) {
-        let bytes = batch.iter().cloned().map(|request| request.bytes(REQUEST | ACKNOWLEDGE, sequence));
-        let bytes: Vec<u8> = bytes.flatten().collect();
+        let bytes = batch.iter().flat_map(|request| request.bytes(REQUEST | ACKNOWLEDGE, sequence));
+        let bytes: Vec<u8> = bytes.collect();
         socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
         let mut acknowledged = 0;
         while acknowledged < batch.len() {
@@ -127,8 +127,7 @@ pub fn ask(requests: &[Message], sequence: u32) -> io::Result<()> {
             if kind.map(u16::from_ne_bytes) != Some(NLMSG_ERROR) {
                 continue;
             }
-            let errno = answer.get(16..20).and_then(|bytes| bytes.first_chunk().copied());
-            match errno.map_or(-libc::EPROTO, i32::from_ne_bytes) {
+            match acknowledgement(answer).map_or(-libc::EPROTO, |(_, error)| error) {
                 0 => acknowledged += 1,
                 errno => return Err(io::Error::from_raw_os_error(-errno)),
             }

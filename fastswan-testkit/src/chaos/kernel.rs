@@ -91,7 +91,7 @@ impl<'r> Kernel<'r> {
                 self.acknowledged(Some(Subject::Policy(policy.id)));
             }
             Step::Allocate(sa) => {
-                let answer = self.requests.ask(requests::allocation(&sa)).context("allocating a SPI")?;
+                let answer = self.requests.ask(&requests::allocation(&sa)).context("allocating a SPI")?;
                 // The kernel tells only whoever asked for it.
                 inject(Group::Sa, &answer)?;
             }

@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -21,7 +20,7 @@ use serde_json::{Value, json};
 use super::{
     ci::Count,
     oracle::{print, print_head, set},
-    vm::{boot, store},
+    vm::{boot, side_by_side, store},
 };
 
 /// Packets that `cargo testkit ci` has judged on each kernel.
@@ -139,13 +138,8 @@ fn in_guests(trial: &Trial, kernels: &[Kernel]) -> anyhow::Result<Vec<Judged>> {
     println!("seed {}", trial.seed);
     let store = store()?;
     let images = kernels.iter().map(|kernel| store.image(*kernel)).collect::<Result<Vec<_>, _>>()?;
-    let judged = thread::scope(|scope| {
-        let runs: Vec<_> =
-            images.iter().map(|image| scope.spawn(|| in_guest(&store, image, trial))).collect();
-        runs.into_iter()
-            .map(|run| run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect::<anyhow::Result<Vec<_>>>()
-    })?;
+    let judged = side_by_side(&images, |image| in_guest(&store, image, trial));
+    let judged = judged.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
     judged.iter().for_each(Judged::print);
     Ok(judged)
 }

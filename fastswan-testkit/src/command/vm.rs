@@ -165,19 +165,24 @@ fn tell(scenarios: &[Scenario], kernels: &[Kernel]) -> anyhow::Result<Vec<Told>>
     let programs = programs()?;
     println!("images and programs: {:.0} s", start.elapsed().as_secs_f64());
     println!("{:<20} {:<18} {:<19} {:>7}  figures", "kernel", "scenario", "verdict", "seconds");
-    let told = thread::scope(|scope| {
-        let runs: Vec<_> =
-            images.iter().map(|image| scope.spawn(|| tell_on(&store, image, scenarios, &programs))).collect();
-        runs.into_iter()
-            .map(|run| run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect::<Vec<_>>()
-    });
+    let told = side_by_side(&images, |image| tell_on(&store, image, scenarios, &programs));
     for told in &told {
         if let Ok(run) = &told.run {
             println!("{:<20} {:<18} {:<19} {:>7.1}", told.version, "", "", run.took.as_secs_f64());
         }
     }
     Ok(told)
+}
+
+/// Does the same with each image at the same time.
+pub(crate) fn side_by_side<T: Send>(images: &[Image], run: impl Fn(&Image) -> T + Sync) -> Vec<T> {
+    let run = &run;
+    thread::scope(|scope| {
+        let runs: Vec<_> = images.iter().map(|image| scope.spawn(move || run(image))).collect();
+        let results =
+            runs.into_iter().map(|run| run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        results.collect()
+    })
 }
 
 fn tell_on(store: &Store, image: &Image, scenarios: &[Scenario], programs: &[PathBuf]) -> Told {
