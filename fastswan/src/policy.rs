@@ -235,7 +235,8 @@ pub struct Template {
     pub source: IpAddr,
     /// Outer destination address.
     pub destination: IpAddr,
-    /// Binds a policy to the associations that have the same number; 0 is any.
+    /// Binds a policy to the associations that have the same number. Outbound, 0 is a number like others
+    /// (`xfrm_state_find`).
     pub reqid: u32,
     /// The step may be left out when there is no association (`level use`).
     pub optional: bool,

@@ -219,7 +219,9 @@ impl Compiler {
             .zip(policy.offload)
             .map(|(template, OffloadDev { ifindex, .. })| {
                 let live = database.live_sas(template, family, policy.id.if_id, ifindex);
-                live.map(|sa| sa.id).collect()
+                let mut sas: Vec<SaId> = live.map(|sa| sa.id).collect();
+                sas.sort_unstable();
+                sas
             })
             .unwrap_or_default();
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })

@@ -19,8 +19,8 @@
 //! # What a change costs
 //!
 //! A change of a policy costs a few searches for each pair of prefix lengths that policies have, and as much
-//! for each cell inside the policy's region; a change of an association, as much for each policy that leads
-//! to its peer, and no cell is written. Three things look at every cell: another highest priority of
+//! for each cell inside the policy's region; a change of an association, as much for each policy that asks for
+//! its peer and reqid, and no cell is written. Three things look at every cell: another highest priority of
 //! packet-offloaded policies, other host facts, and every change while the table cannot hold all cells.
 
 mod broken;
@@ -280,7 +280,7 @@ impl Compiler {
                 Change::Policy { key, before: policy } => {
                     before.entry(*key).or_insert(policy.as_deref());
                 }
-                Change::Sa(peer) => pending.standings.extend(database.policies_to(*peer)),
+                Change::Sa(request) => pending.standings.extend(database.policies_asking_for(*request)),
                 Change::DefaultPolicy => pending.standings.extend(self.slots.owners()),
             }
         }

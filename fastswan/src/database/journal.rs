@@ -2,11 +2,10 @@
 
 use std::{
     collections::VecDeque,
-    net::IpAddr,
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::policies::PolicyKey;
+use super::{PolicyKey, Request};
 use crate::policy::Policy;
 
 /// Older changes are forgotten. A reader that was away for longer has to read everything.
@@ -20,8 +19,8 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 pub(crate) enum Change {
     /// A policy was added, changed or removed. Before, the key belonged to `before`.
     Policy { key: PolicyKey, before: Option<Box<Policy>> },
-    /// An association with this outer destination was added, changed or removed.
-    Sa(IpAddr),
+    /// An association that answers to this was added, changed or removed.
+    Sa(Request),
     /// The default policy was changed.
     DefaultPolicy,
 }

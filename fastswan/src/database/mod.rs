@@ -4,27 +4,27 @@
 //! the result. All policies are kept, not only offloaded ones, because the others shadow them. Nothing here
 //! does I/O.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-    net::IpAddr,
-};
+use std::{collections::BTreeSet, fmt};
 
-use self::{journal::Journal, policies::Policies};
+use self::{
+    by_request::ByRequest,
+    journal::Journal,
+    stored::{Identified, Key, Stored},
+};
 pub(crate) use self::{
+    by_request::Request,
     journal::{Change, Revision},
-    policies::PolicyKey,
 };
 use crate::{
     policy::{
-        DefaultPolicy, Direction, Family, IPPROTO_ESP, Mark, Policy, PolicyId, SaId, SecurityAssociation,
-        Template,
+        DefaultPolicy, Direction, Family, IPPROTO_ESP, Policy, PolicyId, SaId, SecurityAssociation, Template,
     },
     source::{PolicyEvent, Snapshot, StaleCause},
 };
 
+mod by_request;
 mod journal;
-mod policies;
+mod stored;
 
 /// Seconds before the kernel deletes something for its age, by the wall clock, that it counts as gone. The kernel's
 /// clock for this has whole seconds, a gateway looks four times in one, and if it hangs, its lease of one second, unless
@@ -51,13 +51,13 @@ pub enum Freshness {
 /// It also remembers what has changed lately, so that a [`Compiler`](crate::Compiler) need not look at everything.
 #[derive(Clone, Debug, Default)]
 pub struct Database {
-    policies: Policies,
-    /// The packet-offloaded outbound policies with one template, by its outer destination.
-    by_peer: BTreeSet<(IpAddr, PolicyKey)>,
-    sas: BTreeMap<SaId, SecurityAssociation>,
-    /// The associations by what a template asks for: outer destination and reqid. SPI, protocol and mark tell
-    /// them apart.
-    sas_by_reqid: BTreeSet<(IpAddr, u32, u32, u8, Mark)>,
+    policies: Stored<PolicyKey, Policy>,
+    /// By policy key: see [`Self::is_order_known`].
+    order_known: Vec<bool>,
+    /// The packet-offloaded outbound policies with one template, by what it asks for.
+    policies_by_request: ByRequest<PolicyKey>,
+    sas: Stored<SaKey, SecurityAssociation>,
+    sas_by_request: ByRequest<SaKey>,
     default_policy: DefaultPolicy,
     freshness: Freshness,
     audit_repairs: u64,
@@ -71,10 +71,54 @@ pub struct Database {
     journal: Journal,
 }
 
+/// The number of a policy, as long as it is in the database. Afterwards another one may get it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct PolicyKey(pub(crate) u32);
+
+/// The number of an association.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct SaKey(u32);
+
+impl Key for PolicyKey {
+    fn new(number: u32) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl Key for SaKey {
+    fn new(number: u32) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl Identified for Policy {
+    type Id = PolicyId;
+
+    fn id(&self) -> &PolicyId {
+        &self.id
+    }
+}
+
+impl Identified for SecurityAssociation {
+    type Id = SaId;
+
+    fn id(&self) -> &SaId {
+        &self.id
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Expiring {
     Policy(PolicyKey),
-    Sa(SaId),
+    Sa(SaKey),
 }
 
 /// The packet-offloaded outbound policies of a family.
@@ -102,10 +146,7 @@ impl Database {
             PolicyEvent::Audit(snapshot) => self.audit(snapshot),
             PolicyEvent::Policy(policy) => {
                 let key = self.insert_policy(policy);
-                if self.policies.set_order_known(key) {
-                    let before = self.policies.get(key).cloned().map(Box::new);
-                    self.journal.record(Change::Policy { key, before });
-                }
+                self.set_order_known(key);
             }
             PolicyEvent::PolicyRemoved(id) => self.remove_policy(&id),
             PolicyEvent::PoliciesFlushed(table) => {
@@ -119,8 +160,8 @@ impl Database {
             PolicyEvent::SaRemoved(id) => self.remove_sa(&id),
             PolicyEvent::SasFlushed(protocol) => {
                 let every = matches!(protocol, 0 | u8::MAX);
-                let flushed = self.sas.keys().filter(|id| every || id.protocol == protocol);
-                let flushed: Vec<SaId> = flushed.copied().collect();
+                let flushed = self.sas().map(|sa| sa.id).filter(|id| every || id.protocol == protocol);
+                let flushed: Vec<SaId> = flushed.collect();
                 for id in &flushed {
                     self.remove_sa(id);
                 }
@@ -143,7 +184,10 @@ impl Database {
         let passed: Vec<_> = passed.map(|(_, which)| *which).collect();
         for which in &passed {
             self.journal.record(match *which {
-                Expiring::Sa(id) => Change::Sa(id.destination),
+                Expiring::Sa(key) => {
+                    let Some(sa) = self.sas.get(key) else { continue };
+                    Change::Sa(sa.into())
+                }
                 Expiring::Policy(key) => {
                     Change::Policy { key, before: self.policies.get(key).cloned().map(Box::new) }
                 }
@@ -157,25 +201,11 @@ impl Database {
         expires.is_some_and(|expires| expires <= self.horizon)
     }
 
-    /// Makes this what a snapshot says. Policies that stay keep their keys.
+    /// Makes this what a snapshot says. What stays keeps its key.
     fn replace(&mut self, snapshot: Snapshot) {
-        self.policies.forget_order();
-        self.policies.reserve(snapshot.policies.len());
-        let mut stays = vec![false; self.policies.end()];
-        for policy in snapshot.policies {
-            let (Ok((key, _)) | Err(key)) = self.policies.insert(policy);
-            // New ones have places that were not there, or that nobody had.
-            if let Some(stays) = stays.get_mut(key.0 as usize) {
-                *stays = true;
-            }
-        }
-        let leaves = |key: PolicyKey| stays.get(key.0 as usize).is_some_and(|stays| !stays);
-        let leaving = self.policies.iter().filter(|(key, _)| leaves(*key));
-        let leaving: Vec<PolicyId> = leaving.map(|(_, policy)| policy.id.clone()).collect();
-        for id in &leaving {
-            self.policies.remove(id);
-        }
-        self.by_peer = self.policies.iter().filter_map(|(key, policy)| Some((peer(policy)?, key))).collect();
+        self.order_known.clear();
+        self.policies.replace(snapshot.policies);
+        self.sas.replace(snapshot.sas);
         (self.offloaded_v4, self.offloaded_v6) = Default::default();
         for policy in self.policies.iter().map(|(_, policy)| policy).filter(|policy| is_candidate(policy)) {
             let offloaded = match policy.id.selector.family() {
@@ -184,10 +214,13 @@ impl Database {
             };
             offloaded.add(policy.priority);
         }
-        self.sas = snapshot.sas.into_iter().map(|sa| (sa.id, sa)).collect();
-        self.sas_by_reqid = self.sas.values().map(reqid_key).collect();
+        let policies = self.policies.iter().filter_map(|(key, policy)| Some((key, request(policy)?)));
+        let request_of = |key| self.policies.get(key).and_then(request);
+        self.policies_by_request.rebuild(policies, self.policies.len(), request_of);
+        let sas = self.sas.iter().map(|(key, sa)| (key, sa.into()));
+        self.sas_by_request.rebuild(sas, self.sas.len(), |key| self.sas.get(key).map(Request::from));
         let policies = self.policies.iter().map(|(key, policy)| (policy.expires, Expiring::Policy(key)));
-        let sas = self.sas.values().map(|sa| (sa.expires, Expiring::Sa(sa.id)));
+        let sas = self.sas.iter().map(|(key, sa)| (sa.expires, Expiring::Sa(key)));
         self.expiring = policies.chain(sas).filter_map(|(expires, which)| Some((expires?, which))).collect();
         self.default_policy = snapshot.default_policy;
         self.freshness = Freshness::Current;
@@ -213,24 +246,9 @@ impl Database {
 
     /// The policies and associations that are not what an audit found.
     fn differing<'a>(&'a self, found: &'a Snapshot) -> Vec<&'a dyn fmt::Display> {
-        let mut differing: Vec<&dyn fmt::Display> = Vec::new();
-        let mut is_found = vec![false; self.policies.end()];
-        for policy in &found.policies {
-            let key = self.policies.key(&policy.id);
-            if let Some(key) = key {
-                is_found[key.0 as usize] = true;
-            }
-            if key.and_then(|key| self.policies.get(key)) != Some(policy) {
-                differing.push(&policy.id);
-            }
-        }
-        let missing = self.policies.iter().filter(|(key, _)| !is_found[key.0 as usize]);
-        differing.extend(missing.map(|(_, policy)| &policy.id as &dyn fmt::Display));
-        let found_sas: BTreeMap<_, _> = found.sas.iter().map(|sa| (&sa.id, sa)).collect();
-        let changed = found_sas.iter().filter(|(id, sa)| self.sas.get(id) != Some(sa));
-        differing.extend(changed.map(|(id, _)| *id as &dyn fmt::Display));
-        let gone = self.sas.keys().filter(|id| !found_sas.contains_key(id));
-        differing.extend(gone.map(|id| id as &dyn fmt::Display));
+        let policies = self.policies.differing(&found.policies).into_iter();
+        let mut differing: Vec<&dyn fmt::Display> = policies.map(|id| id as &dyn fmt::Display).collect();
+        differing.extend(self.sas.differing(&found.sas).into_iter().map(|id| id as &dyn fmt::Display));
         if found.default_policy != self.default_policy {
             differing.push(&"the default policy");
         }
@@ -238,7 +256,7 @@ impl Database {
     }
 
     fn insert_policy(&mut self, policy: Policy) -> PolicyKey {
-        let (now, expires) = (peer(&policy), policy.expires);
+        let (now, expires) = (request(&policy), policy.expires);
         let (family, offloaded) =
             (policy.id.selector.family(), is_candidate(&policy).then_some(policy.priority));
         let (key, before) = match self.policies.insert(policy) {
@@ -254,13 +272,14 @@ impl Database {
         }
         let ends = before.as_ref().and_then(|before| before.expires);
         self.expires_instead(Expiring::Policy(key), ends, expires);
-        let was = before.as_ref().and_then(peer);
+        let was = before.as_ref().and_then(request);
         if was != now {
-            if let Some(peer) = was {
-                self.by_peer.remove(&(peer, key));
+            if let Some(request) = was {
+                self.policies_by_request.remove(key, request);
             }
-            if let Some(peer) = now {
-                self.by_peer.insert((peer, key));
+            if let Some(now) = now {
+                let request_of = |key| self.policies.get(key).and_then(request);
+                self.policies_by_request.insert(key, now, request_of);
             }
         }
         self.journal.record(Change::Policy { key, before: before.map(Box::new) });
@@ -271,10 +290,23 @@ impl Database {
         let Some((key, before)) = self.policies.remove(id) else { return };
         self.forget_offloaded(&before);
         self.expires_instead(Expiring::Policy(key), before.expires, None);
-        if let Some(peer) = peer(&before) {
-            self.by_peer.remove(&(peer, key));
+        if let Some(request) = request(&before) {
+            self.policies_by_request.remove(key, request);
+        }
+        if let Some(is_known) = self.order_known.get_mut(key.index()) {
+            *is_known = false;
         }
         self.journal.record(Change::Policy { key, before: Some(Box::new(before)) });
+    }
+
+    fn set_order_known(&mut self, key: PolicyKey) {
+        if self.order_known.len() <= key.index() {
+            self.order_known.resize(key.index() + 1, false);
+        }
+        if !std::mem::replace(&mut self.order_known[key.index()], true) {
+            let before = self.policies.get(key).cloned().map(Box::new);
+            self.journal.record(Change::Policy { key, before });
+        }
     }
 
     fn expires_instead(&mut self, which: Expiring, before: Option<u64>, now: Option<u64>) {
@@ -314,7 +346,15 @@ impl Database {
     pub fn snapshot(&self) -> Snapshot {
         let mut policies: Vec<Policy> = self.policies().cloned().collect();
         policies.sort_by(|one, other| one.id.cmp(&other.id));
-        Snapshot { policies, sas: self.sas.values().cloned().collect(), default_policy: self.default_policy }
+        let mut sas: Vec<SecurityAssociation> = self.sas().cloned().collect();
+        sas.sort_by_key(|sa| sa.id);
+        Snapshot { policies, sas, default_policy: self.default_policy }
+    }
+
+    /// Everything, in no particular order.
+    pub(crate) fn into_snapshot(self) -> Snapshot {
+        let (policies, sas) = (self.policies.into_all(), self.sas.into_all());
+        Snapshot { policies, sas, default_policy: self.default_policy }
     }
 
     /// Whether this is what the kernel has. If it is not, nothing may be fast.
@@ -350,12 +390,12 @@ impl Database {
     /// The security association with this identity.
     #[must_use]
     pub fn sa(&self, id: &SaId) -> Option<&SecurityAssociation> {
-        self.sas.get(id)
+        self.sas.get(self.sas.key(id)?)
     }
 
-    /// All security associations, ordered by identity.
+    /// All security associations, in no particular order.
     pub fn sas(&self) -> impl Iterator<Item = &SecurityAssociation> {
-        self.sas.values()
+        self.sas.iter().map(|(_, sa)| sa)
     }
 
     /// What happens to packets without a policy.
@@ -382,15 +422,15 @@ impl Database {
     /// Whether the kernel put a packet-offloaded policy at the head of its chain since the last snapshot: what is
     /// older than a snapshot stands in an order that nobody knows.
     pub(crate) fn is_order_known(&self, policy: PolicyKey) -> bool {
-        self.policies.is_order_known(policy)
+        self.order_known.get(policy.index()).copied().unwrap_or(false)
     }
 
-    /// The associations that a device may use for a step of a policy without a mark, ordered by identity.
+    /// The associations that a device may use for a step of a policy without a mark, in no particular order.
     ///
     /// `family` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
     /// rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
-    /// only itself.
+    /// only itself. A reqid of 0 matches only itself there.
     pub fn live_sas(
         &self,
         template: &Template,
@@ -398,17 +438,9 @@ impl Database {
         if_id: u32,
         device: u32,
     ) -> impl Iterator<Item = &SecurityAssociation> {
-        let (least, most) = match template.reqid {
-            0 => (0, u32::MAX),
-            reqid => (reqid, reqid),
-        };
-        let (no_mark, every_mark) = (Mark::default(), Mark { value: u32::MAX, mask: u32::MAX });
-        let destination = template.destination;
-        self.sas_by_reqid
-            .range((destination, least, 0, 0, no_mark)..=(destination, most, u32::MAX, u8::MAX, every_mark))
-            .filter_map(|&(destination, _, spi, protocol, mark)| {
-                self.sas.get(&SaId { destination, spi, protocol, mark })
-            })
+        self.sas_by_request
+            .get(template.into(), |key| self.sas.get(key).map(Request::from))
+            .filter_map(|key| self.sas.get(key))
             .filter(move |sa| {
                 sa.is_outbound_packet_offload()
                     && sa.offload.is_some_and(|offload| offload.ifindex == device)
@@ -455,38 +487,38 @@ impl Database {
         self.policies.generation(key)
     }
 
-    /// The packet-offloaded outbound policies whose only template leads to an outer destination.
-    pub(crate) fn policies_to(&self, peer: IpAddr) -> impl Iterator<Item = PolicyKey> {
-        self.by_peer.range((peer, PolicyKey(0))..=(peer, PolicyKey(u32::MAX))).map(|(_, key)| *key)
+    /// The packet-offloaded outbound policies whose only template asks for this.
+    pub(crate) fn policies_asking_for(&self, asked: Request) -> impl Iterator<Item = PolicyKey> {
+        self.policies_by_request.get(asked, |key| self.policies.get(key).and_then(request))
     }
 
     fn insert_sa(&mut self, sa: SecurityAssociation) {
-        if self.sas.get(&sa.id) == Some(&sa) {
-            return;
+        let (now, expires) = (Request::from(&sa), sa.expires);
+        let Ok((key, before)) = self.sas.insert(sa) else { return };
+        let was = before.as_ref().map(Request::from);
+        if was != Some(now) {
+            if let Some(request) = was {
+                self.sas_by_request.remove(key, request);
+                self.journal.record(Change::Sa(request));
+            }
+            self.sas_by_request.insert(key, now, |key| self.sas.get(key).map(Request::from));
         }
-        self.remove_sa(&sa.id);
-        self.sas_by_reqid.insert(reqid_key(&sa));
-        self.expires_instead(Expiring::Sa(sa.id), None, sa.expires);
-        self.journal.record(Change::Sa(sa.id.destination));
-        self.sas.insert(sa.id, sa);
+        self.expires_instead(Expiring::Sa(key), before.and_then(|before| before.expires), expires);
+        self.journal.record(Change::Sa(now));
     }
 
     fn remove_sa(&mut self, id: &SaId) {
-        let Some(sa) = self.sas.remove(id) else { return };
-        self.sas_by_reqid.remove(&reqid_key(&sa));
-        self.expires_instead(Expiring::Sa(sa.id), sa.expires, None);
-        self.journal.record(Change::Sa(id.destination));
+        let Some((key, sa)) = self.sas.remove(id) else { return };
+        self.sas_by_request.remove(key, Request::from(&sa));
+        self.expires_instead(Expiring::Sa(key), sa.expires, None);
+        self.journal.record(Change::Sa(Request::from(&sa)));
     }
 }
 
-fn reqid_key(sa: &SecurityAssociation) -> (IpAddr, u32, u32, u8, Mark) {
-    (sa.id.destination, sa.reqid, sa.id.spi, sa.id.protocol, sa.id.mark)
-}
-
-/// The outer destination of a policy that may be fast.
-fn peer(policy: &Policy) -> Option<IpAddr> {
-    let [template] = policy.templates[..] else { return None };
-    is_candidate(policy).then_some(template.destination)
+/// What the only template of a policy that may be fast asks for.
+fn request(policy: &Policy) -> Option<Request> {
+    let [template] = &policy.templates[..] else { return None };
+    is_candidate(policy).then(|| template.into())
 }
 
 fn is_candidate(policy: &Policy) -> bool {
@@ -697,7 +729,7 @@ mod tests {
         let mut database = Database::default();
         database.apply(PolicyEvent::Sa(sa(0x100)));
         database.apply(PolicyEvent::Sa(sa(0x200)));
-        assert_eq!(live_spis(&database, &template()), [0x100, 0x200]);
+        assert_eq!(live_spis(&database, &template()), [0x200, 0x100]);
         assert_eq!(live_spis(&database, &Template { spi: 0x200, ..template() }), [0x200]);
         database.apply(PolicyEvent::SaRemoved(sa(0x100).id));
         assert_eq!(live_spis(&database, &template()), [0x200]);
@@ -710,7 +742,7 @@ mod tests {
         database.apply(PolicyEvent::Sa(SecurityAssociation { reqid: 9, ..sa(1) }));
         assert_eq!(live_spis(&database, &template()), [0; 0]);
         assert_eq!(live_spis(&database, &Template { reqid: 9, ..template() }), [1]);
-        assert_eq!(live_spis(&database, &Template { reqid: 0, ..template() }), [1]);
+        assert_eq!(live_spis(&database, &Template { reqid: 0, ..template() }), [0; 0], "0 is not any");
     }
 
     #[test]

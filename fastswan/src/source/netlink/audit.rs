@@ -99,7 +99,7 @@ impl Audit {
                 let mut database = Database::default();
                 database.apply(PolicyEvent::Snapshot(std::mem::take(snapshot)));
                 self.told.drain(..).for_each(|event| database.apply(event));
-                return Ok(Some(database.snapshot()));
+                return Ok(Some(database.into_snapshot()));
             }
         }
         Ok(None)

@@ -322,7 +322,7 @@ impl NetlinkSource {
             self.ready.drain(..).for_each(|event| database.apply(event));
             next = self.notifications.try_receive().transpose();
         }
-        Ok(database.snapshot())
+        Ok(database.into_snapshot())
     }
 
     fn note_devices(&mut self, snapshot: &Snapshot) {

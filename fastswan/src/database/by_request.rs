@@ -1,0 +1,118 @@
+//! Which policies and associations ask for each other: those of one outer destination and reqid.
+
+use std::{hash::BuildHasher as _, iter, net::IpAddr};
+
+use hashbrown::{DefaultHashBuilder, HashTable, hash_table::Entry};
+
+use super::stored::Key;
+use crate::policy::{SecurityAssociation, Template};
+
+/// What a template asks for, and an association answers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Request {
+    destination: IpAddr,
+    reqid: u32,
+}
+
+impl From<&Template> for Request {
+    fn from(template: &Template) -> Self {
+        Self { destination: template.destination, reqid: template.reqid }
+    }
+}
+
+impl From<&SecurityAssociation> for Request {
+    fn from(sa: &SecurityAssociation) -> Self {
+        Self { destination: sa.id.destination, reqid: sa.reqid }
+    }
+}
+
+/// Keys by request. Those of one request are a chain.
+///
+/// The requests themselves are not here: who knows them must say so each time.
+#[derive(Clone, Debug)]
+pub(super) struct ByRequest<K> {
+    /// The first key of each chain.
+    heads: HashTable<K>,
+    /// By key.
+    links: Vec<Links<K>>,
+    hasher: DefaultHashBuilder,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Links<K> {
+    next: Option<K>,
+    previous: Option<K>,
+}
+
+impl<K> Default for ByRequest<K> {
+    fn default() -> Self {
+        Self { heads: HashTable::new(), links: Vec::new(), hasher: <_>::default() }
+    }
+}
+
+impl<K: Key> ByRequest<K> {
+    /// Keys of these requests, and no others.
+    pub(super) fn rebuild(
+        &mut self,
+        keys: impl Iterator<Item = (K, Request)>,
+        all: usize,
+        request_of: impl Fn(K) -> Option<Request>,
+    ) {
+        self.heads.clear();
+        self.heads.reserve(all, |_| 0);
+        self.links.clear();
+        self.links.reserve_exact(all);
+        keys.for_each(|(key, request)| self.insert(key, request, &request_of));
+    }
+
+    /// Adds a key that is not there.
+    pub(super) fn insert(
+        &mut self,
+        key: K,
+        request: Request,
+        request_of: impl Fn(K) -> Option<Request>,
+    ) {
+        let hash = |request| self.hasher.hash_one(request);
+        let is_it = |head: &K| request_of(*head) == Some(request);
+        let next = match self.heads.entry(hash(request), is_it, |head| request_of(*head).map_or(0, hash)) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(key);
+                None
+            }
+            Entry::Occupied(mut head) => Some(std::mem::replace(head.get_mut(), key)),
+        };
+        if self.links.len() <= key.index() {
+            self.links.resize(key.index() + 1, Links { next: None, previous: None });
+        }
+        self.links[key.index()] = Links { next, previous: None };
+        if let Some(next) = next {
+            self.links[next.index()].previous = Some(key);
+        }
+    }
+
+    /// Removes a key that is there.
+    pub(super) fn remove(&mut self, key: K, request: Request) {
+        let Links { next, previous } = self.links[key.index()];
+        if let Some(next) = next {
+            self.links[next.index()].previous = previous;
+        }
+        if let Some(previous) = previous {
+            self.links[previous.index()].next = next;
+        } else if let Ok(mut head) = self.heads.find_entry(self.hasher.hash_one(request), |head| *head == key) {
+            match next {
+                Some(next) => *head.get_mut() = next,
+                None => drop(head.remove()),
+            }
+        }
+    }
+
+    /// The keys of a request, the newest first.
+    pub(super) fn get(
+        &self,
+        request: Request,
+        request_of: impl Fn(K) -> Option<Request>,
+    ) -> impl Iterator<Item = K> {
+        let head = self.heads.find(self.hasher.hash_one(request), |head| request_of(*head) == Some(request));
+        iter::successors(head.copied(), |key| self.links[key.index()].next)
+    }
+}
