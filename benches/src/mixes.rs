@@ -201,7 +201,7 @@ fn offloaded(source: IpNet, destination: IpNet, tunnel: u32, priority: u32) -> P
         optional: false,
     };
     let mut policy = software(source, destination, priority);
-    policy.templates = vec![template];
+    policy.templates = [template].into();
     policy.offload = Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false });
     policy.egress = Egress { max_length: Some(1400), ..Egress::default() };
     policy

@@ -83,7 +83,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
         promoted.offload = offload;
         promoted.egress.next_hop = self.next_hop;
         // Each promoted policy has the association that was assumed for it and no other.
-        promoted.templates = vec![Template { mode: Mode::Tunnel, optional: false, spi, ..template }];
+        promoted.templates = [Template { mode: Mode::Tunnel, optional: false, spi, ..template }].into();
         Some((promoted, association))
     }
 
@@ -152,7 +152,7 @@ mod tests {
             optional: true,
         };
         Policy {
-            templates: vec![template; templates],
+            templates: vec![template; templates].into(),
             ..Policy::new(PolicyId::new(Direction::Out, selector))
         }
     }

@@ -72,7 +72,7 @@ fn policies_say_what_they_match_and_ask_for() {
     assert_eq!((out.action, out.templates.len(), out.use_limited), (Action::Allow, 1, false));
     assert_eq!((out.templates[0].mode, out.templates[0].protocol), (Mode::Tunnel, 50));
     assert_eq!(policy("newpolicy-out-offload-transport").templates[0].mode, Mode::Transport);
-    assert_eq!(policy("newpolicy-out-offload-no-tmpl").templates, []);
+    assert_eq!(policy("newpolicy-out-offload-no-tmpl").templates[..], []);
     assert_eq!(policy("newpolicy-out-offload-block").action, Action::Block);
     assert_eq!(policy("newpolicy-block-not-offloaded").action, Action::Block);
     assert!(policy("newpolicy-out-offload-ipv6-sel").id.selector.source.addr().is_ipv6());

@@ -269,14 +269,14 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
         Ok(caught_up.is_some() && self.database.is_current())
     }
 
-    /// Writes an update, a little at a time: while something is being written, everything passes.
+    /// Writes an update, a little at a time unless everything passes anyway, as it does while something is being written.
     fn write(&mut self, update: &TableUpdate) -> Result<(), TableError> {
         self.meters.writing(update, |slot| self.table.traffic(slot));
         if !self.has_been_fast && update.slots.iter().any(|(_, standing)| matches!(standing, Some(Ok(_)))) {
             self.has_been_fast = true;
             tracing::info!("the first policy has all that the fast path needs");
         }
-        if update.len() <= PART {
+        if update.len() <= PART || self.renewed.is_none() {
             return self.table.apply(update);
         }
         for part in update.clone().split(PART) {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 /// `IPPROTO_ESP`, the only IPsec protocol that NICs take over (RFC 4303).
 pub const IPPROTO_ESP: u8 = 50;
@@ -242,6 +243,9 @@ pub struct Template {
     pub optional: bool,
 }
 
+/// The templates of a policy. Nearly all policies have one, which then is part of them: `[template].into()`.
+pub type Templates = SmallVec<[Template; 1]>;
+
 /// How much of IPsec a device does for a policy or association.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OffloadKind {
@@ -327,7 +331,7 @@ pub struct Policy {
     /// What it does.
     pub action: Action,
     /// What it asks for, outermost last; none is a bypass.
-    pub templates: Vec<Template>,
+    pub templates: Templates,
     /// The device it is offloaded to.
     pub offload: Option<OffloadDev>,
     /// It ends after a number of packets or bytes, or a time since its last use, which only the kernel counts:
@@ -348,7 +352,7 @@ impl Policy {
             index: 0,
             priority: 0,
             action: Action::Allow,
-            templates: Vec::new(),
+            templates: Templates::new(),
             offload: None,
             use_limited: false,
             expires: None,

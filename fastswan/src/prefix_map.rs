@@ -4,6 +4,8 @@
 //! inside it; so what is inside is a slice, and what covers is a chain of parents. Built once, then read: by
 //! the [`Compiler`](crate::Compiler) for policies, by the [host facts](crate::host) for routes.
 
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 
 /// A map from prefixes without host bits, of either family.
@@ -14,26 +16,56 @@ pub(crate) struct PrefixMap<V> {
 
 #[derive(Clone, Debug)]
 struct Entry<V> {
+    key: Key,
     prefix: IpNet,
     value: V,
     /// Index of the longest prefix that covers this one.
     parent: Option<usize>,
 }
 
+/// A prefix in a form that is fast to compare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    is_v6: bool,
+    /// The address, from the first bit on.
+    bits: u128,
+    length: u8,
+}
+
+impl From<&IpNet> for Key {
+    fn from(prefix: &IpNet) -> Self {
+        let (is_v6, bits) = match prefix.addr() {
+            IpAddr::V4(address) => (false, u128::from(u32::from(address)) << 96),
+            IpAddr::V6(address) => (true, address.into()),
+        };
+        Self { is_v6, bits, length: prefix.prefix_len() }
+    }
+}
+
+impl Key {
+    fn contains(&self, other: &Self) -> bool {
+        let host_bits = u128::MAX.checked_shr(self.length.into()).unwrap_or(0);
+        self.is_v6 == other.is_v6
+            && self.length <= other.length
+            && (self.bits ^ other.bits) & !host_bits == 0
+    }
+}
+
 impl<V> PrefixMap<V> {
     /// The map of these values. Of several values for one prefix, the first counts.
     pub(crate) fn new(mut values: Vec<(IpNet, V)>) -> Self {
-        values.sort_by_key(|(prefix, _)| *prefix);
+        values.sort_by_key(|(prefix, _)| Key::from(prefix));
         values.dedup_by_key(|(prefix, _)| *prefix);
         let mut entries: Vec<Entry<V>> = Vec::with_capacity(values.len());
         for (prefix, value) in values {
+            let key = Key::from(&prefix);
             let mut parent = entries.len().checked_sub(1);
             while let Some(index) = parent
-                && !entries[index].prefix.contains(&prefix)
+                && !entries[index].key.contains(&key)
             {
                 parent = entries[index].parent;
             }
-            entries.push(Entry { prefix, value, parent });
+            entries.push(Entry { key, prefix, value, parent });
         }
         Self { entries }
     }
@@ -45,18 +77,20 @@ impl<V> PrefixMap<V> {
 
     /// The prefix itself, if it is there, and those that cover it, longest first.
     pub(crate) fn covering(&self, prefix: IpNet) -> impl Iterator<Item = (IpNet, &V)> {
+        let key = Key::from(&prefix);
         // Whatever covers the prefix also covers, or is, the last entry before it.
-        let last = self.entries.partition_point(|entry| entry.prefix <= prefix).checked_sub(1);
+        let last = self.entries.partition_point(|entry| entry.key <= key).checked_sub(1);
         std::iter::successors(last, |index| self.entries[*index].parent)
             .map(|index| &self.entries[index])
-            .filter(move |entry| entry.prefix.contains(&prefix))
+            .filter(move |entry| entry.key.contains(&key))
             .map(|entry| (entry.prefix, &entry.value))
     }
 
     /// The prefix itself, if it is there, and those inside it.
     pub(crate) fn inside(&self, prefix: IpNet) -> impl ExactSizeIterator<Item = (IpNet, &V)> {
-        let start = self.entries.partition_point(|entry| entry.prefix < prefix);
-        let length = self.entries[start..].partition_point(|entry| prefix.contains(&entry.prefix));
+        let key = Key::from(&prefix);
+        let start = self.entries.partition_point(|entry| entry.key < key);
+        let length = self.entries[start..].partition_point(|entry| key.contains(&entry.key));
         self.entries[start..start + length].iter().map(|entry| (entry.prefix, &entry.value))
     }
 }

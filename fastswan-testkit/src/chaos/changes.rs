@@ -255,7 +255,7 @@ impl World {
         Policy {
             index,
             priority: 1000,
-            templates: vec![tunnel(peer(id.selector.family(), rng))],
+            templates: [tunnel(peer(id.selector.family(), rng))].into(),
             ..Policy::new(id)
         }
     }
@@ -271,7 +271,7 @@ impl World {
             let index = self.index(Direction::Out);
             let destination = self.host(3);
             let id = PolicyId::new(Direction::Out, selector(v4(1, 0, 0, 16), destination));
-            Policy { index, priority: 1000, templates: vec![template], offload, ..Policy::new(id) }
+            Policy { index, priority: 1000, templates: [template].into(), offload, ..Policy::new(id) }
         });
         let policies: Vec<Policy> = policies.collect();
         self.offloaded.extend(policies.clone());
@@ -355,10 +355,10 @@ fn policy(id: PolicyId, rng: &mut StdRng) -> Policy {
     match kind {
         0..75 => {
             policy.priority = 1000;
-            policy.templates = vec![tunnel(peer(family, rng))];
+            policy.templates = [tunnel(peer(family, rng))].into();
         }
         // Not offloaded.
-        75..85 => policy.templates = vec![tunnel(peer(family, rng) + 1)],
+        75..85 => policy.templates = [tunnel(peer(family, rng) + 1)].into(),
         85..90 => policy.action = Action::Block,
         _ => {}
     }

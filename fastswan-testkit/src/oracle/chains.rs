@@ -320,7 +320,7 @@ pub(super) fn stories(device: Option<OffloadDev>) -> Vec<Story> {
         };
         Policy {
             priority,
-            templates: vec![template],
+            templates: [template].into(),
             offload: device.filter(|_| offload),
             ..Policy::new(PolicyId::new(Direction::Out, selector))
         }

@@ -492,7 +492,7 @@ impl World {
             (template.source, template.destination) = (template.destination, template.source);
             template.reqid = world.reqid(false);
             let id = PolicyId::new(direction, selector(remote, local));
-            Policy { priority, templates: vec![template], ..Policy::new(id) }
+            Policy { priority, templates: [template].into(), ..Policy::new(id) }
         };
         let back = [Direction::In, Direction::Forward].map(|direction| back(direction, self));
         [vec![out], back.to_vec()].concat()
@@ -517,7 +517,7 @@ impl World {
             optional: false,
         };
         let id = PolicyId::new(Direction::Out, selector);
-        Policy { priority, templates: vec![template], ..Policy::new(id) }
+        Policy { priority, templates: [template].into(), ..Policy::new(id) }
     }
 
     /// A number that was not used yet.

@@ -14,7 +14,7 @@ use crate::{
     host::{HostFacts, Link, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Policy, PolicyType, PortMatch,
-        SecurityAssociation, Template,
+        SecurityAssociation, Template, Templates,
     },
     source::{PolicyEvent, Snapshot, StaleCause},
     table::{Capacity, ReversePath, Slot, TableUpdate},
@@ -77,11 +77,11 @@ impl Choices<'_> {
         let reqid = u32::from(self.next() % 2 + 1);
         let template = |v6| Template { reqid, ..template_of(family(v6)) };
         policy.templates = match self.next() % 16 {
-            0..12 => vec![template(v6)],
-            12 => vec![template(!v6)],
-            13 => vec![Template { optional: true, ..template(v6) }],
-            14 => vec![],
-            _ => vec![template(v6), template(v6)],
+            0..12 => [template(v6)].into(),
+            12 => [template(!v6)].into(),
+            13 => [Template { optional: true, ..template(v6) }].into(),
+            14 => Templates::new(),
+            _ => vec![template(v6), template(v6)].into(),
         };
         match self.next() % 32 {
             0..20 => {}

@@ -13,7 +13,7 @@ use crate::{
     host::{RouteKind, routing::Routing},
     policy::Family,
     prefix_map::PrefixMap,
-    table::{Cell, Fact, Port, Probes, ReversePath, Side},
+    table::{Fact, Port, Probes, ReversePath, Side},
 };
 
 /// Stands for any device where only "there is a route" counts; no interface has this index.
@@ -59,24 +59,27 @@ impl AddressFacts {
         Self { destinations, sources, denied_sources, reverse_path }
     }
 
-    /// Whether packets of a cell may leave through a device, and which addresses must be looked up for each.
-    pub(super) fn admit(&self, cell: &Cell, device: u32) -> Result<Probes, PassReason> {
-        let destination = match &self.destinations {
-            Destinations::Unknown => return Err(PassReason::NoPath),
-            Destinations::Vouched => false,
-            Destinations::Known(facts) => match answer(facts, cell.destination) {
-                (Some(Fact::Via(ifindex)), true) if ifindex == device => false,
-                (Some(Fact::Via(_)), true) => return Err(PassReason::RouteElsewhere),
-                (Some(Fact::Denied) | None, true) => return Err(PassReason::DeniedDestination),
-                (_, false) => true,
+    /// Whether packets to a prefix may leave through a device, and if so, whether each destination must be looked up.
+    pub(super) fn admit_destination(&self, prefix: IpNet, device: u32) -> Result<bool, PassReason> {
+        match &self.destinations {
+            Destinations::Unknown => Err(PassReason::NoPath),
+            Destinations::Vouched => Ok(false),
+            Destinations::Known(facts) => match answer(facts, prefix) {
+                (Some(Fact::Via(ifindex)), true) if ifindex == device => Ok(false),
+                (Some(Fact::Via(_)), true) => Err(PassReason::RouteElsewhere),
+                (Some(Fact::Denied) | None, true) => Err(PassReason::DeniedDestination),
+                (_, false) => Ok(true),
             },
-        };
-        let source = match answer(&self.sources, cell.source) {
-            (Some(Fact::Denied), true) => return Err(PassReason::DeniedSource),
-            (Some(Fact::Denied), false) => true,
-            _ => self.denied_sources.inside(cell.source).len() > 0,
-        };
-        Ok(Probes { destination, source, guards: false })
+        }
+    }
+
+    /// Whether packets from a prefix may be fast, and if so, whether each source must be looked up.
+    pub(super) fn admit_source(&self, prefix: IpNet) -> Result<bool, PassReason> {
+        match answer(&self.sources, prefix) {
+            (Some(Fact::Denied), true) => Err(PassReason::DeniedSource),
+            (Some(Fact::Denied), false) => Ok(true),
+            _ => Ok(self.denied_sources.inside(prefix).len() > 0),
+        }
     }
 
     /// Whether the program looks up addresses of a fast cell.

@@ -111,8 +111,7 @@ impl<A: Address> FamilyCompiler<A> {
                 }
             }
         }
-        self.plane.rebuild(regions.into_iter());
-        self.plane.touch_all();
+        self.plane.rebuild(regions);
     }
 
     /// Whether starting over might make more packets fast.
@@ -139,6 +138,20 @@ impl<A: Address> FamilyCompiler<A> {
             self.plane.rule_changed(|matches| matches.chosen(old, broken) != matches.chosen(highest, broken));
         }
         let facts = &self.facts;
+        // Many cells that follow one another have the same source.
+        let mut last = None;
+        let mut admit = |cell: &Cell, device| {
+            let destination = facts.admit_destination(cell.destination, device)?;
+            let source = match last {
+                Some((source, admitted)) if source == cell.source => admitted,
+                _ => {
+                    let admitted = facts.admit_source(cell.source);
+                    last = Some((cell.source, admitted));
+                    admitted
+                }
+            };
+            Ok(Probes { destination, source: source?, guards: false })
+        };
         let chosen = |state: &State| {
             let matches = state.matches().ok_or(PassReason::Capacity)?;
             let policy = matches.chosen(highest, broken)?;
@@ -148,7 +161,7 @@ impl<A: Address> FamilyCompiler<A> {
             if is_certain { Ok(policy) } else { Err(PassReason::Shadowed) }
         };
         self.plane.settle(|region, state, is_guarded| {
-            match chosen(state).and_then(|policy| verdict(region, policy, facts, database, &mut slot)) {
+            match chosen(state).and_then(|policy| verdict(region, policy, database, &mut slot, &mut admit)) {
                 Ok((slot, probes)) => Verdict::Fast { slot, probes: Probes { guards: is_guarded, ..probes } },
                 Err(reason) => Verdict::Pass(reason),
             }
@@ -160,8 +173,9 @@ impl<A: Address> FamilyCompiler<A> {
         let changes = self.plane.changes();
         self.follow_probes(&changes);
         if self.cramped.is_none() && self.fits() {
-            let cells = changes.into_iter().map(|change| (change.region.cell(), change.new));
-            update.cells.extend(in_order(cells.collect()));
+            let start = update.cells.len();
+            update.cells.extend(changes.into_iter().map(|change| (change.region.cell(), change.new)));
+            put_in_order(&mut update.cells[start..]);
         } else {
             self.squeeze(&changes, update);
         }
@@ -170,7 +184,7 @@ impl<A: Address> FamilyCompiler<A> {
 
     /// Empties the table; the next thing to do is to start over.
     pub(super) fn clear(&mut self, update: &mut TableUpdate) {
-        self.plane.rebuild(std::iter::empty());
+        self.plane.rebuild(Vec::new());
         let changes = self.plane.changes();
         let removed: Vec<_> = match self.cramped.take() {
             Some(cells) => cells.into_keys().map(|cell| (cell, None)).collect(),
@@ -313,7 +327,9 @@ impl<A: Address> FamilyCompiler<A> {
         let removed = before.keys().filter(|cell| !after.contains_key(cell)).map(|cell| (*cell, None));
         let set = after.iter().filter(|(cell, verdict)| before.get(cell) != Some(verdict));
         let set = set.map(|(cell, verdict)| (*cell, Some(*verdict)));
-        update.cells.extend(in_order(removed.chain(set).collect()));
+        let start = update.cells.len();
+        update.cells.extend(removed.chain(set));
+        put_in_order(&mut update.cells[start..]);
         if !fits {
             self.cramped = Some(after);
             // What is looked up for these cells is not what the changes of all cells add up to.
@@ -448,9 +464,9 @@ impl<A: Address> Placed<A> {
 fn verdict<A: Address>(
     region: Region<A>,
     key: PolicyKey,
-    facts: &AddressFacts,
     database: &Database,
     mut slot: impl FnMut(PolicyKey, &Policy) -> Result<(Slot, u32), PassReason>,
+    mut admit: impl FnMut(&Cell, u32) -> Result<Probes, PassReason>,
 ) -> Result<(Slot, Probes), PassReason> {
     let policy = database.policy_with_key(key).ok_or(PassReason::NoPolicy)?;
     if exception(policy).is_some() {
@@ -458,7 +474,7 @@ fn verdict<A: Address>(
         return Err(PassReason::Capacity);
     }
     let (slot, device) = slot(key, policy)?;
-    Ok((slot, facts.admit(&region.cell(), device)?))
+    Ok((slot, admit(&region.cell(), device)?))
 }
 
 fn on(side: Side, cell: &Cell) -> ipnet::IpNet {
@@ -473,9 +489,8 @@ fn guards_inside<A: Address>(plane: &Plane<A>, region: Region<A>) -> Vec<(ipnet:
 }
 
 /// Removals, then the rest, longest prefixes first.
-fn in_order(mut cells: Vec<(Cell, Option<Verdict>)>) -> Vec<(Cell, Option<Verdict>)> {
+fn put_in_order(cells: &mut [(Cell, Option<Verdict>)]) {
     cells.sort_by_key(|(cell, verdict)| (verdict.is_some(), Reverse(lengths(cell))));
-    cells
 }
 
 fn lengths(cell: &Cell) -> (u8, u8) {

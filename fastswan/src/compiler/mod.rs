@@ -201,6 +201,7 @@ impl Compiler {
         update.slots.extend(pending.freed.into_iter().map(|slot| (slot, None)));
         pending.standings.sort_unstable();
         pending.standings.dedup();
+        update.slots.reserve(pending.standings.len());
         let standings = pending.standings.into_iter().filter_map(|key| {
             let policy = database.policy_with_key(key)?;
             Some((self.slots.get(key)?, Some(standing(policy, database, &self.paths))))
@@ -208,6 +209,7 @@ impl Compiler {
         update.slots.extend(standings);
         pending.owners.sort_unstable();
         pending.owners.dedup();
+        update.owners.reserve(pending.owners.len());
         let owners = pending.owners.into_iter();
         let owners =
             owners.filter_map(|key| Some((self.slots.get(key)?, database.policy_with_key(key)?.index)));

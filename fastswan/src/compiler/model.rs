@@ -174,7 +174,7 @@ fn holds(cell: &Cell, packet: &Packet) -> bool {
 /// An outbound software policy with the template of its family.
 pub(super) fn tunnel(source: &str, destination: &str) -> Policy {
     let selector = Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap();
-    let templates = vec![template_of(selector.family())];
+    let templates = [template_of(selector.family())].into();
     Policy { templates, ..Policy::new(PolicyId::new(Direction::Out, selector)) }
 }
 

@@ -19,7 +19,10 @@
 //! both orders at once until the shorter walk ends, and for each a lookup per pair of prefix lengths that
 //! policies have. A policy whose region nothing is inside of and that is inside of nothing touches one cell.
 
-use std::collections::{BTreeMap, BTreeSet, btree_map};
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map},
+    iter,
+};
 
 use super::{
     counts::Counts,
@@ -140,8 +143,8 @@ impl<A: Address> Plane<A> {
         }
     }
 
-    /// Makes it the plane of these policies, at once. What the table says is remembered.
-    pub(super) fn rebuild(&mut self, policies: impl Iterator<Item = (Region<A>, Candidate)>) {
+    /// Makes it the plane of these policies, at once. What the table says is remembered, and all verdicts are asked for.
+    pub(super) fn rebuild(&mut self, mut policies: Vec<(Region<A>, Candidate)>) {
         let mut new = Self { forgetful: self.forgetful, ..Self::new(self.limit) };
         new.gone = std::mem::take(&mut self.gone);
         new.gone.extend(
@@ -152,7 +155,6 @@ impl<A: Address> Plane<A> {
         new.guard_changes = std::mem::take(&mut self.guard_changes);
         self.guard_sources.iter().for_each(|source| new.guard_came_or_went(source));
 
-        let mut policies: Vec<_> = policies.collect();
         policies.sort_by_key(|(region, _)| *region);
         let mut regions: Vec<(Region<A>, State)> = Vec::with_capacity(policies.len());
         for (region, policy) in policies {
@@ -185,7 +187,8 @@ impl<A: Address> Plane<A> {
         new.spreading = alone.into_iter().collect();
         // Both collections are made of all their entries at once, which fills their nodes.
         new.cells = regions.into_iter().collect();
-        let matches: Vec<Matches> = new.cells.keys().map(|region| new.matches(*region)).collect();
+        let matches = new.cells.iter().map(|(region, state)| new.matches(*region, state));
+        let matches: Vec<Matches> = matches.collect();
         for (state, matches) in new.cells.values_mut().zip(matches) {
             state.matches = matches;
         }
@@ -253,10 +256,7 @@ impl<A: Address> Plane<A> {
             self.own_tuples.remove(region.tuple());
         }
         for affected in if self.forgetful { vec![region] } else { self.affected(region) } {
-            let matches = self.matches(affected);
-            if let Some(state) = self.cells.get_mut(&affected) {
-                state.matches = matches;
-            }
+            self.match_anew(affected);
             self.dirty.push(affected);
         }
         self.respread(region);
@@ -289,15 +289,29 @@ impl<A: Address> Plane<A> {
         let mut dirty = std::mem::take(&mut self.dirty);
         dirty.sort_unstable();
         dirty.dedup();
-        for region in dirty {
-            let is_guarded = self.is_guarded(region);
-            let Some(state) = self.cells.get_mut(&region) else { continue };
-            let new = Some(verdict(region, state, is_guarded));
+        let mut cells = std::mem::take(&mut self.cells);
+        let mut settled = std::mem::take(&mut self.settled);
+        let mut ask = |region, state: &mut State| {
+            let new = Some(verdict(region, state, self.is_guarded(region)));
             let old = std::mem::replace(&mut state.verdict, new);
             if old != new {
-                self.settled.push(Changed { region, old, new });
+                settled.push(Changed { region, old, new });
+            }
+        };
+        if dirty.len() >= cells.len() {
+            // Most of them, if not all. Asking for one too many does no harm, and saves a search for each.
+            for (region, state) in &mut cells {
+                ask(*region, state);
+            }
+        } else {
+            for region in dirty {
+                if let Some(state) = cells.get_mut(&region) {
+                    ask(region, state);
+                }
             }
         }
+        self.cells = cells;
+        self.settled = settled;
     }
 
     /// The cells whose verdicts have changed since the last call.
@@ -393,10 +407,17 @@ impl<A: Address> Plane<A> {
         }
     }
 
-    /// The policies that match every packet of a region.
-    fn matches(&self, region: Region<A>) -> Matches {
+    fn match_anew(&mut self, region: Region<A>) {
+        let matches = self.cells.get(&region).map(|state| self.matches(region, state));
+        if let (Some(state), Some(matches)) = (self.cells.get_mut(&region), matches) {
+            state.matches = matches;
+        }
+    }
+
+    /// The policies that match every packet of a cell.
+    fn matches(&self, region: Region<A>, state: &State) -> Matches {
         let mut matches = Matches::default();
-        for (covering, state) in self.own_covering(region) {
+        for (covering, state) in self.own_covering(region).chain(iter::once((region, state))) {
             if let Some(own) = state.own {
                 matches = matches.and(Matches::of(own));
             }
@@ -409,12 +430,12 @@ impl<A: Address> Plane<A> {
         matches
     }
 
-    /// The regions that have policies and contain a region.
+    /// The other regions that have policies and contain a region.
     fn own_covering(&self, region: Region<A>) -> impl Iterator<Item = (Region<A>, &State)> {
         let (destination, source) = region.tuple();
         self.own_tuples
             .range((0, 0)..=(destination, source))
-            .filter(move |tuple| tuple.1 <= source)
+            .filter(move |tuple| tuple.1 <= source && *tuple != (destination, source))
             .filter_map(move |(destination, source)| {
                 let covering = Region {
                     destination: region.destination.shortened(destination),
@@ -552,10 +573,7 @@ impl<A: Address> Plane<A> {
     fn create(&mut self, region: Region<A>, own: Option<Candidate>) {
         let btree_map::Entry::Vacant(entry) = self.cells.entry(region) else { return };
         entry.insert(State::new(own, self.gone.remove(&region)));
-        let matches = self.matches(region);
-        if let Some(state) = self.cells.get_mut(&region) {
-            state.matches = matches;
-        }
+        self.match_anew(region);
         self.by_source.insert((region.source, region.destination));
         self.count(region);
         self.dirty.push(region);

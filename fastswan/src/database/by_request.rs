@@ -51,18 +51,12 @@ impl<K> Default for ByRequest<K> {
 }
 
 impl<K: Key> ByRequest<K> {
-    /// Keys of these requests, and no others.
-    pub(super) fn rebuild(
-        &mut self,
-        keys: impl Iterator<Item = (K, Request)>,
-        all: usize,
-        request_of: impl Fn(K) -> Option<Request>,
-    ) {
+    /// Removes all keys, and makes room for others.
+    pub(super) fn clear(&mut self, room: usize) {
         self.heads.clear();
-        self.heads.reserve(all, |_| 0);
+        self.heads.reserve(room, |_| 0);
         self.links.clear();
-        self.links.reserve_exact(all);
-        keys.for_each(|(key, request)| self.insert(key, request, &request_of));
+        self.links.reserve_exact(room);
     }
 
     /// Adds a key that is not there.

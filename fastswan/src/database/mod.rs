@@ -206,25 +206,39 @@ impl Database {
         self.order_known.clear();
         self.policies.replace(snapshot.policies);
         self.sas.replace(snapshot.sas);
-        (self.offloaded_v4, self.offloaded_v6) = Default::default();
-        for policy in self.policies.iter().map(|(_, policy)| policy).filter(|policy| is_candidate(policy)) {
-            let offloaded = match policy.id.selector.family() {
-                Family::V4 => &mut self.offloaded_v4,
-                Family::V6 => &mut self.offloaded_v6,
-            };
-            offloaded.add(policy.priority);
-        }
-        let policies = self.policies.iter().filter_map(|(key, policy)| Some((key, request(policy)?)));
-        let request_of = |key| self.policies.get(key).and_then(request);
-        self.policies_by_request.rebuild(policies, self.policies.len(), request_of);
-        let sas = self.sas.iter().map(|(key, sa)| (key, sa.into()));
-        self.sas_by_request.rebuild(sas, self.sas.len(), |key| self.sas.get(key).map(Request::from));
-        let policies = self.policies.iter().map(|(key, policy)| (policy.expires, Expiring::Policy(key)));
-        let sas = self.sas.iter().map(|(key, sa)| (sa.expires, Expiring::Sa(key)));
-        self.expiring = policies.chain(sas).filter_map(|(expires, which)| Some((expires?, which))).collect();
+        self.index();
         self.default_policy = snapshot.default_policy;
         self.freshness = Freshness::Current;
         self.journal.forget();
+    }
+
+    /// Makes everything anew that follows from the policies and associations.
+    fn index(&mut self) {
+        let (mut v4, mut v6) = <(Offloaded, Offloaded)>::default();
+        let mut expiring = Vec::new();
+        self.policies_by_request.clear(self.policies.len());
+        for (key, policy) in self.policies.iter() {
+            expiring.extend(policy.expires.map(|expires| (expires, Expiring::Policy(key))));
+            if is_candidate(policy) {
+                let offloaded = match policy.id.selector.family() {
+                    Family::V4 => &mut v4,
+                    Family::V6 => &mut v6,
+                };
+                offloaded.add(policy.priority);
+            }
+            if let Some(asked) = request(policy) {
+                let request_of = |key| self.policies.get(key).and_then(request);
+                self.policies_by_request.insert(key, asked, request_of);
+            }
+        }
+        self.sas_by_request.clear(self.sas.len());
+        for (key, sa) in self.sas.iter() {
+            expiring.extend(sa.expires.map(|expires| (expires, Expiring::Sa(key))));
+            let request_of = |key| self.sas.get(key).map(Request::from);
+            self.sas_by_request.insert(key, sa.into(), request_of);
+        }
+        (self.offloaded_v4, self.offloaded_v6) = (v4, v6);
+        self.expiring = expiring.into_iter().collect();
     }
 
     /// Takes over what an audit found, if it is not what is here. What was never told may have changed the order of

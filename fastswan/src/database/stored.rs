@@ -1,9 +1,6 @@
 //! Policies or associations, each stored once: found by identity, and by a number that is short.
 
-use std::{
-    hash::{BuildHasher as _, Hash},
-    mem,
-};
+use std::hash::{BuildHasher as _, Hash};
 
 use hashbrown::{DefaultHashBuilder, HashTable, hash_table};
 
@@ -26,22 +23,24 @@ pub(super) trait Identified: PartialEq {
 /// Things by key and by identity.
 #[derive(Clone, Debug)]
 pub(super) struct Stored<K, T> {
-    places: Vec<Place<T>>,
+    /// By key.
+    places: Vec<Option<T>>,
+    /// By key, how many others had it before; none where nothing was removed yet.
+    generations: Vec<u32>,
     free: Vec<K>,
     by_id: HashTable<K>,
     hasher: DefaultHashBuilder,
 }
 
-#[derive(Clone, Debug)]
-struct Place<T> {
-    stored: Option<T>,
-    /// How many others had this key before.
-    generation: u32,
-}
-
 impl<K, T> Default for Stored<K, T> {
     fn default() -> Self {
-        Self { places: Vec::new(), free: Vec::new(), by_id: HashTable::new(), hasher: <_>::default() }
+        Self {
+            places: Vec::new(),
+            generations: Vec::new(),
+            free: Vec::new(),
+            by_id: HashTable::new(),
+            hasher: <_>::default(),
+        }
     }
 }
 
@@ -56,12 +55,12 @@ impl<K: Key, T: Identified> Stored<K, T> {
     }
 
     pub(super) fn get(&self, key: K) -> Option<&T> {
-        self.places.get(key.index())?.stored.as_ref()
+        self.places.get(key.index())?.as_ref()
     }
 
     /// Tells those apart that have had this key one after the other.
     pub(super) fn generation(&self, key: K) -> u32 {
-        self.places.get(key.index()).map_or(0, |place| place.generation)
+        self.generations.get(key.index()).copied().unwrap_or(0)
     }
 
     pub(super) fn key(&self, id: &T::Id) -> Option<K> {
@@ -70,7 +69,7 @@ impl<K: Key, T: Identified> Stored<K, T> {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (K, &T)> {
         let keys = (0..).map(K::new);
-        keys.zip(&self.places).filter_map(|(key, place)| Some((key, place.stored.as_ref()?)))
+        keys.zip(&self.places).filter_map(|(key, place)| Some((key, place.as_ref()?)))
     }
 
     /// Stores something, and returns its key and what it replaces, which had the same identity; `Err` if that is the
@@ -83,7 +82,7 @@ impl<K: Key, T: Identified> Stored<K, T> {
             hash_table::Entry::Vacant(vacant) => vacant,
             hash_table::Entry::Occupied(entry) => {
                 let key = *entry.get();
-                let known = &mut self.places[key.index()].stored;
+                let known = &mut self.places[key.index()];
                 if known.as_ref() == Some(&new) {
                     return Err(key);
                 }
@@ -92,33 +91,35 @@ impl<K: Key, T: Identified> Stored<K, T> {
         };
         if let Some(key) = self.free.pop() {
             vacant.insert(key);
-            self.places[key.index()].stored = Some(new);
+            self.places[key.index()] = Some(new);
             return Ok((key, None));
         }
-        // The kernel numbers policies with 32 bits too, so there are never more.
-        let key = K::new(u32::try_from(self.places.len()).unwrap_or(u32::MAX));
+        let key = new_key(self.places.len());
         vacant.insert(key);
-        self.places.push(Place { stored: Some(new), generation: 0 });
+        self.places.push(Some(new));
         Ok((key, None))
     }
 
     pub(super) fn remove(&mut self, id: &T::Id) -> Option<(K, T)> {
         let hash = self.hasher.hash_one(id);
-        let places = &self.places;
-        let is_it = |key: &K| has(places, *key, id);
+        let is_it = |key: &K| has(&self.places, *key, id);
         let (key, _) = self.by_id.find_entry(hash, is_it).ok()?.remove();
-        let place = &mut self.places[key.index()];
-        place.generation = place.generation.wrapping_add(1);
-        let removed = mem::take(&mut place.stored)?;
+        let removed = self.places[key.index()].take()?;
+        if self.generations.len() <= key.index() {
+            self.generations.resize(key.index() + 1, 0);
+        }
+        let generation = &mut self.generations[key.index()];
+        *generation = generation.wrapping_add(1);
         self.free.push(key);
         Some((key, removed))
     }
 
     /// Stores these and nothing else. What stays keeps its key.
     pub(super) fn replace(&mut self, all: Vec<T>) {
-        self.places.reserve_exact(all.len().saturating_sub(self.places.len()));
-        let (places, hasher) = (&self.places, &self.hasher);
-        self.by_id.reserve(all.len().saturating_sub(self.by_id.len()), |key| hash_of(places, hasher, *key));
+        if self.places.is_empty() {
+            self.fill(all);
+            return;
+        }
         let mut stays = vec![false; self.end()];
         for new in all {
             let (Ok((key, _)) | Err(key)) = self.insert(new);
@@ -135,9 +136,31 @@ impl<K: Key, T: Identified> Stored<K, T> {
         }
     }
 
+    /// Takes these over where they are; nothing is stored yet.
+    fn fill(&mut self, all: Vec<T>) {
+        self.by_id.reserve(all.len(), |_| 0);
+        self.places = all.into_iter().map(Some).collect();
+        for number in 0..self.places.len() {
+            let key = new_key(number);
+            let Some(new) = &self.places[number] else { continue };
+            let (places, hasher) = (&self.places, &self.hasher);
+            let is_it = |key: &K| has(places, *key, new.id());
+            let hash = hasher.hash_one(new.id());
+            match self.by_id.entry(hash, is_it, |key| hash_of(places, hasher, *key)) {
+                hash_table::Entry::Vacant(vacant) => drop(vacant.insert(key)),
+                // The last one counts.
+                hash_table::Entry::Occupied(mut entry) => {
+                    let earlier = std::mem::replace(entry.get_mut(), key);
+                    self.places[earlier.index()] = None;
+                    self.free.push(earlier);
+                }
+            }
+        }
+    }
+
     /// Everything, in no particular order.
     pub(super) fn into_all(self) -> Vec<T> {
-        self.places.into_iter().filter_map(|place| place.stored).collect()
+        self.places.into_iter().flatten().collect()
     }
 
     /// Those that are not stored as they were found, or that were not found.
@@ -158,10 +181,15 @@ impl<K: Key, T: Identified> Stored<K, T> {
     }
 }
 
-fn has<K: Key, T: Identified>(places: &[Place<T>], key: K, id: &T::Id) -> bool {
-    places[key.index()].stored.as_ref().is_some_and(|stored| stored.id() == id)
+/// The kernel numbers policies with 32 bits too, so there are never more.
+fn new_key<K: Key>(number: usize) -> K {
+    K::new(u32::try_from(number).unwrap_or(u32::MAX))
 }
 
-fn hash_of<K: Key, T: Identified>(places: &[Place<T>], hasher: &DefaultHashBuilder, key: K) -> u64 {
-    places[key.index()].stored.as_ref().map_or(0, |stored| hasher.hash_one(stored.id()))
+fn has<K: Key, T: Identified>(places: &[Option<T>], key: K, id: &T::Id) -> bool {
+    places[key.index()].as_ref().is_some_and(|stored| stored.id() == id)
+}
+
+fn hash_of<K: Key, T: Identified>(places: &[Option<T>], hasher: &DefaultHashBuilder, key: K) -> u64 {
+    places[key.index()].as_ref().map_or(0, |stored| hasher.hash_one(stored.id()))
 }

@@ -48,7 +48,7 @@ impl StaticPolicy {
         };
         let policy = Policy {
             priority: self.priority,
-            templates: vec![template],
+            templates: [template].into(),
             offload,
             egress: self.egress,
             ..Policy::new(PolicyId::new(Direction::Out, self.selector))

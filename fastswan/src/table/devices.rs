@@ -1,11 +1,12 @@
 //! The devices that packets are redirected to.
 
-use std::{collections::HashMap, io};
+use std::{collections::BTreeMap, io};
 
 use aya::maps::{
     MapData, MapError,
     xdp::{DevMapHash, XdpMapError},
 };
+use hashbrown::HashMap;
 
 use super::{Slot, Standing, TableError, redirect::takes_redirected_frames};
 
@@ -78,7 +79,7 @@ fn io_error(error: XdpMapError) -> io::Error {
 #[derive(Debug, Default)]
 struct Users {
     device_of: HashMap<Slot, u32>,
-    slots: HashMap<u32, usize>,
+    slots: BTreeMap<u32, usize>,
     /// Devices that slots have left, once for each slot.
     left: Vec<u32>,
 }

@@ -9,6 +9,7 @@
 use std::{
     collections::HashSet,
     hash::{BuildHasher, RandomState},
+    hint::black_box,
 };
 
 use fastswan_ebpf::{
@@ -128,6 +129,15 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
         inserted
     }
 
+    /// Has the memory of an entry of one list brought closer, whether it is there or not.
+    pub(super) fn approach(&self, list: usize, pattern: &Pattern<K>) {
+        if let Some(position) = self.position(list, pattern) {
+            let hashed = self.hashed(&pattern.key, self.lists[list][position].number);
+            let bucket = &self.buckets[hashed.primary as usize];
+            black_box((bucket.values[0].load(), bucket.keys[0][0].load()));
+        }
+    }
+
     /// Counts one more, or one less, who asks for the entry of one list to be there. If it does not fit, all is
     /// as before.
     pub(super) fn count(&mut self, list: usize, pattern: &Pattern<K>, more: bool) -> Result<(), NoRoom> {
@@ -193,13 +203,18 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
 
     fn find(&self, key: &[u64; K], number: u8) -> Option<Place> {
         let hashed = self.hashed(key, number);
-        [hashed.primary, hashed.secondary].into_iter().find_map(|bucket| {
-            let place = |entry| Place { bucket: bucket as usize, entry };
+        let find = |bucket| {
+            let place = |entry| Place { bucket, entry };
             (0..BUCKET_ENTRIES).map(place).find(|&place| {
                 let identity = Value::identity_of(self.value_at(place).load());
                 identity == Some(hashed.identity) && self.key_at(place) == *key
             })
-        })
+        };
+        let primary = hashed.primary as usize;
+        match find(primary) {
+            None if self.has_spilled(primary) => find(hashed.secondary as usize),
+            found => found,
+        }
     }
 
     /// Stores an entry that is not there yet.
@@ -312,6 +327,10 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
     fn store_value(&self, place: Place, stored: u64) {
         let value = self.value_at(place);
         value.store(stored | value.load() & Value::SPILLED);
+    }
+
+    fn has_spilled(&self, bucket: usize) -> bool {
+        self.buckets[bucket].values[0].load() & Value::SPILLED != 0
     }
 
     fn mark_spilled(&self, bucket: usize) {

@@ -30,6 +30,9 @@ use super::{
 };
 use crate::policy::{Family, MacAddr};
 
+/// Cells whose memory is waited for at once.
+const AT_ONCE: usize = 16;
+
 /// The memory that a table lies in.
 #[derive(Debug)]
 pub(super) struct Regions {
@@ -149,9 +152,14 @@ impl Store {
         for (slot, policy) in &update.owners {
             self.record(*slot)?.policy.store(u64::from(*policy));
         }
-        for (cell, verdict) in &update.cells {
-            if let Some(verdict) = verdict {
-                self.set_cell(cell, Some(stored_verdict(*verdict)))?;
+        for cells in update.cells.chunks(AT_ONCE) {
+            for (cell, _) in cells {
+                self.approach(cell);
+            }
+            for (cell, verdict) in cells {
+                if let Some(verdict) = verdict {
+                    self.set_cell(cell, Some(stored_verdict(*verdict)))?;
+                }
             }
         }
         for ((side, prefix), fact) in &update.facts {
@@ -183,6 +191,15 @@ impl Store {
     fn set_cell(&mut self, cell: &Cell, value: Option<Value>) -> Result<(), TableError> {
         let pattern = AnyPattern::of_cell(cell).ok_or(TableError::MixedFamilies)?;
         self.set(List::Cells, &pattern, value)
+    }
+
+    /// Large tables are far away: the processor waits for several cells at once if it is told of them before.
+    fn approach(&self, cell: &Cell) {
+        match AnyPattern::of_cell(cell) {
+            Some(AnyPattern::V4(pattern)) => self.v4.approach(List::Cells as usize, &pattern),
+            Some(AnyPattern::V6(pattern)) => self.v6.approach(List::Cells as usize, &pattern),
+            None => {}
+        }
     }
 
     fn set_fact(&mut self, side: Side, prefix: &IpNet, value: Option<Value>) -> Result<(), TableError> {

@@ -5,15 +5,12 @@
 
 use std::{future::pending, io, time::Duration};
 
-use tokio::{
-    task::yield_now,
-    time::{Instant, sleep_until, timeout_at},
-};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
-    super::{PolicyEvent, Snapshot},
+    super::PolicyEvent,
     DUMP_LIMIT, NetlinkConfig,
-    dump::{Dump, DumpError},
+    dump::{Dump, DumpError, Dumped},
 };
 use crate::database::Database;
 
@@ -40,9 +37,9 @@ enum Stage {
     /// It begins then.
     Waiting(Option<Instant>),
     /// A dump is being read, until then at most.
-    Dumping(Box<Dump>, Instant),
+    Dumping(Dump, Instant),
     /// Until then notifications may come of what the dump has seen.
-    Settling(Snapshot, Instant),
+    Settling(Dumped, Instant),
 }
 
 impl Audit {
@@ -73,33 +70,31 @@ impl Audit {
         self.told.len() <= MOST_TOLD
     }
 
-    /// Waits for the next step and takes it: a datagram of a dump at most. The snapshot when it has one. Call it
+    /// Waits for the next step and takes it. What it has found when it is done; the devices are those of the dump. Call it
     /// only while no notification is unread. Cancel-safe.
-    pub(super) async fn advance(&mut self, config: &NetlinkConfig) -> Result<Option<Snapshot>, DumpError> {
+    pub(super) async fn advance(&mut self, config: &NetlinkConfig) -> Result<Option<Dumped>, DumpError> {
         match &mut self.stage {
             Stage::Waiting(None) => pending().await,
             Stage::Waiting(Some(until)) => {
                 sleep_until(*until).await;
                 let dump = Dump::start(config)?;
-                self.stage = Stage::Dumping(Box::new(dump), Instant::now() + DUMP_LIMIT);
+                self.stage = Stage::Dumping(dump, Instant::now() + DUMP_LIMIT);
             }
             Stage::Dumping(dump, until) => {
-                // The kernel always has more to read: whoever waits besides must have a turn.
-                yield_now().await;
-                let read = timeout_at(*until, dump.step()).await;
-                if let Some(snapshot) = read.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?? {
-                    self.stage = Stage::Settling(snapshot, Instant::now() + SETTLING);
-                }
+                let read = timeout_at(*until, dump.finish()).await;
+                let dumped = read.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+                self.stage = Stage::Settling(dumped, Instant::now() + SETTLING);
             }
-            Stage::Settling(snapshot, until) => {
+            Stage::Settling(dumped, until) => {
                 sleep_until(*until).await;
+                let Dumped { snapshot, devices } = std::mem::take(dumped);
                 if self.told.is_empty() {
-                    return Ok(Some(std::mem::take(snapshot)));
+                    return Ok(Some(Dumped { snapshot, devices }));
                 }
                 let mut database = Database::default();
-                database.apply(PolicyEvent::Snapshot(std::mem::take(snapshot)));
+                database.apply(PolicyEvent::Snapshot(snapshot));
                 self.told.drain(..).for_each(|event| database.apply(event));
-                return Ok(Some(database.into_snapshot()));
+                return Ok(Some(Dumped { snapshot: database.into_snapshot(), devices }));
             }
         }
         Ok(None)

@@ -7,22 +7,25 @@ use std::net::IpAddr;
 
 use bytes::Bytes;
 use ipnet::IpNet;
-use netlink_packet_core::{DecodeError as CoreError, NetlinkBuffer, NlaBuffer, NlasIterator, Parseable as _};
+use netlink_packet_core::{NetlinkBuffer, NlaBuffer, NlasIterator, Parseable as _};
 use netlink_packet_xfrm::{
     Address, Lifetime, LifetimeConfig, Selector as RawSelector, UserExpire, UserPolicyDefault,
-    UserPolicyExpire, UserPolicyId, UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate, XfrmAttrs,
-    constants as xfrm,
+    UserPolicyExpire, UserPolicyId, UserPolicyInfo, UserSaId, UserSaInfo, UserTemplate,
+    XFRM_USER_TEMPLATE_LEN as TEMPLATE_LENGTH, XfrmAttrs, constants as xfrm,
 };
 
 use super::super::PolicyEvent;
 use crate::policy::{
-    Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy,
-    PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template,
+    Action, DefaultPolicy, Direction, Egress, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy,
+    PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
 };
 
 const XFRM_OFFLOAD_INBOUND: u8 = 2;
 const XFRM_OFFLOAD_PACKET: u8 = 4;
 const XFRM_USERPOLICY_BLOCK: u8 = 1;
+/// `XFRMA_SPD_INFO` and `XFRMA_SAD_CNT`: both are structures of counts only.
+const XFRMA_INFO: u16 = 1;
+const INFO_FLAGS_LENGTH: usize = 4;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSG_NOOP: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
@@ -30,7 +33,6 @@ const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
-const TEMPLATE_LENGTH: usize = 64;
 
 /// One message of a datagram.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,17 +91,41 @@ pub struct DecodeError {
 ///
 /// [`DecodeError`] for the first message that cannot be read. Nothing of the datagram may then be relied on.
 pub fn decode(datagram: &Bytes) -> Result<Vec<Message>, DecodeError> {
-    let mut rest = &datagram[..];
-    let mut messages = Vec::new();
-    while !rest.is_empty() {
-        let error = |error: CoreError| DecodeError { kind: 0, reason: error.to_string() };
-        let buffer = NetlinkBuffer::new_checked(rest).map_err(error)?;
-        messages.push(message(&buffer)?);
+    Messages(datagram).collect()
+}
+
+/// The messages of a datagram, or of what is left of it. None after the first that cannot be read means anything.
+pub(super) struct Messages<'a>(pub(super) &'a [u8]);
+
+impl Iterator for Messages<'_> {
+    type Item = Result<Message, DecodeError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let unread = std::mem::take(&mut self.0);
+        if unread.is_empty() {
+            return None;
+        }
+        let buffer = match NetlinkBuffer::new_checked(unread) {
+            Ok(buffer) => buffer,
+            Err(error) => return Some(Err(DecodeError { kind: 0, reason: error.to_string() })),
+        };
         // Messages begin at multiples of 4 bytes; the last one need not end there.
         let length = (buffer.length() as usize).next_multiple_of(4);
-        rest = rest.get(length..).unwrap_or_default();
+        self.0 = unread.get(length..).unwrap_or_default();
+        Some(message(&buffer))
     }
-    Ok(messages)
+}
+
+/// How many policies or associations the answer to `XFRM_MSG_GETSPDINFO` or `XFRM_MSG_GETSADINFO` counts; 0 if it
+/// is not one.
+pub(super) fn counted(answer: &[u8]) -> usize {
+    let Ok(buffer) = NetlinkBuffer::new_checked(answer) else { return 0 };
+    let mut attributes = NlasIterator::new(buffer.payload().get(INFO_FLAGS_LENGTH..).unwrap_or_default());
+    let Some(Ok(counts)) = attributes.find(|attribute| matches!(attribute, Ok(a) if a.kind() == XFRMA_INFO)) else {
+        return 0;
+    };
+    let (counts, _) = counts.value().as_chunks();
+    counts.iter().fold(0, |all, count| all.saturating_add(u32::from_ne_bytes(*count) as usize))
 }
 
 fn message(buffer: &NetlinkBuffer<&[u8]>) -> Result<Message, DecodeError> {
@@ -118,20 +144,20 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
         xfrm::XFRM_MSG_NEWPOLICY | xfrm::XFRM_MSG_UPDPOLICY => {
             let info = UserPolicyInfo::parse(payload).map_err(text)?;
             let attributes = Attributes::read(payload, xfrm_length::POLICY_INFO)?;
-            policy(&info, &attributes)?.map(PolicyEvent::Policy)
+            policy(&info, attributes)?.map(PolicyEvent::Policy)
         }
         xfrm::XFRM_MSG_DELPOLICY => {
             UserPolicyId::parse(payload).map_err(text)?;
-            let attributes = Attributes::read(payload, xfrm_length::POLICY_ID)?;
+            let mut attributes = Attributes::read(payload, xfrm_length::POLICY_ID)?;
             // The fixed part lacks the selector if the policy was deleted by its index.
-            let info = attributes.policy.ok_or("a deleted policy is not described")?;
-            policy_id(&info, &attributes)?.map(PolicyEvent::PolicyRemoved)
+            let info = attributes.policy.take().ok_or("a deleted policy is not described")?;
+            policy_id(&info, attributes)?.map(PolicyEvent::PolicyRemoved)
         }
         xfrm::XFRM_MSG_POLEXPIRE => {
             let expire = UserPolicyExpire::parse(payload).map_err(text)?;
             let attributes = Attributes::read(payload, xfrm_length::POLICY_EXPIRE)?;
             // A soft limit deletes nothing.
-            let id = policy_id(&expire.pol, &attributes)?;
+            let id = policy_id(&expire.pol, attributes)?;
             id.filter(|_| expire.hard != 0).map(PolicyEvent::PolicyRemoved)
         }
         xfrm::XFRM_MSG_FLUSHPOLICY => {
@@ -188,7 +214,7 @@ mod xfrm_length {
 struct Attributes {
     policy: Option<UserPolicyInfo>,
     policy_type: PolicyType,
-    templates: Vec<UserTemplate>,
+    templates: Templates,
     mark: Mark,
     if_id: u32,
     security_context: Vec<u8>,
@@ -222,13 +248,9 @@ impl Attributes {
         );
         match kind {
             xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
-            // The library would drop what remains of a last template.
-            xfrm::XFRMA_TMPL if !attribute.value().len().is_multiple_of(TEMPLATE_LENGTH) => {
-                return Err("a template is cut short".into());
-            }
+            xfrm::XFRMA_TMPL => self.templates = templates(attribute.value())?,
             xfrm::XFRMA_POLICY
             | xfrm::XFRMA_POLICY_TYPE
-            | xfrm::XFRMA_TMPL
             | xfrm::XFRMA_MARK
             | xfrm::XFRMA_IF_ID
             | xfrm::XFRMA_OFFLOAD_DEV
@@ -242,7 +264,6 @@ impl Attributes {
                         other => return Err(format!("policy type {other}")),
                     };
                 }
-                XfrmAttrs::Template(templates) => self.templates = templates,
                 XfrmAttrs::Mark(mark) => self.mark = Mark { value: mark.value, mask: mark.mask },
                 XfrmAttrs::IfId(if_id) => self.if_id = if_id,
                 XfrmAttrs::OffloadDevice(device) => {
@@ -267,28 +288,29 @@ impl Attributes {
 }
 
 /// A policy, or `None` if it is one of a socket.
-fn policy(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<Policy>, String> {
+fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Policy>, String> {
+    let (templates, offload) = (std::mem::take(&mut attributes.templates), attributes.offload);
     let Some(id) = policy_id(info, attributes)? else { return Ok(None) };
     let action = match info.action {
         xfrm::XFRM_POLICY_ALLOW => Action::Allow,
         xfrm::XFRM_POLICY_BLOCK => Action::Block,
         other => return Err(format!("policy action {other}")),
     };
-    let templates: Result<Vec<Template>, String> = attributes.templates.iter().map(template).collect();
     Ok(Some(Policy {
+        id,
         index: info.index,
         priority: info.priority,
         action,
-        templates: templates?,
-        offload: attributes.offload,
+        templates,
+        offload,
         use_limited: is_use_limited(&info.lifetime_cfg),
         expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
-        ..Policy::new(id)
+        egress: Egress::default(),
     }))
 }
 
 /// The identity of a policy, or `None` if it is one of a socket.
-fn policy_id(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<PolicyId>, String> {
+fn policy_id(info: &UserPolicyInfo, attributes: Attributes) -> Result<Option<PolicyId>, String> {
     let direction = match info.direction {
         xfrm::XFRM_POLICY_IN => Direction::In,
         xfrm::XFRM_POLICY_OUT => Direction::Out,
@@ -300,7 +322,7 @@ fn policy_id(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<Po
         policy_type: attributes.policy_type,
         mark: attributes.mark,
         if_id: attributes.if_id,
-        security_context: attributes.security_context.clone(),
+        security_context: attributes.security_context,
         selector: selector(&info.selector)?,
     }))
 }
@@ -318,6 +340,14 @@ fn selector(raw: &RawSelector) -> Result<Selector, String> {
         ifindex: u32::try_from(raw.ifindex).map_err(text)?,
         user: raw.user,
     })
+}
+
+fn templates(raw: &[u8]) -> Result<Templates, String> {
+    let (templates, rest) = raw.as_chunks::<TEMPLATE_LENGTH>();
+    if !rest.is_empty() {
+        return Err("a template is cut short".into());
+    }
+    templates.iter().map(|raw| template(&UserTemplate::parse(raw).map_err(text)?)).collect()
 }
 
 fn template(raw: &UserTemplate) -> Result<Template, String> {

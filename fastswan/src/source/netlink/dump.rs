@@ -1,32 +1,36 @@
 //! Asks the kernel for everything it has: policies, associations, the default policy.
 //!
-//! On a socket of its own: a notification on the same socket whose sequence number happens to be the
-//! request's would end a dump early. A [`Dump`] can be waited for, given up and waited for again; what it has
-//! read so far stays with it.
+//! On sockets of its own: a notification on the same socket whose sequence number happens to be the
+//! request's would end a dump early. And in threads of its own: policies and associations are read side by side, and
+//! whoever waits for a [`Dump`] goes on with other things meanwhile.
 
-use std::io;
+use std::{collections::BTreeSet, io, thread};
 
+use bytes::BytesMut;
 use netlink_packet_xfrm::constants::{
-    XFRM_MSG_GETDEFAULT, XFRM_MSG_GETPOLICY, XFRM_MSG_GETSA, XFRM_MSG_GETSPDINFO,
+    XFRM_MSG_GETDEFAULT, XFRM_MSG_GETPOLICY, XFRM_MSG_GETSA, XFRM_MSG_GETSADINFO, XFRM_MSG_GETSPDINFO,
 };
-use netlink_sys::protocols::NETLINK_XFRM;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use tokio::sync::oneshot;
 
 use super::{
     super::{PolicyEvent, Snapshot},
-    NetlinkConfig,
-    decode::{Content, DecodeError, decode},
-    socket::{Datagram, NetlinkSocket, pass_through},
+    DUMP_LIMIT, NetlinkConfig,
+    decode::{Content, DecodeError, Messages, counted},
+    index,
+    socket::{Datagram, converse, pass_through, receive, request, set_receive_buffer},
 };
-
-const NLM_F_REQUEST: u16 = 1;
 const NLM_F_DUMP: u16 = 0x300;
 
-/// Lengths of a message's header and of the requests' fixed parts in bytes (`linux/netlink.h`, `linux/xfrm.h`).
-const HEADER_LENGTH: u32 = 16;
-const POLICY_ID_LENGTH: u32 = 64;
-const SA_ID_LENGTH: u32 = 24;
-const DEFAULT_LENGTH: u32 = 4;
-const SPD_INFO_LENGTH: usize = 4;
+/// Lengths of the requests' fixed parts in bytes (`linux/xfrm.h`).
+const POLICY_ID_LENGTH: usize = 64;
+const SA_ID_LENGTH: usize = 24;
+const DEFAULT_LENGTH: usize = 4;
+const INFO_LENGTH: usize = 4;
+
+/// Room for more is only made as they come.
+const MOST_EXPECTED: usize = 1 << 20;
 
 /// Before Linux 5.14 there was no default policy: everything was accepted.
 const NO_SUCH_REQUEST: i32 = libc::EINVAL;
@@ -34,7 +38,7 @@ const NO_SUCH_REQUEST: i32 = libc::EINVAL;
 /// Returns when every request that the kernel had begun to handle is done and notified of: it handles one at a time in
 /// each namespace (`xfrm_cfg_mutex`), those of `PF_KEY` too.
 pub(super) fn settle() -> io::Result<()> {
-    match pass_through(NETLINK_XFRM, XFRM_MSG_GETSPDINFO, &[0; SPD_INFO_LENGTH])? {
+    match pass_through(NETLINK_XFRM, XFRM_MSG_GETSPDINFO, &[0; INFO_LENGTH])? {
         0 => Ok(()),
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
@@ -51,79 +55,130 @@ pub(super) enum DumpError {
     Interrupted,
 }
 
-/// A dump in progress.
-#[derive(Debug)]
-pub(super) struct Dump {
-    socket: NetlinkSocket,
-    /// Number of what is being asked for, from 1, which is also the request's sequence number.
-    stage: u32,
-    count_larval: bool,
-    snapshot: Snapshot,
+/// Everything, and the devices that it is offloaded to.
+#[derive(Debug, Default)]
+pub(super) struct Dumped {
+    pub(super) snapshot: Snapshot,
+    pub(super) devices: BTreeSet<u32>,
 }
 
+/// A dump in progress. If it is dropped, its threads end with the next datagram.
+#[derive(Debug)]
+pub(super) struct Dump(oneshot::Receiver<Result<Dumped, DumpError>>);
+
 impl Dump {
-    /// Asks for the first part.
+    /// Begins to read.
     pub(super) fn start(config: &NetlinkConfig) -> io::Result<Self> {
-        let socket = NetlinkSocket::open(NETLINK_XFRM, &[], Some(config.receive_buffer))?;
-        let dump =
-            Self { socket, stage: 1, count_larval: config.count_larval, snapshot: Snapshot::default() };
-        dump.ask()?;
-        Ok(dump)
+        let (policies, sas) = (Reader::open(config)?, Reader::open(config)?);
+        let (result, receiver) = oneshot::channel();
+        thread::Builder::new().name("fastswan-dump".to_owned()).spawn(move || {
+            let dumped = read_all(policies, sas, &|| result.is_closed());
+            // Nobody waits for it any longer if this fails.
+            let _ = result.send(dumped);
+        })?;
+        Ok(Self(receiver))
     }
 
-    /// Reads on until everything is there.
-    pub(super) async fn finish(&mut self) -> Result<Snapshot, DumpError> {
-        loop {
-            if let Some(snapshot) = self.step().await? {
-                return Ok(snapshot);
+    /// Waits until everything is there. Cancel-safe.
+    pub(super) async fn finish(&mut self) -> Result<Dumped, DumpError> {
+        let gone = |_| DumpError::System(io::Error::other("the thread that reads has gone"));
+        (&mut self.0).await.map_err(gone)?
+    }
+}
+
+fn read_all(
+    mut policies: Reader,
+    mut sas: Reader,
+    is_given_up: &(impl Fn() -> bool + Sync),
+) -> Result<Dumped, DumpError> {
+    thread::scope(|scope| {
+        let sas = thread::Builder::new()
+            .name("fastswan-dump".to_owned())
+            .spawn_scoped(scope, || sas.associations(is_given_up))?;
+        let Dumped { snapshot, mut devices } = policies.policies(is_given_up)?;
+        let gone = |_| DumpError::System(io::Error::other("the thread that reads associations has gone"));
+        let sas = sas.join().map_err(gone)??;
+        devices.extend(sas.devices);
+        Ok(Dumped { snapshot: Snapshot { sas: sas.snapshot.sas, ..snapshot }, devices })
+    })
+}
+
+/// A socket that is asked one thing after the other.
+#[derive(Debug)]
+struct Reader {
+    socket: Socket,
+    buffer: BytesMut,
+    /// Of the latest request.
+    sequence: u32,
+    count_larval: bool,
+}
+
+impl Reader {
+    fn open(config: &NetlinkConfig) -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_XFRM)?;
+        set_receive_buffer(&socket, config.receive_buffer)?;
+        // The kernel has answered before the call returns that asks. Should it not, the thread ends all the same.
+        set_socket_timeout(&socket, Timeout::Recv, Some(DUMP_LIMIT))?;
+        socket.bind_auto()?;
+        Ok(Self { socket, buffer: BytesMut::new(), sequence: 0, count_larval: config.count_larval })
+    }
+
+    fn associations(&mut self, is_given_up: &impl Fn() -> bool) -> Result<Dumped, DumpError> {
+        let mut dumped = Dumped::default();
+        dumped.snapshot.sas.reserve_exact(expected(XFRM_MSG_GETSADINFO));
+        self.ask((XFRM_MSG_GETSA, NLM_F_DUMP, SA_ID_LENGTH), is_given_up, |event| {
+            if let PolicyEvent::Sa(sa) = event {
+                dumped.devices.extend(sa.offload.map(index));
+                dumped.snapshot.sas.push(sa);
+            }
+        })?;
+        Ok(dumped)
+    }
+
+    fn policies(&mut self, is_given_up: &impl Fn() -> bool) -> Result<Dumped, DumpError> {
+        let mut dumped = Dumped::default();
+        dumped.snapshot.policies.reserve_exact(expected(XFRM_MSG_GETSPDINFO));
+        self.ask((XFRM_MSG_GETPOLICY, NLM_F_DUMP, POLICY_ID_LENGTH), is_given_up, |event| {
+            if let PolicyEvent::Policy(policy) = event {
+                dumped.devices.extend(policy.offload.map(index));
+                dumped.snapshot.policies.push(policy);
+            }
+        })?;
+        self.ask((XFRM_MSG_GETDEFAULT, 0, DEFAULT_LENGTH), is_given_up, |event| {
+            if let PolicyEvent::DefaultPolicy(default_policy) = event {
+                dumped.snapshot.default_policy = default_policy;
+            }
+        })?;
+        Ok(dumped)
+    }
+
+    /// Sends a request of this kind, with these flags and a fixed part of zeros of this length, and passes on what is
+    /// answered.
+    fn ask(
+        &mut self,
+        (kind, flags, fixed): (u16, u16, usize),
+        is_given_up: &impl Fn() -> bool,
+        mut take: impl FnMut(PolicyEvent),
+    ) -> Result<(), DumpError> {
+        self.sequence += 1;
+        let request = request(kind, flags, self.sequence, &vec![0; fixed]);
+        self.socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+        while !is_given_up() {
+            let datagram = receive(&self.socket, &mut self.buffer, 0)?;
+            if self.take(&datagram, kind, &mut take)? {
+                return Ok(());
             }
         }
+        Err(DumpError::Interrupted)
     }
 
-    /// Reads one datagram: everything if it was the last one.
-    pub(super) async fn step(&mut self) -> Result<Option<Snapshot>, DumpError> {
-        let datagram = self.socket.receive().await?;
-        if self.take(&datagram)? {
-            self.stage += 1;
-            if self.request().is_none() {
-                return Ok(Some(std::mem::take(&mut self.snapshot)));
-            }
-            self.ask()?;
-        }
-        Ok(None)
-    }
-
-    /// Type, flags and length of the fixed part of what is being asked for; `None` at the end.
-    fn request(&self) -> Option<(u16, u16, u32)> {
-        match self.stage {
-            // Associations first, so that no policy is seen without its association.
-            1 => Some((XFRM_MSG_GETSA, NLM_F_REQUEST | NLM_F_DUMP, SA_ID_LENGTH)),
-            2 => Some((XFRM_MSG_GETPOLICY, NLM_F_REQUEST | NLM_F_DUMP, POLICY_ID_LENGTH)),
-            3 => Some((XFRM_MSG_GETDEFAULT, NLM_F_REQUEST, DEFAULT_LENGTH)),
-            _ => None,
-        }
-    }
-
-    fn asks_for(&self, kind: u16) -> bool {
-        self.request().is_some_and(|(asked, ..)| asked == kind)
-    }
-
-    fn ask(&self) -> io::Result<()> {
-        let Some((kind, flags, fixed)) = self.request() else { return Ok(()) };
-        let length = HEADER_LENGTH + fixed;
-        let mut request = Vec::from(length.to_ne_bytes());
-        request.extend(kind.to_ne_bytes());
-        request.extend(flags.to_ne_bytes());
-        request.extend(self.stage.to_ne_bytes());
-        // Our port number; the kernel knows it.
-        request.extend(0_u32.to_ne_bytes());
-        // The fixed part: zeros ask for all.
-        request.resize(length as usize, 0);
-        self.socket.send(&request)
-    }
-
-    /// Takes what a datagram says; true when the current part is complete.
-    fn take(&mut self, datagram: &Datagram) -> Result<bool, DumpError> {
+    /// Passes on what a datagram says; true if it is the last one.
+    fn take(
+        &self,
+        datagram: &Datagram,
+        asked: u16,
+        take: &mut impl FnMut(PolicyEvent),
+    ) -> Result<bool, DumpError> {
         if datagram.sender != 0 {
             return Ok(false);
         }
@@ -131,22 +186,23 @@ impl Dump {
             return Err(DumpError::Interrupted);
         }
         let mut done = false;
-        for message in decode(&datagram.bytes)? {
-            if message.sequence != self.stage {
+        for message in Messages(&datagram.bytes) {
+            let message = message?;
+            if message.sequence != self.sequence {
                 continue;
             }
             if message.interrupted {
                 return Err(DumpError::Interrupted);
             }
-            match message.content.counting_larval(self.count_larval) {
-                Content::Event(PolicyEvent::Policy(policy)) => self.snapshot.policies.push(policy),
-                Content::Event(PolicyEvent::Sa(sa)) => self.snapshot.sas.push(sa),
-                Content::Event(PolicyEvent::DefaultPolicy(default_policy)) => {
-                    self.snapshot.default_policy = default_policy;
-                    done = true;
+            match message.content {
+                Content::Larval(sa) if self.count_larval && sa.id.spi != 0 => take(PolicyEvent::Sa(sa)),
+                Content::Event(event) => {
+                    // This answer is not a dump.
+                    done |= matches!(event, PolicyEvent::DefaultPolicy(_));
+                    take(event);
                 }
                 Content::Done(0) => done = true,
-                Content::Error(NO_SUCH_REQUEST) if self.asks_for(XFRM_MSG_GETDEFAULT) => done = true,
+                Content::Error(NO_SUCH_REQUEST) if asked == XFRM_MSG_GETDEFAULT => done = true,
                 Content::Done(errno) | Content::Error(errno) if errno != 0 => {
                     return Err(io::Error::from_raw_os_error(errno).into());
                 }
@@ -156,4 +212,10 @@ impl Dump {
         }
         Ok(done)
     }
+}
+
+/// About how many the kernel has, for room to be made at once. It may not say.
+fn expected(request: u16) -> usize {
+    let answer = converse(NETLINK_XFRM, request, &[0; INFO_LENGTH]);
+    answer.map_or(0, |answer| counted(&answer.bytes)).min(MOST_EXPECTED)
 }

@@ -33,7 +33,7 @@ pub(crate) use self::socket::{Datagram, NetlinkSocket};
 use self::{
     audit::Audit,
     back_off::BackOff,
-    dump::{Dump, DumpError},
+    dump::{Dump, DumpError, Dumped},
     links::Links,
 };
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
@@ -163,7 +163,7 @@ enum State {
     /// The next dump starts then.
     Waiting(Instant),
     /// A dump is being read, until then at most.
-    Dumping(Box<Dump>, Instant),
+    Dumping(Dump, Instant),
     /// What was yielded is what the kernel has.
     Following,
 }
@@ -232,14 +232,14 @@ impl NetlinkSource {
                     }
                     match self.start_dump() {
                         Ok(dump) => {
-                            self.state = State::Dumping(Box::new(dump), Instant::now() + DUMP_LIMIT);
+                            self.state = State::Dumping(dump, Instant::now() + DUMP_LIMIT);
                             continue;
                         }
                         Err(error) => DumpError::System(error),
                     }
                 }
                 State::Dumping(dump, until) => match timeout_at(*until, dump.finish()).await {
-                    Ok(Ok(snapshot)) => match self.replay(snapshot) {
+                    Ok(Ok(dumped)) => match self.replay(dumped) {
                         Ok(snapshot) => {
                             self.statistics.dumps += 1;
                             self.back_off.settled(Instant::now());
@@ -298,9 +298,8 @@ impl NetlinkSource {
 
     /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
     /// is applied again, together with all that came after it.
-    fn replay(&mut self, snapshot: Snapshot) -> Result<Snapshot, StaleCause> {
-        self.devices.clear();
-        self.note_devices(&snapshot);
+    fn replay(&mut self, Dumped { snapshot, devices }: Dumped) -> Result<Snapshot, StaleCause> {
+        self.devices = devices;
         // Mostly nothing was, and what would be built here is built again by whoever reads the snapshot.
         let snapshot = match self.notifications.try_receive().transpose() {
             None => snapshot,
@@ -325,11 +324,6 @@ impl NetlinkSource {
         Ok(database.into_snapshot())
     }
 
-    fn note_devices(&mut self, snapshot: &Snapshot) {
-        self.devices.extend(snapshot.policies.iter().filter_map(|policy| policy.offload).map(index));
-        self.devices.extend(snapshot.sas.iter().filter_map(|sa| sa.offload).map(index));
-    }
-
     /// Decides what the loss of devices means, now or when all notifications before it have been read.
     fn judge(&mut self, lost: io::Result<Vec<u32>>) -> Result<(), StaleCause> {
         let lost = lost.map_err(|error| {
@@ -351,12 +345,12 @@ impl NetlinkSource {
     }
 
     /// Takes what an audit has come to.
-    fn take_audit(&mut self, step: Result<Option<Snapshot>, DumpError>) {
+    fn take_audit(&mut self, step: Result<Option<Dumped>, DumpError>) {
         match step {
             Ok(None) => {}
-            Ok(Some(snapshot)) => {
+            Ok(Some(Dumped { snapshot, devices })) => {
                 self.statistics.audits += 1;
-                self.note_devices(&snapshot);
+                self.devices.extend(devices);
                 self.ready.push_back(PolicyEvent::Audit(snapshot));
                 self.audit.restart();
             }

@@ -17,9 +17,6 @@ const HEADER_LENGTH: usize = 16;
 const NLM_F_REQUEST: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 
-/// `MSG_TRUNC` asks for the length that a datagram really had.
-const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
-
 /// A datagram and where it came from.
 #[derive(Debug)]
 pub(crate) struct Datagram {
@@ -52,14 +49,9 @@ impl NetlinkSocket {
         Ok(Self { socket: watch(socket)?, buffer: BytesMut::new() })
     }
 
-    /// Sends a request to the kernel.
-    pub(crate) fn send(&self, request: &[u8]) -> io::Result<()> {
-        self.socket.get_ref().send_to(request, &SocketAddr::new(0, 0), 0).map(drop)
-    }
-
     /// The next datagram, if there is one already.
     pub(crate) fn try_receive(&mut self) -> io::Result<Option<Datagram>> {
-        match receive(self.socket.get_ref(), &mut self.buffer) {
+        match receive(self.socket.get_ref(), &mut self.buffer, libc::MSG_DONTWAIT) {
             Ok(datagram) => Ok(Some(datagram)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
@@ -75,41 +67,55 @@ impl NetlinkSocket {
         loop {
             let mut guard = self.socket.readable().await?;
             let buffer = &mut self.buffer;
-            if let Ok(result) = guard.try_io(|socket| receive(socket.get_ref(), buffer)) {
+            if let Ok(result) = guard.try_io(|socket| receive(socket.get_ref(), buffer, libc::MSG_DONTWAIT)) {
                 return result;
             }
         }
     }
 }
 
-/// Sends a request with this fixed part, and returns the errno of the answer, 0 if it is no error. At the return the kernel
-/// has handled the request, and so has taken the locks that it handles such requests under.
-pub(super) fn pass_through(protocol: isize, kind: u16, fixed: &[u8]) -> io::Result<i32> {
+/// A request of this kind with this fixed part.
+pub(super) fn request(kind: u16, flags: u16, sequence: u32, fixed: &[u8]) -> Vec<u8> {
     let length = u32::try_from(HEADER_LENGTH + fixed.len()).unwrap_or(u32::MAX);
     let mut request = Vec::from(length.to_ne_bytes());
     request.extend(kind.to_ne_bytes());
-    request.extend(NLM_F_REQUEST.to_ne_bytes());
-    request.resize(HEADER_LENGTH, 0);
+    request.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    request.extend(sequence.to_ne_bytes());
+    // Our port number; the kernel knows it.
+    request.extend(0_u32.to_ne_bytes());
     request.extend(fixed);
+    request
+}
+
+/// Sends a request with this fixed part, and returns the first datagram of the answer. At the return the kernel has
+/// handled the request, and so has taken the locks that it handles such requests under.
+pub(super) fn converse(protocol: isize, kind: u16, fixed: &[u8]) -> io::Result<Datagram> {
     let socket = Socket::new(protocol)?;
-    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+    socket.send_to(&request(kind, 0, 0, fixed), &SocketAddr::new(0, 0), 0)?;
     // It is there already: the kernel handles a request before the call that sends it returns.
-    let Datagram { bytes, .. } = receive(&socket, &mut BytesMut::new())?;
+    receive(&socket, &mut BytesMut::new(), libc::MSG_DONTWAIT)
+}
+
+/// The same, but returns the errno of the answer, 0 if it is no error.
+pub(super) fn pass_through(protocol: isize, kind: u16, fixed: &[u8]) -> io::Result<i32> {
+    let Datagram { bytes, .. } = converse(protocol, kind, fixed)?;
     let is_error = bytes.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes());
     let code = bytes.get(HEADER_LENGTH..).and_then(|payload| payload.first_chunk()).filter(|_| is_error);
     Ok(code.map_or(0, |code| i32::from_ne_bytes(*code).saturating_neg()))
 }
 
-fn receive(socket: &Socket, buffer: &mut BytesMut) -> io::Result<Datagram> {
+/// The next datagram. `flags` are those of `recv(2)`.
+pub(super) fn receive(socket: &Socket, buffer: &mut BytesMut, flags: libc::c_int) -> io::Result<Datagram> {
     buffer.clear();
     buffer.reserve(LONGEST_DATAGRAM);
-    let (length, sender) = socket.recv_from(buffer, FLAGS)?;
+    // `MSG_TRUNC` asks for the length that a datagram really had.
+    let (length, sender) = socket.recv_from(buffer, flags | libc::MSG_TRUNC)?;
     let truncated = length > buffer.len();
     Ok(Datagram { bytes: buffer.split().freeze(), sender: sender.port_number(), truncated })
 }
 
 /// With `CAP_NET_ADMIN` beyond what `net.core.rmem_max` allows, else up to that.
-fn set_receive_buffer(socket: &Socket, bytes: usize) -> io::Result<()> {
+pub(super) fn set_receive_buffer(socket: &Socket, bytes: usize) -> io::Result<()> {
     set_socket_recv_buffer_size_force(socket, bytes)
         .or_else(|_| set_socket_recv_buffer_size(socket, bytes))?;
     Ok(())
