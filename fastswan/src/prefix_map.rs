@@ -45,9 +45,7 @@ impl From<&IpNet> for Key {
 impl Key {
     fn contains(&self, other: &Self) -> bool {
         let host_bits = u128::MAX.checked_shr(self.length.into()).unwrap_or(0);
-        self.is_v6 == other.is_v6
-            && self.length <= other.length
-            && (self.bits ^ other.bits) & !host_bits == 0
+        self.is_v6 == other.is_v6 && self.length <= other.length && (self.bits ^ other.bits) & !host_bits == 0
     }
 }
 

@@ -291,6 +291,7 @@ impl<A: Address> Plane<A> {
         dirty.dedup();
         let mut cells = std::mem::take(&mut self.cells);
         let mut settled = std::mem::take(&mut self.settled);
+        settled.reserve(dirty.len().min(cells.len()));
         let mut ask = |region, state: &mut State| {
             let new = Some(verdict(region, state, self.is_guarded(region)));
             let old = std::mem::replace(&mut state.verdict, new);

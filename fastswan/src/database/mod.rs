@@ -4,16 +4,15 @@
 //! the result. All policies are kept, not only offloaded ones, because the others shadow them. Nothing here
 //! does I/O.
 
-use std::{collections::BTreeSet, fmt};
+use std::{collections::BTreeSet, fmt, thread};
 
 use self::{
-    by_request::ByRequest,
     journal::Journal,
-    stored::{Identified, Key, Stored},
+    stored::{Item, Key, Stored},
 };
 pub(crate) use self::{
-    by_request::Request,
     journal::{Change, Revision},
+    request::Request,
 };
 use crate::{
     policy::{
@@ -22,14 +21,17 @@ use crate::{
     source::{PolicyEvent, Snapshot, StaleCause},
 };
 
-mod by_request;
 mod journal;
+mod request;
 mod stored;
 
 /// Seconds before the kernel deletes something for its age, by the wall clock, that it counts as gone. The kernel's
 /// clock for this has whole seconds, a gateway looks four times in one, and if it hangs, its lease of one second, unless
 /// set otherwise, runs out before.
 const AHEAD: u64 = 2;
+
+/// From so many policies and as many associations on, a second thread takes less time than it costs.
+const MANY: usize = 10_000;
 
 /// So many differences that an audit finds are logged by name.
 const MOST_NAMED: usize = 8;
@@ -54,10 +56,7 @@ pub struct Database {
     policies: Stored<PolicyKey, Policy>,
     /// By policy key: see [`Self::is_order_known`].
     order_known: Vec<bool>,
-    /// The packet-offloaded outbound policies with one template, by what it asks for.
-    policies_by_request: ByRequest<PolicyKey>,
     sas: Stored<SaKey, SecurityAssociation>,
-    sas_by_request: ByRequest<SaKey>,
     default_policy: DefaultPolicy,
     freshness: Freshness,
     audit_repairs: u64,
@@ -99,19 +98,29 @@ impl Key for SaKey {
     }
 }
 
-impl Identified for Policy {
+impl Item for Policy {
     type Id = PolicyId;
 
     fn id(&self) -> &PolicyId {
         &self.id
     }
+
+    /// What the only template of a policy that may be fast asks for.
+    fn request(&self) -> Option<Request> {
+        let [template] = &self.templates[..] else { return None };
+        is_candidate(self).then(|| template.into())
+    }
 }
 
-impl Identified for SecurityAssociation {
+impl Item for SecurityAssociation {
     type Id = SaId;
 
     fn id(&self) -> &SaId {
         &self.id
+    }
+
+    fn request(&self) -> Option<Request> {
+        Some(self.into())
     }
 }
 
@@ -204,19 +213,34 @@ impl Database {
     /// Makes this what a snapshot says. What stays keeps its key.
     fn replace(&mut self, snapshot: Snapshot) {
         self.order_known.clear();
-        self.policies.replace(snapshot.policies);
-        self.sas.replace(snapshot.sas);
-        self.index();
+        self.store(snapshot.policies, snapshot.sas);
+        self.recount();
         self.default_policy = snapshot.default_policy;
         self.freshness = Freshness::Current;
         self.journal.forget();
     }
 
-    /// Makes everything anew that follows from the policies and associations.
-    fn index(&mut self) {
+    /// Stores these and nothing else: both kinds at the same time if there are many.
+    fn store(&mut self, policies: Vec<Policy>, sas: Vec<SecurityAssociation>) {
+        let is_worth_it = policies.len().min(sas.len()) >= MANY;
+        let mut sas = Some(sas);
+        thread::scope(|scope| {
+            let store_sas = || self.sas.replace(sas.take().unwrap_or_default());
+            if is_worth_it {
+                // Where there can be no other thread, it is done below.
+                let _ = thread::Builder::new().spawn_scoped(scope, store_sas);
+            }
+            self.policies.replace(policies);
+        });
+        if let Some(sas) = sas {
+            self.sas.replace(sas);
+        }
+    }
+
+    /// Counts the offloaded policies and puts what expires in order, from the start.
+    fn recount(&mut self) {
         let (mut v4, mut v6) = <(Offloaded, Offloaded)>::default();
         let mut expiring = Vec::new();
-        self.policies_by_request.clear(self.policies.len());
         for (key, policy) in self.policies.iter() {
             expiring.extend(policy.expires.map(|expires| (expires, Expiring::Policy(key))));
             if is_candidate(policy) {
@@ -226,17 +250,9 @@ impl Database {
                 };
                 offloaded.add(policy.priority);
             }
-            if let Some(asked) = request(policy) {
-                let request_of = |key| self.policies.get(key).and_then(request);
-                self.policies_by_request.insert(key, asked, request_of);
-            }
         }
-        self.sas_by_request.clear(self.sas.len());
-        for (key, sa) in self.sas.iter() {
-            expiring.extend(sa.expires.map(|expires| (expires, Expiring::Sa(key))));
-            let request_of = |key| self.sas.get(key).map(Request::from);
-            self.sas_by_request.insert(key, sa.into(), request_of);
-        }
+        let sas = self.sas.iter().filter_map(|(key, sa)| Some((sa.expires?, Expiring::Sa(key))));
+        expiring.extend(sas);
         (self.offloaded_v4, self.offloaded_v6) = (v4, v6);
         self.expiring = expiring.into_iter().collect();
     }
@@ -270,7 +286,7 @@ impl Database {
     }
 
     fn insert_policy(&mut self, policy: Policy) -> PolicyKey {
-        let (now, expires) = (request(&policy), policy.expires);
+        let expires = policy.expires;
         let (family, offloaded) =
             (policy.id.selector.family(), is_candidate(&policy).then_some(policy.priority));
         let (key, before) = match self.policies.insert(policy) {
@@ -286,16 +302,6 @@ impl Database {
         }
         let ends = before.as_ref().and_then(|before| before.expires);
         self.expires_instead(Expiring::Policy(key), ends, expires);
-        let was = before.as_ref().and_then(request);
-        if was != now {
-            if let Some(request) = was {
-                self.policies_by_request.remove(key, request);
-            }
-            if let Some(now) = now {
-                let request_of = |key| self.policies.get(key).and_then(request);
-                self.policies_by_request.insert(key, now, request_of);
-            }
-        }
         self.journal.record(Change::Policy { key, before: before.map(Box::new) });
         key
     }
@@ -304,9 +310,6 @@ impl Database {
         let Some((key, before)) = self.policies.remove(id) else { return };
         self.forget_offloaded(&before);
         self.expires_instead(Expiring::Policy(key), before.expires, None);
-        if let Some(request) = request(&before) {
-            self.policies_by_request.remove(key, request);
-        }
         if let Some(is_known) = self.order_known.get_mut(key.index()) {
             *is_known = false;
         }
@@ -452,11 +455,8 @@ impl Database {
         if_id: u32,
         device: u32,
     ) -> impl Iterator<Item = &SecurityAssociation> {
-        self.sas_by_request
-            .get(template.into(), |key| self.sas.get(key).map(Request::from))
-            .filter_map(|key| self.sas.get(key))
-            .filter(move |sa| {
-                sa.is_outbound_packet_offload()
+        self.sas.of_request(template.into()).map(|(_, sa)| sa).filter(move |sa| {
+            sa.is_outbound_packet_offload()
                     && sa.offload.is_some_and(|offload| offload.ifindex == device)
                     && sa.id.protocol == IPPROTO_ESP
                     && template.protocol == IPPROTO_ESP
@@ -470,7 +470,7 @@ impl Database {
                     && sa.selector.is_none_or(|selector| {
                         selector.family() == family && selector.matches_everything()
                     })
-            })
+        })
     }
 
     /// When this is.
@@ -503,19 +503,14 @@ impl Database {
 
     /// The packet-offloaded outbound policies whose only template asks for this.
     pub(crate) fn policies_asking_for(&self, asked: Request) -> impl Iterator<Item = PolicyKey> {
-        self.policies_by_request.get(asked, |key| self.policies.get(key).and_then(request))
+        self.policies.of_request(asked).map(|(key, _)| key)
     }
 
     fn insert_sa(&mut self, sa: SecurityAssociation) {
         let (now, expires) = (Request::from(&sa), sa.expires);
         let Ok((key, before)) = self.sas.insert(sa) else { return };
-        let was = before.as_ref().map(Request::from);
-        if was != Some(now) {
-            if let Some(request) = was {
-                self.sas_by_request.remove(key, request);
-                self.journal.record(Change::Sa(request));
-            }
-            self.sas_by_request.insert(key, now, |key| self.sas.get(key).map(Request::from));
+        if let Some(was) = before.as_ref().map(Request::from).filter(|was| *was != now) {
+            self.journal.record(Change::Sa(was));
         }
         self.expires_instead(Expiring::Sa(key), before.and_then(|before| before.expires), expires);
         self.journal.record(Change::Sa(now));
@@ -523,16 +518,9 @@ impl Database {
 
     fn remove_sa(&mut self, id: &SaId) {
         let Some((key, sa)) = self.sas.remove(id) else { return };
-        self.sas_by_request.remove(key, Request::from(&sa));
         self.expires_instead(Expiring::Sa(key), sa.expires, None);
         self.journal.record(Change::Sa(Request::from(&sa)));
     }
-}
-
-/// What the only template of a policy that may be fast asks for.
-fn request(policy: &Policy) -> Option<Request> {
-    let [template] = &policy.templates[..] else { return None };
-    is_candidate(policy).then(|| template.into())
 }
 
 fn is_candidate(policy: &Policy) -> bool {
@@ -600,6 +588,23 @@ mod tests {
         assert_eq!(database.freshness(), Freshness::Stale(StaleCause::Overrun));
         database.apply(PolicyEvent::Sa(sa(1)));
         assert!(!database.is_current(), "an event does not make up for those that were lost");
+    }
+
+    #[test]
+    fn many_policies_and_associations_are_stored_like_a_few() {
+        let numbers = 0..u32::try_from(MANY).unwrap();
+        let address = |number: u32| std::net::Ipv4Addr::from(0x0a00_0000 | number);
+        let policies =
+            numbers.clone().map(|number| policy(&format!("{}/32", address(number)), PolicyType::Main));
+        let told =
+            Snapshot { policies: policies.collect(), sas: numbers.map(sa).collect(), ..Snapshot::default() };
+        let mut database = Database::default();
+        for told in [told.clone(), Snapshot { sas: vec![sa(7)], ..told.clone() }, Snapshot::default(), told] {
+            database.apply(PolicyEvent::Snapshot(told.clone()));
+            assert_eq!(database.sas().count(), told.sas.len());
+            assert!(told.policies.iter().all(|policy| database.policy(&policy.id) == Some(policy)));
+            assert!(told.sas.iter().all(|sa| database.sa(&sa.id) == Some(sa)));
+        }
     }
 
     #[test]

@@ -121,7 +121,8 @@ impl Iterator for Messages<'_> {
 pub(super) fn counted(answer: &[u8]) -> usize {
     let Ok(buffer) = NetlinkBuffer::new_checked(answer) else { return 0 };
     let mut attributes = NlasIterator::new(buffer.payload().get(INFO_FLAGS_LENGTH..).unwrap_or_default());
-    let Some(Ok(counts)) = attributes.find(|attribute| matches!(attribute, Ok(a) if a.kind() == XFRMA_INFO)) else {
+    let Some(Ok(counts)) = attributes.find(|attribute| matches!(attribute, Ok(a) if a.kind() == XFRMA_INFO))
+    else {
         return 0;
     };
     let (counts, _) = counts.value().as_chunks();
@@ -212,7 +213,8 @@ mod xfrm_length {
 /// The attributes that matter.
 #[derive(Default)]
 struct Attributes {
-    policy: Option<UserPolicyInfo>,
+    /// In few messages, so it is not to make the others slow.
+    policy: Option<Box<UserPolicyInfo>>,
     policy_type: PolicyType,
     templates: Templates,
     mark: Mark,
@@ -256,7 +258,7 @@ impl Attributes {
             | xfrm::XFRMA_OFFLOAD_DEV
             | xfrm::XFRMA_ALG_AEAD
             | xfrm::XFRMA_ENCAP => match XfrmAttrs::parse(attribute).map_err(text)? {
-                XfrmAttrs::PolicyInfo(info) => self.policy = Some(info),
+                XfrmAttrs::PolicyInfo(info) => self.policy = Some(Box::new(info)),
                 XfrmAttrs::PolicyType(policy_type) => {
                     self.policy_type = match policy_type.ptype {
                         xfrm::XFRM_POLICY_TYPE_MAIN => PolicyType::Main,

@@ -1,4 +1,4 @@
-//! Which policies and associations ask for each other: those of one outer destination and reqid.
+//! Which policies and associations belong together: those of one outer destination and reqid.
 
 use std::{hash::BuildHasher as _, iter, net::IpAddr};
 
@@ -51,21 +51,14 @@ impl<K> Default for ByRequest<K> {
 }
 
 impl<K: Key> ByRequest<K> {
-    /// Removes all keys, and makes room for others.
-    pub(super) fn clear(&mut self, room: usize) {
-        self.heads.clear();
-        self.heads.reserve(room, |_| 0);
-        self.links.clear();
-        self.links.reserve_exact(room);
+    /// Makes room for so many more, when there are none.
+    pub(super) fn reserve(&mut self, more: usize) {
+        self.heads.reserve(more, |_| 0);
+        self.links.reserve_exact(more);
     }
 
     /// Adds a key that is not there.
-    pub(super) fn insert(
-        &mut self,
-        key: K,
-        request: Request,
-        request_of: impl Fn(K) -> Option<Request>,
-    ) {
+    pub(super) fn insert(&mut self, key: K, request: Request, request_of: impl Fn(K) -> Option<Request>) {
         let hash = |request| self.hasher.hash_one(request);
         let is_it = |head: &K| request_of(*head) == Some(request);
         let next = match self.heads.entry(hash(request), is_it, |head| request_of(*head).map_or(0, hash)) {
@@ -92,7 +85,8 @@ impl<K: Key> ByRequest<K> {
         }
         if let Some(previous) = previous {
             self.links[previous.index()].next = next;
-        } else if let Ok(mut head) = self.heads.find_entry(self.hasher.hash_one(request), |head| *head == key) {
+        } else if let Ok(mut head) = self.heads.find_entry(self.hasher.hash_one(request), |head| *head == key)
+        {
             match next {
                 Some(next) => *head.get_mut() = next,
                 None => drop(head.remove()),
