@@ -21,7 +21,7 @@ use crate::{
     host::HostFacts,
     metrics::Meters,
     source::{PolicyEvent, PolicySource, SourceError},
-    table::{OffloadTable, Removals, TableError, TableUpdate, Traffic},
+    table::{OffloadTable, Removals, Slot, TableError, TableUpdate, Traffic},
 };
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
@@ -332,8 +332,10 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     /// policies, 0.9 µs each as measured with 100,000, and the loop waits meanwhile: the lease must outlast it.
     #[cfg(feature = "metrics")]
     pub fn record_metrics(&mut self) {
+        let policies = self.compiler.states(&self.database);
         let moment = crate::metrics::Moment {
-            report: self.report(),
+            policies: policies.map(|(slot, state)| (state, self.traffic(slot))).collect(),
+            passes: self.table.passes(),
             associations: self.database.sas().count(),
             is_current: self.database.is_current(),
             queued: self.source.queued(),
@@ -368,7 +370,7 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     #[must_use]
     pub fn report(&self) -> Report {
         let policies = self.compiler.policies(&self.database).into_iter().map(|policy| {
-            let traffic = policy.slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot));
+            let traffic = self.traffic(policy.slot);
             (policy, traffic)
         });
         Report {
@@ -379,6 +381,10 @@ impl<S, T: OffloadTable> Gateway<S, T> {
             audit_repairs: self.database.audit_repairs(),
             times_shut: self.times_shut,
         }
+    }
+
+    fn traffic(&self, slot: Option<Slot>) -> Traffic {
+        slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot))
     }
 
     fn off_if_failed<R>(&mut self, result: Result<R, GatewayError>) -> Result<R, GatewayError> {
@@ -489,7 +495,7 @@ mod tests {
         MemoryTable, Selector, StaticSource,
         policy::{Egress, NextHop, PolicyType},
         source::{StaleCause, fixed::StaticPolicy},
-        table::{Slot, TableConfig, delegate_lookups},
+        table::{TableConfig, delegate_lookups},
     };
 
     /// What a guard has counted, and what a table was told.

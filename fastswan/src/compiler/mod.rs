@@ -227,16 +227,12 @@ impl Compiler {
     /// identity. Looks at all of them.
     #[must_use]
     pub fn policies(&self, database: &Database) -> Vec<PolicyReport> {
-        let candidates = database
-            .keyed_policies()
-            .filter(|(_, policy)| policy.id.direction == Direction::Out && policy.is_packet_offloaded());
-        let mut reports: Vec<_> = candidates
-            .map(|(key, policy)| PolicyReport {
-                id: policy.id.clone(),
-                slot: self.slots.get(key),
-                state: self.state(database, key, policy),
-            })
-            .collect();
+        let reports = candidates(database).map(|(key, policy)| PolicyReport {
+            id: policy.id.clone(),
+            slot: self.slots.get(key),
+            state: self.state(database, key, policy),
+        });
+        let mut reports: Vec<_> = reports.collect();
         reports.sort_by(|one, other| {
             let order = |report: &PolicyReport| report.id.selector.family();
             order(one).cmp(&order(other)).then_with(|| one.id.cmp(&other.id))
@@ -244,10 +240,15 @@ impl Compiler {
         reports
     }
 
+    /// Slots and states of the same policies, in no particular order.
+    pub(crate) fn states(&self, database: &Database) -> impl Iterator<Item = (Option<Slot>, PolicyState)> {
+        candidates(database).map(|(key, policy)| (self.slots.get(key), self.state(database, key, policy)))
+    }
+
     /// How many policies are fast. Looks at all of them.
     #[must_use]
     pub fn fast_policies(&self, database: &Database) -> usize {
-        self.policies(database).iter().filter(|report| report.state == PolicyState::Fast).count()
+        self.states(database).filter(|(_, state)| *state == PolicyState::Fast).count()
     }
 
     /// Brings the verdicts of cells up to date.
@@ -341,6 +342,13 @@ impl Compiler {
             None => PassReason::Capacity,
         })
     }
+}
+
+/// The packet-offloaded outbound policies.
+fn candidates(database: &Database) -> impl Iterator<Item = (PolicyKey, &Policy)> {
+    database
+        .keyed_policies()
+        .filter(|(_, policy)| policy.id.direction == Direction::Out && policy.is_packet_offloaded())
 }
 
 /// How a policy's packets leave, or why they must not.

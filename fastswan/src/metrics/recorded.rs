@@ -7,9 +7,10 @@ use std::{
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
+use fastswan_ebpf::PassReason;
+
 use crate::{
     compiler::PolicyState,
-    gateway::Report,
     table::{Slot, TableUpdate, Traffic},
 };
 
@@ -25,7 +26,9 @@ pub(crate) struct Meters {
 /// What is looked at instead of counted.
 #[derive(Debug)]
 pub(crate) struct Moment {
-    pub(crate) report: Report,
+    /// What became of each packet-offloaded outbound policy, and what it has forwarded.
+    pub(crate) policies: Vec<(PolicyState, Traffic)>,
+    pub(crate) passes: Vec<(PassReason, u64)>,
     pub(crate) associations: usize,
     pub(crate) is_current: bool,
     pub(crate) queued: usize,
@@ -95,8 +98,8 @@ impl Meters {
         let mut in_kernel: BTreeMap<&'static str, u64> =
             self.reasons.iter().map(|reason| (*reason, 0)).collect();
         let mut total = self.retired;
-        for (policy, traffic) in &moment.report.policies {
-            match policy.state {
+        for (state, traffic) in &moment.policies {
+            match state {
                 PolicyState::Fast => fast += 1,
                 PolicyState::Pass(reason) => *in_kernel.entry(reason.name()).or_default() += 1,
             }
@@ -113,7 +116,7 @@ impl Meters {
         gauge!("fastswan_queued_events").set(float(moment.queued as u64));
         counter!("fastswan_fast_packets_total").absolute(total.packets);
         counter!("fastswan_fast_bytes_total").absolute(total.bytes);
-        for (reason, packets) in &moment.report.passes {
+        for (reason, packets) in &moment.passes {
             counter!("fastswan_passed_packets_total", "reason" => reason.name()).absolute(*packets);
         }
     }
@@ -166,16 +169,13 @@ fn describe() {
 mod tests {
     use std::future::Future;
 
-    use fastswan_ebpf::PassReason;
     use metrics_util::debugging::{DebugValue, DebuggingRecorder};
     use tokio::time::{advance, sleep};
 
     use super::*;
     use crate::{
-        ChannelSource, Gateway, HostFacts, MemoryTable, PolicyEvent, PolicyId, PolicySource as _, Selector,
-        StaticSource,
-        compiler::PolicyReport,
-        policy::{Direction, Egress, NextHop},
+        ChannelSource, Gateway, HostFacts, MemoryTable, PolicyEvent, PolicySource as _, Selector, StaticSource,
+        policy::{Egress, NextHop},
         source::{Snapshot, StaleCause, channel::PolicySender, fixed::StaticPolicy},
         table::TableConfig,
     };
@@ -358,10 +358,9 @@ mod tests {
     fn fast_traffic_goes_on_counting_when_a_policy_is_gone() {
         let recorder = DebuggingRecorder::new();
         let traffic = Traffic { packets: 5, bytes: 700 };
-        let id = PolicyId::new(Direction::Out, selector());
-        let policy = PolicyReport { id, slot: Some(Slot(3)), state: PolicyState::Fast };
         let moment = |policies| Moment {
-            report: Report { policies, passes: vec![(PassReason::Fragment, 9)], ..Report::default() },
+            policies,
+            passes: vec![(PassReason::Fragment, 9)],
             associations: 0,
             is_current: true,
             queued: 0,
@@ -370,7 +369,7 @@ mod tests {
             let mut meters = Meters::new();
             let freed = TableUpdate { slots: vec![(Slot(3), None)], ..TableUpdate::default() };
             meters.writing(&freed, |slot| if slot == Slot(3) { traffic } else { panic!("{slot:?}") });
-            meters.look(&moment(vec![(policy, Traffic { packets: 2, bytes: 300 })]));
+            meters.look(&moment(vec![(PolicyState::Fast, Traffic { packets: 2, bytes: 300 })]));
         });
         let scrape = Scrape::take(&recorder);
         scrape.expect(&[("fast_packets_total", 7), ("fast_bytes_total", 1000)]);
