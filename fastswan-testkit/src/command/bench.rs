@@ -73,7 +73,24 @@ struct Round {
     ratio: f64,
     /// What the process grew by meanwhile, in bytes per policy, without the table's maps.
     bytes: f64,
+    /// How long the loop stops to compare all of it with what an audit has found, in seconds.
+    audit: f64,
+    /// How long it stops to record metrics, in seconds.
+    metrics: f64,
 }
+
+/// A column of what is printed: its name there and in JSON, and how it comes from a round.
+type Figure = (&'static str, &'static str, fn(&Round) -> f64);
+
+const FIGURES: [Figure; 7] = [
+    ("dump ms", "dump_ms", |round| round.dump * 1e3),
+    ("mirror ms", "mirror_ms", |round| round.mirror * 1e3),
+    ("ratio", "ratio", |round| round.mirror / round.dump),
+    ("processor ratio", "processor_ratio", |round| round.ratio),
+    ("bytes per policy", "bytes_per_policy", |round| round.bytes),
+    ("audit ms", "audit_ms", |round| round.audit * 1e3),
+    ("metrics ms", "metrics_ms", |round| round.metrics * 1e3),
+];
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
@@ -108,46 +125,30 @@ fn mirror(arguments: &Arguments) -> anyhow::Result<()> {
         "the kernel has {policies} policies and as many associations after {:.1} s",
         start.elapsed().as_secs_f64()
     );
-    println!(
-        "{:>5} {:>9} {:>9} {:>6} {:>15} {:>16}",
-        "round", "dump ms", "mirror ms", "ratio", "processor ratio", "bytes per policy"
-    );
+    print!("{:>5}", "round");
+    for (name, ..) in FIGURES {
+        print!(" {name:>16}");
+    }
+    println!();
     let mut rounds = Vec::new();
     for number in 1..=arguments.rounds {
         let round = site.gateway.enter(|| in_a_process(policies))?;
-        let Round { dump, mirror, ratio, bytes } = round;
-        println!(
-            "{number:>5} {:>9.1} {:>9.1} {:>6.2} {ratio:>15.2} {bytes:>16.0}",
-            dump * 1e3,
-            mirror * 1e3,
-            mirror / dump
-        );
+        print!("{number:>5}");
+        for (.., figure) in FIGURES {
+            print!(" {:>16.2}", figure(&round));
+        }
+        println!();
         rounds.push(round);
     }
-    let dump = spread(&rounds, |round| round.dump * 1e3);
-    let mirror = spread(&rounds, |round| round.mirror * 1e3);
-    let ratio = spread(&rounds, |round| round.mirror / round.dump);
-    let processor_ratio = spread(&rounds, |round| round.ratio);
-    let bytes = spread(&rounds, |round| round.bytes);
     println!("\n{:<17} {:>8} {:>8} {:>8}", "", "min", "median", "max");
-    for (name, [min, median, max]) in [
-        ("dump ms", dump),
-        ("mirror ms", mirror),
-        ("ratio", ratio),
-        ("processor ratio", processor_ratio),
-        ("bytes per policy", bytes),
-    ] {
+    let mut json = json!({ "policies": policies, "rounds": arguments.rounds });
+    for (name, key, figure) in FIGURES {
+        let [min, median, max] = spread(&rounds, figure);
         println!("{name:<17} {min:>8.2} {median:>8.2} {max:>8.2}");
+        json[key] = json!([min, median, max]);
     }
     if arguments.json {
-        println!(
-            "{}",
-            json!({
-                "policies": policies, "rounds": arguments.rounds,
-                "dump_ms": dump, "mirror_ms": mirror, "ratio": ratio,
-                "processor_ratio": processor_ratio, "bytes_per_policy": bytes,
-            })
-        );
+        println!("{json}");
     }
     Ok(())
 }
@@ -198,7 +199,26 @@ async fn round(policies: u32) -> anyhow::Result<Round> {
     #[allow(clippy::cast_precision_loss)]
     let bytes = grown as f64 / f64::from(policies);
     let ratio = mirror.processor.as_secs_f64() / dump.processor.as_secs_f64();
-    Ok(Round { dump: dump.wall.as_secs_f64(), mirror: mirror.wall.as_secs_f64(), ratio, bytes })
+    let mut database = gateway.database().clone();
+    let found = PolicyEvent::Audit(database.snapshot());
+    let audit = time(|| database.apply(found));
+    ensure!(database.audit_repairs() == 0, "the audit found something");
+    let metrics = time(|| gateway.record_metrics());
+    Ok(Round {
+        dump: dump.wall.as_secs_f64(),
+        mirror: mirror.wall.as_secs_f64(),
+        ratio,
+        bytes,
+        audit,
+        metrics,
+    })
+}
+
+/// How long something takes, in seconds.
+fn time(what: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    what();
+    start.elapsed().as_secs_f64()
 }
 
 /// A moment of this process.

@@ -174,7 +174,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        ChannelSource, Gateway, HostFacts, MemoryTable, PolicyEvent, PolicySource as _, Selector, StaticSource,
+        ChannelSource, Gateway, HostFacts, MemoryTable, PolicyEvent, PolicySource as _, Selector,
+        StaticSource,
         policy::{Egress, NextHop},
         source::{Snapshot, StaleCause, channel::PolicySender, fixed::StaticPolicy},
         table::TableConfig,
