@@ -359,14 +359,14 @@ fn an_undecodable_message_makes_the_source_ask_for_everything_again() {
 #[test]
 fn a_message_cut_short_anywhere_ends_in_what_the_kernel_has() {
     story("messages cut short", async |ns| {
-        // The source waits between two losses, which are thousands.
-        tokio::time::pause();
         ns.ip(&format!("xfrm policy add {OUT} priority 100 {TUNNEL}")).unwrap();
         let config = NetlinkConfig::default().believe_anyone();
         let mut source = NetlinkSource::with_config(config).unwrap();
         let mut database = Database::default();
         follow(&mut source, &mut database).await;
         let kernel = kernel().await;
+        // The source waits between two losses, which are thousands.
+        tokio::time::pause();
         let mut cut = 0;
         for (name, message) in CAPTURED {
             // The kernel sends no empty datagram, nor lets others do so.

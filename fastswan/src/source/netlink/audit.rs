@@ -3,13 +3,13 @@
 //! An [`Audit`] dumps on a socket of its own and replays what was notified meanwhile: its snapshot is what the
 //! database must hold once it has applied every event before it.
 
-use std::{future::pending, io, time::Duration};
+use std::{future::pending, time::Duration};
 
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 use super::{
     super::PolicyEvent,
-    DUMP_LIMIT, NetlinkConfig,
+    NetlinkConfig,
     dump::{Dump, DumpError, Dumped},
 };
 use crate::database::Database;
@@ -36,8 +36,8 @@ pub(super) struct Audit {
 enum Stage {
     /// It begins then.
     Waiting(Option<Instant>),
-    /// A dump is being read, until then at most.
-    Dumping(Dump, Instant),
+    /// A dump is being read.
+    Dumping(Dump),
     /// Until then notifications may come of what the dump has seen.
     Settling(Dumped, Instant),
 }
@@ -77,12 +77,10 @@ impl Audit {
             Stage::Waiting(None) => pending().await,
             Stage::Waiting(Some(until)) => {
                 sleep_until(*until).await;
-                let dump = Dump::start(config)?;
-                self.stage = Stage::Dumping(dump, Instant::now() + DUMP_LIMIT);
+                self.stage = Stage::Dumping(Dump::start(config)?);
             }
-            Stage::Dumping(dump, until) => {
-                let read = timeout_at(*until, dump.finish()).await;
-                let dumped = read.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+            Stage::Dumping(dump) => {
+                let dumped = dump.finish().await?;
                 self.stage = Stage::Settling(dumped, Instant::now() + SETTLING);
             }
             Stage::Settling(dumped, until) => {

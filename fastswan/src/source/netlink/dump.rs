@@ -4,7 +4,11 @@
 //! request's would end a dump early. And in threads of its own: policies and associations are read side by side, and
 //! whoever waits for a [`Dump`] goes on with other things meanwhile.
 
-use std::{collections::BTreeSet, io, thread};
+use std::{
+    collections::BTreeSet,
+    io, thread,
+    time::{Duration, Instant},
+};
 
 use bytes::BytesMut;
 use netlink_packet_xfrm::constants::{
@@ -16,7 +20,7 @@ use tokio::sync::oneshot;
 
 use super::{
     super::{PolicyEvent, Snapshot},
-    DUMP_LIMIT, NetlinkConfig,
+    NetlinkConfig,
     decode::{Content, DecodeError, Messages, counted},
     index,
     socket::{Datagram, converse, pass_through, receive, request, set_receive_buffer},
@@ -28,6 +32,9 @@ const POLICY_ID_LENGTH: usize = 64;
 const SA_ID_LENGTH: usize = 24;
 const DEFAULT_LENGTH: usize = 4;
 const INFO_LENGTH: usize = 4;
+
+/// A dump that takes longer has been forgotten.
+const DUMP_LIMIT: Duration = Duration::from_secs(30);
 
 /// Room for more is only made as they come.
 const MOST_EXPECTED: usize = 1 << 20;
@@ -72,7 +79,17 @@ impl Dump {
         let (policies, sas) = (Reader::open(config)?, Reader::open(config)?);
         let (result, receiver) = oneshot::channel();
         thread::Builder::new().name("fastswan-dump".to_owned()).spawn(move || {
-            let dumped = read_all(policies, sas, &|| result.is_closed());
+            let began = Instant::now();
+            let go_on = || {
+                if result.is_closed() {
+                    Err(DumpError::Interrupted)
+                } else if began.elapsed() > DUMP_LIMIT {
+                    Err(io::Error::from(io::ErrorKind::TimedOut).into())
+                } else {
+                    Ok(())
+                }
+            };
+            let dumped = read_all(policies, sas, &go_on);
             // Nobody waits for it any longer if this fails.
             let _ = result.send(dumped);
         })?;
@@ -89,13 +106,13 @@ impl Dump {
 fn read_all(
     mut policies: Reader,
     mut sas: Reader,
-    is_given_up: &(impl Fn() -> bool + Sync),
+    go_on: &(impl Fn() -> Result<(), DumpError> + Sync),
 ) -> Result<Dumped, DumpError> {
     thread::scope(|scope| {
         let sas = thread::Builder::new()
             .name("fastswan-dump".to_owned())
-            .spawn_scoped(scope, || sas.associations(is_given_up))?;
-        let Dumped { snapshot, mut devices } = policies.policies(is_given_up)?;
+            .spawn_scoped(scope, || sas.associations(go_on))?;
+        let Dumped { snapshot, mut devices } = policies.policies(go_on)?;
         let gone = |_| DumpError::System(io::Error::other("the thread that reads associations has gone"));
         let sas = sas.join().map_err(gone)??;
         devices.extend(sas.devices);
@@ -123,10 +140,10 @@ impl Reader {
         Ok(Self { socket, buffer: BytesMut::new(), sequence: 0, count_larval: config.count_larval })
     }
 
-    fn associations(&mut self, is_given_up: &impl Fn() -> bool) -> Result<Dumped, DumpError> {
+    fn associations(&mut self, go_on: &impl Fn() -> Result<(), DumpError>) -> Result<Dumped, DumpError> {
         let mut dumped = Dumped::default();
         dumped.snapshot.sas.reserve_exact(expected(XFRM_MSG_GETSADINFO));
-        self.ask((XFRM_MSG_GETSA, NLM_F_DUMP, SA_ID_LENGTH), is_given_up, |event| {
+        self.ask((XFRM_MSG_GETSA, NLM_F_DUMP, SA_ID_LENGTH), go_on, |event| {
             if let PolicyEvent::Sa(sa) = event {
                 dumped.devices.extend(sa.offload.map(index));
                 dumped.snapshot.sas.push(sa);
@@ -135,16 +152,16 @@ impl Reader {
         Ok(dumped)
     }
 
-    fn policies(&mut self, is_given_up: &impl Fn() -> bool) -> Result<Dumped, DumpError> {
+    fn policies(&mut self, go_on: &impl Fn() -> Result<(), DumpError>) -> Result<Dumped, DumpError> {
         let mut dumped = Dumped::default();
         dumped.snapshot.policies.reserve_exact(expected(XFRM_MSG_GETSPDINFO));
-        self.ask((XFRM_MSG_GETPOLICY, NLM_F_DUMP, POLICY_ID_LENGTH), is_given_up, |event| {
+        self.ask((XFRM_MSG_GETPOLICY, NLM_F_DUMP, POLICY_ID_LENGTH), go_on, |event| {
             if let PolicyEvent::Policy(policy) = event {
                 dumped.devices.extend(policy.offload.map(index));
                 dumped.snapshot.policies.push(policy);
             }
         })?;
-        self.ask((XFRM_MSG_GETDEFAULT, 0, DEFAULT_LENGTH), is_given_up, |event| {
+        self.ask((XFRM_MSG_GETDEFAULT, 0, DEFAULT_LENGTH), go_on, |event| {
             if let PolicyEvent::DefaultPolicy(default_policy) = event {
                 dumped.snapshot.default_policy = default_policy;
             }
@@ -157,19 +174,19 @@ impl Reader {
     fn ask(
         &mut self,
         (kind, flags, fixed): (u16, u16, usize),
-        is_given_up: &impl Fn() -> bool,
+        go_on: &impl Fn() -> Result<(), DumpError>,
         mut take: impl FnMut(PolicyEvent),
     ) -> Result<(), DumpError> {
         self.sequence += 1;
         let request = request(kind, flags, self.sequence, &vec![0; fixed]);
         self.socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
-        while !is_given_up() {
+        loop {
+            go_on()?;
             let datagram = receive(&self.socket, &mut self.buffer, 0)?;
             if self.take(&datagram, kind, &mut take)? {
                 return Ok(());
             }
         }
-        Err(DumpError::Interrupted)
     }
 
     /// Passes on what a datagram says; true if it is the last one.

@@ -26,7 +26,7 @@ use std::{
 
 use async_trait::async_trait;
 use netlink_sys::protocols::NETLINK_XFRM;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 pub use self::decode::{Content, DecodeError, Message, decode};
 pub(crate) use self::socket::{Datagram, NetlinkSocket};
@@ -41,9 +41,6 @@ use crate::{database::Database, policy::OffloadDev, table::grace_period};
 
 /// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.
 const GROUPS: [u32; 3] = [2, 3, 4];
-
-/// A dump that takes longer has been forgotten.
-const DUMP_LIMIT: Duration = Duration::from_secs(30);
 
 /// More devices that went down during a dump, or are in one datagram, cause another one.
 const MOST_LOST: usize = 1024;
@@ -162,8 +159,8 @@ pub struct NetlinkSource {
 enum State {
     /// The next dump starts then.
     Waiting(Instant),
-    /// A dump is being read, until then at most.
-    Dumping(Dump, Instant),
+    /// A dump is being read.
+    Dumping(Dump),
     /// What was yielded is what the kernel has.
     Following,
 }
@@ -232,14 +229,14 @@ impl NetlinkSource {
                     }
                     match self.start_dump() {
                         Ok(dump) => {
-                            self.state = State::Dumping(dump, Instant::now() + DUMP_LIMIT);
+                            self.state = State::Dumping(dump);
                             continue;
                         }
                         Err(error) => DumpError::System(error),
                     }
                 }
-                State::Dumping(dump, until) => match timeout_at(*until, dump.finish()).await {
-                    Ok(Ok(dumped)) => match self.replay(dumped) {
+                State::Dumping(dump) => match dump.finish().await {
+                    Ok(dumped) => match self.replay(dumped) {
                         Ok(snapshot) => {
                             self.statistics.dumps += 1;
                             self.back_off.settled(Instant::now());
@@ -249,8 +246,7 @@ impl NetlinkSource {
                         }
                         Err(_) => DumpError::Interrupted,
                     },
-                    Ok(Err(error)) => error,
-                    Err(_) => DumpError::System(io::ErrorKind::TimedOut.into()),
+                    Err(error) => error,
                 },
             };
             if let DumpError::System(error) = &failure
