@@ -66,12 +66,7 @@ impl<K: Key> ByRequest<K> {
     }
 
     /// Adds a key that is not there.
-    pub(super) fn insert(
-        &mut self,
-        key: K,
-        request: Request,
-        request_of: impl Fn(K) -> Option<Request>,
-    ) {
+    pub(super) fn insert(&mut self, key: K, request: Request, request_of: impl Fn(K) -> Option<Request>) {
         let hash = |request| self.hasher.hash_one(request);
         let is_it = |head: &K| request_of(*head) == Some(request);
         let next = match self.heads.entry(hash(request), is_it, |head| request_of(*head).map_or(0, hash)) {
@@ -98,7 +93,8 @@ impl<K: Key> ByRequest<K> {
         }
         if let Some(previous) = previous {
             self.links[previous.index()].next = next;
-        } else if let Ok(mut head) = self.heads.find_entry(self.hasher.hash_one(request), |head| *head == key) {
+        } else if let Ok(mut head) = self.heads.find_entry(self.hasher.hash_one(request), |head| *head == key)
+        {
             match next {
                 Some(next) => *head.get_mut() = next,
                 None => drop(head.remove()),

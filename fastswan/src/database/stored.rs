@@ -153,7 +153,8 @@ impl<K: Key, T: Identified> Stored<K, T> {
                 differing.push(found.id());
             }
         }
-        differing.extend(self.iter().filter(|(key, _)| !is_found[key.index()]).map(|(_, stored)| stored.id()));
+        differing
+            .extend(self.iter().filter(|(key, _)| !is_found[key.index()]).map(|(_, stored)| stored.id()));
         differing
     }
 }
