@@ -175,6 +175,7 @@ pub fn association(policy: &Policy) -> Option<SecurityAssociation> {
         mode: Mode::Tunnel,
         if_id: 0,
         selector: None,
+        cpu: None,
         offload: Some(offload),
         overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
         expires: None,

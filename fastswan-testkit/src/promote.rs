@@ -75,6 +75,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
             mode: Mode::Tunnel,
             if_id: policy.id.if_id,
             selector: None,
+            cpu: None,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
             expires: None,

@@ -116,6 +116,28 @@ fn associations_say_their_device_and_overhead() {
     assert!(matches!(event("flushsa"), PolicyEvent::SasFlushed(_)));
 }
 
+/// A message with one attribute more.
+fn with_attribute(name: &str, kind: u16, value: &[u8]) -> Bytes {
+    let mut message = captured(name).to_vec();
+    message.extend(u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend(value);
+    message.resize(message.len().next_multiple_of(4), 0);
+    let length = u32::try_from(message.len()).unwrap();
+    message[..4].copy_from_slice(&length.to_ne_bytes());
+    message.into()
+}
+
+#[test]
+fn an_association_says_which_processor_it_is_for() {
+    const XFRMA_SA_PCPU: u16 = 35;
+    assert_eq!(sa("newsa-out-offload").cpu, None);
+    let message = with_attribute("newsa-out-offload", XFRMA_SA_PCPU, &3_u32.to_ne_bytes());
+    let expected = SecurityAssociation { cpu: Some(3), ..sa("newsa-out-offload") };
+    assert_eq!(decode(&message).unwrap()[0].content, Content::Event(PolicyEvent::Sa(expected)));
+    assert!(decode(&with_attribute("newsa-out-offload", XFRMA_SA_PCPU, &[3, 0])).is_err());
+}
+
 #[test]
 fn dumps_and_defaults_and_what_changes_nothing() {
     assert_eq!(contents("dump-getpolicy-7-mixed-part1").len(), 7);

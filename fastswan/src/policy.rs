@@ -463,6 +463,8 @@ pub struct SecurityAssociation {
     pub if_id: u32,
     /// The packets that may use it; `None` is every packet.
     pub selector: Option<Selector>,
+    /// The processor whose packets may use it (`XFRMA_SA_PCPU`, Linux 6.13); `None` is every one.
+    pub cpu: Option<u32>,
     /// The device it is offloaded to.
     pub offload: Option<OffloadDev>,
     /// Bytes it adds to a packet: outer header, ESP header, IV, trailer and ICV, UDP encapsulation.

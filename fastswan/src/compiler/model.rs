@@ -218,6 +218,7 @@ pub(super) fn association_of(family: Family) -> SecurityAssociation {
         mode: Mode::Tunnel,
         if_id: 0,
         selector: None,
+        cpu: None,
         offload: Some(to(NIC, OffloadKind::Packet)),
         overhead: Some(Overhead::aes_gcm_tunnel(family, false, 16)),
         expires: None,

@@ -452,6 +452,7 @@ impl Database {
                     && sa.mode == template.mode
                     && sa.if_id == if_id
                     && sa.id.mark.value == 0
+                    && sa.cpu.is_none()
                     // One that is for some packets only is not known to be for those of the policy.
                     && sa.selector.is_none_or(|selector| {
                         selector.family() == family && selector.matches_everything()
@@ -551,6 +552,7 @@ mod tests {
             mode: Mode::Tunnel,
             if_id: 0,
             selector: None,
+            cpu: None,
             offload: Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false }),
             overhead: None,
             expires: None,
@@ -770,6 +772,7 @@ mod tests {
             ("another mode", SecurityAssociation { mode: Mode::Transport, ..sa(1) }),
             ("another reqid", SecurityAssociation { reqid: 2, ..sa(1) }),
             ("an interface id", SecurityAssociation { if_id: 3, ..sa(1) }),
+            ("for one processor", SecurityAssociation { cpu: Some(0), ..sa(1) }),
             (
                 "a mark",
                 SecurityAssociation { id: SaId { mark: Mark { value: 1, mask: 1 }, ..sa(1).id }, ..sa(1) },

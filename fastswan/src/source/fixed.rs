@@ -62,6 +62,7 @@ impl StaticPolicy {
             mode: Mode::Tunnel,
             if_id: 0,
             selector: None,
+            cpu: None,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
             expires: None,

@@ -30,6 +30,7 @@ const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
+const XFRMA_SA_PCPU: u16 = 35;
 const TEMPLATE_LENGTH: usize = 64;
 
 /// One message of a datagram.
@@ -192,6 +193,7 @@ struct Attributes {
     mark: Mark,
     if_id: u32,
     security_context: Vec<u8>,
+    cpu: Option<u32>,
     offload: Option<OffloadDev>,
     /// Name and ICV length in bits of an AEAD algorithm.
     aead: Option<(String, u32)>,
@@ -222,6 +224,10 @@ impl Attributes {
         );
         match kind {
             xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
+            XFRMA_SA_PCPU => {
+                let number = attribute.value().first_chunk().ok_or("a processor's number is cut short")?;
+                self.cpu = Some(u32::from_ne_bytes(*number));
+            }
             // The library would drop what remains of a last template.
             xfrm::XFRMA_TMPL if !attribute.value().len().is_multiple_of(TEMPLATE_LENGTH) => {
                 return Err("a template is cut short".into());
@@ -343,6 +349,7 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<SecurityAssociation,
         mode: mode(info.mode),
         if_id: attributes.if_id,
         selector,
+        cpu: attributes.cpu,
         offload: attributes.offload,
         overhead: overhead(info, attributes),
         expires: expires(
