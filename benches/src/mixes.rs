@@ -176,6 +176,8 @@ pub fn association(policy: &Policy) -> Option<SecurityAssociation> {
         if_id: 0,
         selector: None,
         cpu: None,
+        receives_only: false,
+        has_security_context: false,
         offload: Some(offload),
         overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
         expires: None,

@@ -76,6 +76,8 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
             if_id: policy.id.if_id,
             selector: None,
             cpu: None,
+            receives_only: false,
+            has_security_context: false,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
             expires: None,

@@ -139,6 +139,26 @@ fn an_association_says_which_processor_it_is_for() {
 }
 
 #[test]
+fn an_association_that_protects_nothing_that_leaves_says_so() {
+    const XFRMA_SEC_CTX: u16 = 8;
+    const XFRMA_SA_DIR: u16 = 33;
+    const XFRM_STATE_WILDRECV: u8 = 8;
+    let told = |message: Bytes| match decode(&message).unwrap().remove(0).content {
+        Content::Event(PolicyEvent::Sa(sa)) => (sa.receives_only, sa.has_security_context),
+        other => panic!("{other:?}"),
+    };
+    let with = |kind, value: &[u8]| told(with_attribute("newsa-out-offload", kind, value));
+    assert_eq!(told(Bytes::from_static(captured("newsa-out-offload"))), (false, false));
+    assert_eq!(with(XFRMA_SA_DIR, &[1]), (true, false), "inbound");
+    assert_eq!(with(XFRMA_SA_DIR, &[2]), (false, false), "outbound");
+    assert_eq!(with(XFRMA_SEC_CTX, &[8, 0, 8, 0, 1, 1, 0, 0]), (false, true));
+    let mut wildcard = captured("newsa-out-offload").to_vec();
+    // After the header, `flags` of `struct xfrm_usersa_info`.
+    wildcard[16 + 216] |= XFRM_STATE_WILDRECV;
+    assert_eq!(told(wildcard.into()), (true, false));
+}
+
+#[test]
 fn dumps_and_defaults_and_what_changes_nothing() {
     assert_eq!(contents("dump-getpolicy-7-mixed-part1").len(), 7);
     assert_eq!(contents("dump-getpolicy-7-mixed-done"), [Content::Done(0)]);

@@ -465,6 +465,10 @@ pub struct SecurityAssociation {
     pub selector: Option<Selector>,
     /// The processor whose packets may use it (`XFRMA_SA_PCPU`, Linux 6.13); `None` is every one.
     pub cpu: Option<u32>,
+    /// The kernel protects no packets with it: it has `XFRM_STATE_WILDRECV`, or is inbound (`XFRMA_SA_DIR`, Linux 6.10).
+    pub receives_only: bool,
+    /// It has a security context (`XFRMA_SEC_CTX`): only policies that have one, too, use it.
+    pub has_security_context: bool,
     /// The device it is offloaded to.
     pub offload: Option<OffloadDev>,
     /// Bytes it adds to a packet: outer header, ESP header, IV, trailer and ICV, UDP encapsulation.

@@ -219,6 +219,8 @@ pub(super) fn association_of(family: Family) -> SecurityAssociation {
         if_id: 0,
         selector: None,
         cpu: None,
+        receives_only: false,
+        has_security_context: false,
         offload: Some(to(NIC, OffloadKind::Packet)),
         overhead: Some(Overhead::aes_gcm_tunnel(family, false, 16)),
         expires: None,

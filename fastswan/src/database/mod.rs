@@ -453,6 +453,9 @@ impl Database {
                     && sa.if_id == if_id
                     && sa.id.mark.value == 0
                     && sa.cpu.is_none()
+                    && !sa.receives_only
+                    // Policies with a context are never fast, and the others do not use one with a context.
+                    && !sa.has_security_context
                     // One that is for some packets only is not known to be for those of the policy.
                     && sa.selector.is_none_or(|selector| {
                         selector.family() == family && selector.matches_everything()
@@ -553,6 +556,8 @@ mod tests {
             if_id: 0,
             selector: None,
             cpu: None,
+            receives_only: false,
+            has_security_context: false,
             offload: Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false }),
             overhead: None,
             expires: None,
@@ -773,6 +778,8 @@ mod tests {
             ("another reqid", SecurityAssociation { reqid: 2, ..sa(1) }),
             ("an interface id", SecurityAssociation { if_id: 3, ..sa(1) }),
             ("for one processor", SecurityAssociation { cpu: Some(0), ..sa(1) }),
+            ("that receives only", SecurityAssociation { receives_only: true, ..sa(1) }),
+            ("a security context", SecurityAssociation { has_security_context: true, ..sa(1) }),
             (
                 "a mark",
                 SecurityAssociation { id: SaId { mark: Mark { value: 1, mask: 1 }, ..sa(1).id }, ..sa(1) },

@@ -63,6 +63,8 @@ impl StaticPolicy {
             if_id: 0,
             selector: None,
             cpu: None,
+            receives_only: false,
+            has_security_context: false,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
             expires: None,

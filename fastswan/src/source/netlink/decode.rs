@@ -30,6 +30,8 @@ const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
+const XFRMA_SA_DIR: u16 = 33;
+const XFRM_SA_DIR_IN: u8 = 1;
 const XFRMA_SA_PCPU: u16 = 35;
 const TEMPLATE_LENGTH: usize = 64;
 
@@ -193,6 +195,7 @@ struct Attributes {
     mark: Mark,
     if_id: u32,
     security_context: Vec<u8>,
+    is_inbound: bool,
     cpu: Option<u32>,
     offload: Option<OffloadDev>,
     /// Name and ICV length in bits of an AEAD algorithm.
@@ -224,6 +227,7 @@ impl Attributes {
         );
         match kind {
             xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
+            XFRMA_SA_DIR => self.is_inbound = attribute.value().first() == Some(&XFRM_SA_DIR_IN),
             XFRMA_SA_PCPU => {
                 let number = attribute.value().first_chunk().ok_or("a processor's number is cut short")?;
                 self.cpu = Some(u32::from_ne_bytes(*number));
@@ -350,6 +354,8 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<SecurityAssociation,
         if_id: attributes.if_id,
         selector,
         cpu: attributes.cpu,
+        receives_only: attributes.is_inbound || info.flags & xfrm::XFRM_STATE_WILDRECV != 0,
+        has_security_context: !attributes.security_context.is_empty(),
         offload: attributes.offload,
         overhead: overhead(info, attributes),
         expires: expires(
