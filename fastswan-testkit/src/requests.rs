@@ -305,7 +305,8 @@ impl Message {
         }
         message.0.extend(policy.priority.to_ne_bytes());
         message.0.extend(policy.index.to_ne_bytes());
-        message.0.extend([direction(policy.id.direction), u8::from(policy.action == Action::Block), 0, 0]);
+        let action = u8::from(policy.action == Action::Block);
+        message.0.extend([direction(policy.id.direction), action, u8::from(policy.asks_per_cpu) * 4, 0]);
         message.0.resize(HEADER_LENGTH + POLICY_LENGTH, 0);
         message.identity(&policy.id);
         if !policy.templates.is_empty() {
@@ -541,7 +542,13 @@ mod tests {
             if_id: 9,
             ..PolicyId::new(Direction::Out, Selector { ifindex: 4, ..selector })
         };
-        let policy = Policy { priority: 5, use_limited: true, action: Action::Block, ..Policy::new(id) };
+        let policy = Policy {
+            priority: 5,
+            use_limited: true,
+            asks_per_cpu: true,
+            action: Action::Block,
+            ..Policy::new(id)
+        };
         let messages =
             decode(&Bytes::from(request(&Change::Update(policy.clone())).bytes(REQUEST, 1))).unwrap();
         assert_eq!(messages[0].content, Content::Event(PolicyEvent::Policy(policy)));

@@ -88,6 +88,18 @@ fn policies_say_what_they_match_and_ask_for() {
 }
 
 #[test]
+fn a_policy_says_that_it_asks_for_an_association_for_each_processor() {
+    const XFRM_POLICY_CPU_ACQUIRE: u8 = 4;
+    let expected = Policy { asks_per_cpu: true, ..policy("newpolicy-out-offload") };
+    let mut message = captured("newpolicy-out-offload").to_vec();
+    // After the header, `flags` of `struct xfrm_userpolicy_info`.
+    message[16 + 162] |= XFRM_POLICY_CPU_ACQUIRE;
+    let told = decode(&message.into()).unwrap().remove(0).content;
+    assert_eq!(told, Content::Event(PolicyEvent::Policy(expected)));
+    assert!(!policy("newpolicy-out-offload").asks_per_cpu);
+}
+
+#[test]
 fn a_deleted_policy_has_the_identity_that_it_was_added_with() {
     for name in ["delpolicy-by-selector-offload", "delpolicy-by-index-offload", "delpolicy-not-offloaded"] {
         let id = removed(name);

@@ -333,6 +333,9 @@ pub struct Policy {
     /// It ends after a number of packets or bytes, or a time since its last use, which only the kernel counts:
     /// never fast.
     pub use_limited: bool,
+    /// The kernel asks for an association for each processor that has packets (`XFRM_POLICY_CPU_ACQUIRE`, Linux 6.13),
+    /// and what is fast it would never hear of: never fast.
+    pub asks_per_cpu: bool,
     /// When the kernel deletes it for its age, in seconds since 1970 by the wall clock; `None` is never.
     pub expires: Option<u64>,
     /// How its packets leave the device when they take the fast path.
@@ -351,6 +354,7 @@ impl Policy {
             templates: Vec::new(),
             offload: None,
             use_limited: false,
+            asks_per_cpu: false,
             expires: None,
             egress: Egress::default(),
         }

@@ -22,6 +22,7 @@ use crate::policy::{
 
 const XFRM_OFFLOAD_INBOUND: u8 = 2;
 const XFRM_OFFLOAD_PACKET: u8 = 4;
+const XFRM_POLICY_CPU_ACQUIRE: u8 = 4;
 const XFRM_USERPOLICY_BLOCK: u8 = 1;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSG_NOOP: u16 = 1;
@@ -292,6 +293,7 @@ fn policy(info: &UserPolicyInfo, attributes: &Attributes) -> Result<Option<Polic
         templates: templates?,
         offload: attributes.offload,
         use_limited: is_use_limited(&info.lifetime_cfg),
+        asks_per_cpu: info.flags & XFRM_POLICY_CPU_ACQUIRE != 0,
         expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
         ..Policy::new(id)
     }))
