@@ -467,7 +467,7 @@ pub struct SecurityAssociation {
     pub if_id: u32,
     /// The packets that may use it; `None` is every packet.
     pub selector: Option<Selector>,
-    /// The processor whose packets may use it (`XFRMA_SA_PCPU`, Linux 6.13); `None` is every one.
+    /// The processor whose packets may use it (`XFRMA_SA_PCPU`, Linux 6.13 and updates of 6.12); `None` is every one.
     pub cpu: Option<u32>,
     /// The kernel protects no packets with it: it has `XFRM_STATE_WILDRECV`, or is inbound (`XFRMA_SA_DIR`, Linux 6.10).
     pub receives_only: bool,

@@ -17,7 +17,8 @@ pub(crate) use self::{
 };
 use crate::{
     policy::{
-        DefaultPolicy, Direction, Family, IPPROTO_ESP, Policy, PolicyId, SaId, SecurityAssociation, Template,
+        DefaultPolicy, Direction, Family, IPPROTO_ESP, OffloadDev, OffloadKind, Policy, PolicyId, SaId,
+        SecurityAssociation, Template,
     },
     source::{PolicyEvent, Snapshot, StaleCause},
 };
@@ -431,6 +432,10 @@ impl Database {
     /// rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
     /// only itself. A reqid of 0 matches only itself there.
+    ///
+    /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
+    /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
+    /// (`XFRM_STATE_INSERT`; Linux 6.12 and 7.3).
     pub fn live_sas(
         &self,
         template: &Template,
@@ -438,29 +443,15 @@ impl Database {
         if_id: u32,
         device: u32,
     ) -> impl Iterator<Item = &SecurityAssociation> {
-        self.sas_by_request
-            .get(template.into(), |key| self.sas.get(key).map(Request::from))
-            .filter_map(|key| self.sas.get(key))
-            .filter(move |sa| {
-                sa.is_outbound_packet_offload()
-                    && sa.offload.is_some_and(|offload| offload.ifindex == device)
-                    && sa.id.protocol == IPPROTO_ESP
-                    && template.protocol == IPPROTO_ESP
-                    && sa.id.spi != 0
-                    && (template.spi == 0 || sa.id.spi == template.spi)
-                    && sa.source == template.source
-                    && sa.mode == template.mode
-                    && sa.if_id == if_id
-                    && sa.id.mark.value == 0
-                    && sa.cpu.is_none()
-                    && !sa.receives_only
-                    // Policies with a context are never fast, and the others do not use one with a context.
-                    && !sa.has_security_context
-                    // One that is for some packets only is not known to be for those of the policy.
-                    && sa.selector.is_none_or(|selector| {
-                        selector.family() == family && selector.matches_everything()
-                    })
-            })
+        let asked = || {
+            self.sas_by_request
+                .get(template.into(), |key| self.sas.get(key).map(Request::from))
+                .filter_map(|key| self.sas.get(key))
+                .filter(|sa| sa.source == template.source)
+        };
+        let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
+        let hidden = asked().any(|sa| !sa.offload.is_some_and(is_offloaded));
+        asked().filter(move |sa| !hidden && serves(sa, template, family, if_id, device))
     }
 
     /// When this is.
@@ -519,6 +510,26 @@ impl Database {
     }
 }
 
+/// Whether the kernel would take an association with the addresses and the reqid of a template for packets of its policy,
+/// if that is offloaded to this device and has no mark.
+fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: u32, device: u32) -> bool {
+    sa.is_outbound_packet_offload()
+        && sa.offload.is_some_and(|offload| offload.ifindex == device)
+        && sa.id.protocol == IPPROTO_ESP
+        && template.protocol == IPPROTO_ESP
+        && sa.id.spi != 0
+        && (template.spi == 0 || sa.id.spi == template.spi)
+        && sa.mode == template.mode
+        && sa.if_id == if_id
+        && sa.id.mark.value == 0
+        && sa.cpu.is_none()
+        && !sa.receives_only
+        // Policies with a context are never fast, and the others do not use one with a context.
+        && !sa.has_security_context
+        // One that is for some packets only is not known to be for those of the policy.
+        && sa.selector.is_none_or(|selector| selector.family() == family && selector.matches_everything())
+}
+
 /// What the only template of a policy that may be fast asks for.
 fn request(policy: &Policy) -> Option<Request> {
     let [template] = &policy.templates[..] else { return None };
@@ -532,7 +543,7 @@ fn is_candidate(policy: &Policy) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Action, Direction, Mark, Mode, OffloadDev, OffloadKind, PolicyType, Selector};
+    use crate::policy::{Action, Direction, Mark, Mode, PolicyType, Selector};
 
     const NIC: u32 = 7;
 
@@ -750,6 +761,21 @@ mod tests {
         assert_eq!(live_spis(&database, &template()), [0; 0]);
         assert_eq!(live_spis(&database, &Template { reqid: 9, ..template() }), [1]);
         assert_eq!(live_spis(&database, &Template { reqid: 0, ..template() }), [0; 0], "0 is not any");
+    }
+
+    #[test]
+    fn an_association_of_software_hides_those_of_the_device_that_have_its_addresses_and_reqid() {
+        let software = |spi| SecurityAssociation { offload: None, ..sa(spi) };
+        let elsewhere = "192.0.2.9".parse().unwrap();
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Sa(sa(1)));
+        database.apply(PolicyEvent::Sa(SecurityAssociation { source: elsewhere, ..software(2) }));
+        database.apply(PolicyEvent::Sa(SecurityAssociation { reqid: 9, ..software(3) }));
+        assert_eq!(live_spis(&database, &template()), [1]);
+        database.apply(PolicyEvent::Sa(software(4)));
+        assert_eq!(live_spis(&database, &template()), [0; 0]);
+        database.apply(PolicyEvent::SaRemoved(software(4).id));
+        assert_eq!(live_spis(&database, &template()), [1]);
     }
 
     #[test]
