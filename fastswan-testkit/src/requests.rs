@@ -32,9 +32,17 @@ const GETDEFAULT: u16 = 0x28;
 const ATTRIBUTE_TEMPLATE: u16 = 5;
 const ATTRIBUTE_POLICY: u16 = 7;
 const ATTRIBUTE_POLICY_TYPE: u16 = 16;
+const ATTRIBUTE_AEAD: u16 = 18;
 const ATTRIBUTE_MARK: u16 = 21;
 const ATTRIBUTE_OFFLOAD_DEVICE: u16 = 28;
 const ATTRIBUTE_IF_ID: u16 = 31;
+/// `XFRMA_SA_DIR`, Linux 6.10.
+const ATTRIBUTE_DIRECTION: u16 = 33;
+/// `XFRMA_SA_PCPU`, Linux 6.13.
+const ATTRIBUTE_CPU: u16 = 35;
+
+/// `XFRM_STATE_WILDRECV`
+const WILDCARD_RECEIVE: u8 = 8;
 
 pub(crate) const REQUEST: u16 = 1;
 pub(crate) const ACKNOWLEDGE: u16 = 4;
@@ -259,6 +267,26 @@ pub(crate) fn told_association(sa: &SecurityAssociation) -> Message {
     message
 }
 
+/// The request for an association with AES-GCM-128 that has this key, salt included, and no limits.
+pub(crate) fn keyed_association(sa: &SecurityAssociation, key: &[u8; 20]) -> Message {
+    let mut message = Message::association(NEWSA, sa);
+    // Soft and hard limits of bytes and of packets, after the selector, the identity and the source.
+    message.0[HEADER_LENGTH + 96..][..32].fill(u8::MAX);
+    // `struct xfrm_algo_aead`, with lengths in bits.
+    let mut algorithm = [0; 64 + 8];
+    algorithm[..17].copy_from_slice(b"rfc4106(gcm(aes))");
+    algorithm[64..68].copy_from_slice(&160_u32.to_ne_bytes());
+    algorithm[68..].copy_from_slice(&128_u32.to_ne_bytes());
+    message.attribute(ATTRIBUTE_AEAD, &[&algorithm[..], key].concat());
+    message.offload(sa.offload);
+    if let Some(cpu) = sa.cpu {
+        // The kernel takes none without a direction; 2 is out.
+        message.attribute(ATTRIBUTE_DIRECTION, &[2]);
+        message.attribute(ATTRIBUTE_CPU, &cpu.to_ne_bytes());
+    }
+    message
+}
+
 /// The request to delete an association.
 pub(crate) fn deleted_association(id: &SaId) -> Message {
     let mut message = Message::new(DELSA);
@@ -332,7 +360,8 @@ impl Message {
         message.0.extend([0; 64 + 32 + 12 + 4]);
         message.0.extend(sa.reqid.to_ne_bytes());
         message.0.extend(address_family(sa.id.destination).to_ne_bytes());
-        message.0.push(mode(sa.mode));
+        let flags = if sa.receives_only { WILDCARD_RECEIVE } else { 0 };
+        message.0.extend([mode(sa.mode), 0, flags]);
         message.0.resize(HEADER_LENGTH + ASSOCIATION_LENGTH, 0);
         message
     }
