@@ -32,9 +32,17 @@ const GETDEFAULT: u16 = 0x28;
 const ATTRIBUTE_TEMPLATE: u16 = 5;
 const ATTRIBUTE_POLICY: u16 = 7;
 const ATTRIBUTE_POLICY_TYPE: u16 = 16;
+const ATTRIBUTE_AEAD: u16 = 18;
 const ATTRIBUTE_MARK: u16 = 21;
 const ATTRIBUTE_OFFLOAD_DEVICE: u16 = 28;
 const ATTRIBUTE_IF_ID: u16 = 31;
+/// `XFRMA_SA_DIR`, Linux 6.10.
+const ATTRIBUTE_DIRECTION: u16 = 33;
+/// `XFRMA_SA_PCPU`, Linux 6.13.
+const ATTRIBUTE_CPU: u16 = 35;
+
+/// `XFRM_STATE_WILDRECV`
+const WILDCARD_RECEIVE: u8 = 8;
 
 pub(crate) const REQUEST: u16 = 1;
 pub(crate) const ACKNOWLEDGE: u16 = 4;
@@ -221,6 +229,9 @@ pub fn association(template: &Template, spi: u32) -> SecurityAssociation {
         mode: template.mode,
         if_id: 0,
         selector: None,
+        cpu: None,
+        receives_only: false,
+        has_security_context: false,
         offload: None,
         overhead: None,
         expires: None,
@@ -253,6 +264,26 @@ pub fn allocation(sa: &SecurityAssociation) -> Message {
 pub(crate) fn told_association(sa: &SecurityAssociation) -> Message {
     let mut message = Message::association(NEWSA, sa);
     message.offload(sa.offload);
+    message
+}
+
+/// The request for an association with AES-GCM-128 that has this key, salt included, and no limits.
+pub(crate) fn keyed_association(sa: &SecurityAssociation, key: &[u8; 20]) -> Message {
+    let mut message = Message::association(NEWSA, sa);
+    // Soft and hard limits of bytes and of packets, after the selector, the identity and the source.
+    message.0[HEADER_LENGTH + 96..][..32].fill(u8::MAX);
+    // `struct xfrm_algo_aead`, with lengths in bits.
+    let mut algorithm = [0; 64 + 8];
+    algorithm[..17].copy_from_slice(b"rfc4106(gcm(aes))");
+    algorithm[64..68].copy_from_slice(&160_u32.to_ne_bytes());
+    algorithm[68..].copy_from_slice(&128_u32.to_ne_bytes());
+    message.attribute(ATTRIBUTE_AEAD, &[&algorithm[..], key].concat());
+    message.offload(sa.offload);
+    if let Some(cpu) = sa.cpu {
+        // The kernel takes none without a direction; 2 is out.
+        message.attribute(ATTRIBUTE_DIRECTION, &[2]);
+        message.attribute(ATTRIBUTE_CPU, &cpu.to_ne_bytes());
+    }
     message
 }
 
@@ -302,7 +333,8 @@ impl Message {
         }
         message.0.extend(policy.priority.to_ne_bytes());
         message.0.extend(policy.index.to_ne_bytes());
-        message.0.extend([direction(policy.id.direction), u8::from(policy.action == Action::Block), 0, 0]);
+        let action = u8::from(policy.action == Action::Block);
+        message.0.extend([direction(policy.id.direction), action, u8::from(policy.asks_per_cpu) * 4, 0]);
         message.0.resize(HEADER_LENGTH + POLICY_LENGTH, 0);
         message.identity(&policy.id);
         if !policy.templates.is_empty() {
@@ -328,7 +360,8 @@ impl Message {
         message.0.extend([0; 64 + 32 + 12 + 4]);
         message.0.extend(sa.reqid.to_ne_bytes());
         message.0.extend(address_family(sa.id.destination).to_ne_bytes());
-        message.0.push(mode(sa.mode));
+        let flags = if sa.receives_only { WILDCARD_RECEIVE } else { 0 };
+        message.0.extend([mode(sa.mode), 0, flags]);
         message.0.resize(HEADER_LENGTH + ASSOCIATION_LENGTH, 0);
         message
     }
@@ -515,6 +548,9 @@ mod tests {
             mode: Mode::Tunnel,
             if_id: 0,
             selector: None,
+            cpu: None,
+            receives_only: false,
+            has_security_context: false,
             offload,
             overhead: None,
             expires: None,
@@ -535,7 +571,13 @@ mod tests {
             if_id: 9,
             ..PolicyId::new(Direction::Out, Selector { ifindex: 4, ..selector })
         };
-        let policy = Policy { priority: 5, use_limited: true, action: Action::Block, ..Policy::new(id) };
+        let policy = Policy {
+            priority: 5,
+            use_limited: true,
+            asks_per_cpu: true,
+            action: Action::Block,
+            ..Policy::new(id)
+        };
         let messages =
             decode(&Bytes::from(request(&Change::Update(policy.clone())).bytes(REQUEST, 1))).unwrap();
         assert_eq!(messages[0].content, Content::Event(PolicyEvent::Policy(policy)));

@@ -88,6 +88,18 @@ fn policies_say_what_they_match_and_ask_for() {
 }
 
 #[test]
+fn a_policy_says_that_it_asks_for_an_association_for_each_processor() {
+    const XFRM_POLICY_CPU_ACQUIRE: u8 = 4;
+    let expected = Policy { asks_per_cpu: true, ..policy("newpolicy-out-offload") };
+    let mut message = captured("newpolicy-out-offload").to_vec();
+    // After the header, `flags` of `struct xfrm_userpolicy_info`.
+    message[16 + 162] |= XFRM_POLICY_CPU_ACQUIRE;
+    let told = decode(&message.into()).unwrap().remove(0).content;
+    assert_eq!(told, Content::Event(PolicyEvent::Policy(expected)));
+    assert!(!policy("newpolicy-out-offload").asks_per_cpu);
+}
+
+#[test]
 fn a_deleted_policy_has_the_identity_that_it_was_added_with() {
     for name in ["delpolicy-by-selector-offload", "delpolicy-by-index-offload", "delpolicy-not-offloaded"] {
         let id = removed(name);
@@ -114,6 +126,48 @@ fn associations_say_their_device_and_overhead() {
     }
     assert_eq!(contents("expire-sa-soft"), [Content::Ignored]);
     assert!(matches!(event("flushsa"), PolicyEvent::SasFlushed(_)));
+}
+
+/// A message with one attribute more.
+fn with_attribute(name: &str, kind: u16, value: &[u8]) -> Bytes {
+    let mut message = captured(name).to_vec();
+    message.extend(u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend(value);
+    message.resize(message.len().next_multiple_of(4), 0);
+    let length = u32::try_from(message.len()).unwrap();
+    message[..4].copy_from_slice(&length.to_ne_bytes());
+    message.into()
+}
+
+#[test]
+fn an_association_says_which_processor_it_is_for() {
+    const XFRMA_SA_PCPU: u16 = 35;
+    assert_eq!(sa("newsa-out-offload").cpu, None);
+    let message = with_attribute("newsa-out-offload", XFRMA_SA_PCPU, &3_u32.to_ne_bytes());
+    let expected = SecurityAssociation { cpu: Some(3), ..sa("newsa-out-offload") };
+    assert_eq!(decode(&message).unwrap()[0].content, Content::Event(PolicyEvent::Sa(expected)));
+    assert!(decode(&with_attribute("newsa-out-offload", XFRMA_SA_PCPU, &[3, 0])).is_err());
+}
+
+#[test]
+fn an_association_that_protects_nothing_that_leaves_says_so() {
+    const XFRMA_SEC_CTX: u16 = 8;
+    const XFRMA_SA_DIR: u16 = 33;
+    const XFRM_STATE_WILDRECV: u8 = 8;
+    let told = |message: Bytes| match decode(&message).unwrap().remove(0).content {
+        Content::Event(PolicyEvent::Sa(sa)) => (sa.receives_only, sa.has_security_context),
+        other => panic!("{other:?}"),
+    };
+    let with = |kind, value: &[u8]| told(with_attribute("newsa-out-offload", kind, value));
+    assert_eq!(told(Bytes::from_static(captured("newsa-out-offload"))), (false, false));
+    assert_eq!(with(XFRMA_SA_DIR, &[1]), (true, false), "inbound");
+    assert_eq!(with(XFRMA_SA_DIR, &[2]), (false, false), "outbound");
+    assert_eq!(with(XFRMA_SEC_CTX, &[8, 0, 8, 0, 1, 1, 0, 0]), (false, true));
+    let mut wildcard = captured("newsa-out-offload").to_vec();
+    // After the header, `flags` of `struct xfrm_usersa_info`.
+    wildcard[16 + 216] |= XFRM_STATE_WILDRECV;
+    assert_eq!(told(wildcard.into()), (true, false));
 }
 
 #[test]

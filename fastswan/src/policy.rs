@@ -337,6 +337,9 @@ pub struct Policy {
     /// It ends after a number of packets or bytes, or a time since its last use, which only the kernel counts:
     /// never fast.
     pub use_limited: bool,
+    /// The kernel asks for an association for each processor that has packets (`XFRM_POLICY_CPU_ACQUIRE`, Linux 6.13),
+    /// and what is fast it would never hear of: never fast.
+    pub asks_per_cpu: bool,
     /// When the kernel deletes it for its age, in seconds since 1970 by the wall clock; `None` is never.
     pub expires: Option<u64>,
     /// How its packets leave the device when they take the fast path.
@@ -355,6 +358,7 @@ impl Policy {
             templates: Templates::new(),
             offload: None,
             use_limited: false,
+            asks_per_cpu: false,
             expires: None,
             egress: Egress::default(),
         }
@@ -467,6 +471,12 @@ pub struct SecurityAssociation {
     pub if_id: u32,
     /// The packets that may use it; `None` is every packet.
     pub selector: Option<Selector>,
+    /// The processor whose packets may use it (`XFRMA_SA_PCPU`, Linux 6.13 and updates of 6.12); `None` is every one.
+    pub cpu: Option<u32>,
+    /// The kernel protects no packets with it: it has `XFRM_STATE_WILDRECV`, or is inbound (`XFRMA_SA_DIR`, Linux 6.10).
+    pub receives_only: bool,
+    /// It has a security context (`XFRMA_SEC_CTX`): only policies that have one, too, use it.
+    pub has_security_context: bool,
     /// The device it is offloaded to.
     pub offload: Option<OffloadDev>,
     /// Bytes it adds to a packet: outer header, ESP header, IV, trailer and ICV, UDP encapsulation.

@@ -313,6 +313,8 @@ fn why_ineligible(policy: &Policy) -> &'static str {
         "is for one interface"
     } else if policy.use_limited {
         "ends after a number of packets or bytes, or some time after its last use"
+    } else if policy.asks_per_cpu {
+        "asks for an association for each processor"
     } else if policy.templates.len() != 1 {
         "has more than one template"
     } else if eligible(policy).is_ok() {

@@ -363,10 +363,10 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
         return Err(PassReason::DefaultBlock);
     }
     let associations =
-        || database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex);
-    if associations().all(|sa| database.is_about_to_expire(sa.expires)) {
+        database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex);
+    if associations.clone().all(|sa| database.is_about_to_expire(sa.expires)) {
         return Err(PassReason::NoSa);
     }
     // The device may go on using one that is about to expire, beside another.
-    paths.forwarding(policy, device, template, associations()).ok_or(PassReason::NoPath)
+    paths.forwarding(policy, device, template, associations).ok_or(PassReason::NoPath)
 }

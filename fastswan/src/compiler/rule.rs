@@ -158,6 +158,7 @@ pub(super) fn eligible(policy: &Policy) -> Result<&Template, PassReason> {
         && policy.id.security_context.is_empty()
         && policy.id.selector.ifindex == 0
         && !policy.use_limited
+        && !policy.asks_per_cpu
         && template.mode == Mode::Tunnel
         && template.protocol == IPPROTO_ESP
         && !template.optional

@@ -350,6 +350,7 @@ fn a_policy_that_the_fast_path_cannot_stand_in_for_passes() {
         ("security context", id(|id| id.security_context = vec![1])),
         ("interface", id(|id| id.selector.ifindex = NIC)),
         ("use limit", Policy { use_limited: true, ..site() }),
+        ("associations per processor", Policy { asks_per_cpu: true, ..site() }),
         ("two templates", templates(&[template(), template()])),
         ("transport mode", templates(&[Template { mode: Mode::Transport, ..template() }])),
         ("AH", templates(&[Template { protocol: 51, ..template() }])),

@@ -16,7 +16,8 @@ pub(crate) use self::{
 };
 use crate::{
     policy::{
-        DefaultPolicy, Direction, Family, IPPROTO_ESP, Policy, PolicyId, SaId, SecurityAssociation, Template,
+        DefaultPolicy, Direction, Family, IPPROTO_ESP, OffloadDev, OffloadKind, Policy, PolicyId, SaId,
+        SecurityAssociation, Template,
     },
     source::{PolicyEvent, Snapshot, StaleCause},
 };
@@ -448,29 +449,22 @@ impl Database {
     /// rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
     /// only itself. A reqid of 0 matches only itself there.
+    ///
+    /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
+    /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
+    /// (`XFRM_STATE_INSERT`; Linux 6.12 and 7.3).
     pub fn live_sas(
         &self,
         template: &Template,
         family: Family,
         if_id: u32,
         device: u32,
-    ) -> impl Iterator<Item = &SecurityAssociation> {
-        self.sas.of_request(template.into()).map(|(_, sa)| sa).filter(move |sa| {
-            sa.is_outbound_packet_offload()
-                    && sa.offload.is_some_and(|offload| offload.ifindex == device)
-                    && sa.id.protocol == IPPROTO_ESP
-                    && template.protocol == IPPROTO_ESP
-                    && sa.id.spi != 0
-                    && (template.spi == 0 || sa.id.spi == template.spi)
-                    && sa.source == template.source
-                    && sa.mode == template.mode
-                    && sa.if_id == if_id
-                    && sa.id.mark.value == 0
-                    // One that is for some packets only is not known to be for those of the policy.
-                    && sa.selector.is_none_or(|selector| {
-                        selector.family() == family && selector.matches_everything()
-                    })
-        })
+    ) -> impl Iterator<Item = &SecurityAssociation> + Clone {
+        let asked =
+            self.sas.of_request(template.into()).map(|(_, sa)| sa).filter(|sa| sa.source == template.source);
+        let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
+        let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
+        asked.filter(move |sa| !hidden && serves(sa, template, family, if_id, device))
     }
 
     /// When this is.
@@ -523,6 +517,26 @@ impl Database {
     }
 }
 
+/// Whether the kernel would take an association with the addresses and the reqid of a template for packets of its policy,
+/// if that is offloaded to this device and has no mark.
+fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: u32, device: u32) -> bool {
+    sa.is_outbound_packet_offload()
+        && sa.offload.is_some_and(|offload| offload.ifindex == device)
+        && sa.id.protocol == IPPROTO_ESP
+        && template.protocol == IPPROTO_ESP
+        && sa.id.spi != 0
+        && (template.spi == 0 || sa.id.spi == template.spi)
+        && sa.mode == template.mode
+        && sa.if_id == if_id
+        && sa.id.mark.value == 0
+        && sa.cpu.is_none()
+        && !sa.receives_only
+        // Policies with a context are never fast, and the others do not use one with a context.
+        && !sa.has_security_context
+        // One that is for some packets only is not known to be for those of the policy.
+        && sa.selector.is_none_or(|selector| selector.family() == family && selector.matches_everything())
+}
+
 fn is_candidate(policy: &Policy) -> bool {
     policy.id.direction == Direction::Out && policy.is_packet_offloaded()
 }
@@ -530,7 +544,7 @@ fn is_candidate(policy: &Policy) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Action, Direction, Mark, Mode, OffloadDev, OffloadKind, PolicyType, Selector};
+    use crate::policy::{Action, Direction, Mark, Mode, PolicyType, Selector};
 
     const NIC: u32 = 7;
 
@@ -553,6 +567,9 @@ mod tests {
             mode: Mode::Tunnel,
             if_id: 0,
             selector: None,
+            cpu: None,
+            receives_only: false,
+            has_security_context: false,
             offload: Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false }),
             overhead: None,
             expires: None,
@@ -765,6 +782,21 @@ mod tests {
     }
 
     #[test]
+    fn an_association_of_software_hides_those_of_the_device_that_have_its_addresses_and_reqid() {
+        let software = |spi| SecurityAssociation { offload: None, ..sa(spi) };
+        let elsewhere = "192.0.2.9".parse().unwrap();
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Sa(sa(1)));
+        database.apply(PolicyEvent::Sa(SecurityAssociation { source: elsewhere, ..software(2) }));
+        database.apply(PolicyEvent::Sa(SecurityAssociation { reqid: 9, ..software(3) }));
+        assert_eq!(live_spis(&database, &template()), [1]);
+        database.apply(PolicyEvent::Sa(software(4)));
+        assert_eq!(live_spis(&database, &template()), [0; 0]);
+        database.apply(PolicyEvent::SaRemoved(software(4).id));
+        assert_eq!(live_spis(&database, &template()), [1]);
+    }
+
+    #[test]
     fn an_association_serves_only_the_policy_the_kernel_would_let_it_serve() {
         let offload = |ifindex, kind, inbound| Some(OffloadDev { ifindex, kind, inbound });
         let elsewhere = "192.0.2.9".parse().unwrap();
@@ -789,6 +821,9 @@ mod tests {
             ("another mode", SecurityAssociation { mode: Mode::Transport, ..sa(1) }),
             ("another reqid", SecurityAssociation { reqid: 2, ..sa(1) }),
             ("an interface id", SecurityAssociation { if_id: 3, ..sa(1) }),
+            ("for one processor", SecurityAssociation { cpu: Some(0), ..sa(1) }),
+            ("that receives only", SecurityAssociation { receives_only: true, ..sa(1) }),
+            ("a security context", SecurityAssociation { has_security_context: true, ..sa(1) }),
             (
                 "a mark",
                 SecurityAssociation { id: SaId { mark: Mark { value: 1, mask: 1 }, ..sa(1).id }, ..sa(1) },

@@ -99,7 +99,7 @@ impl<K: Key> ByRequest<K> {
         &self,
         request: Request,
         request_of: impl Fn(K) -> Option<Request>,
-    ) -> impl Iterator<Item = K> {
+    ) -> impl Iterator<Item = K> + Clone {
         let head = self.heads.find(self.hasher.hash_one(request), |head| request_of(*head) == Some(request));
         iter::successors(head.copied(), |key| self.links[key.index()].next)
     }

@@ -72,7 +72,7 @@ impl<K: Key, T: Item> Stored<K, T> {
     }
 
     /// Those of a request, the newest first.
-    pub(super) fn of_request(&self, request: Request) -> impl Iterator<Item = (K, &T)> {
+    pub(super) fn of_request(&self, request: Request) -> impl Iterator<Item = (K, &T)> + Clone {
         let keys = self.by_request.get(request, |key| get(&self.places, key)?.request());
         keys.filter_map(|key| Some((key, self.get(key)?)))
     }
@@ -249,6 +249,9 @@ mod tests {
             selector: None,
             offload: None,
             overhead: None,
+            cpu: None,
+            receives_only: false,
+            has_security_context: false,
             expires: None,
         })
     }

@@ -1,5 +1,6 @@
 //! What is told.
 
+mod associations;
 mod driver;
 mod families;
 mod lifecycle;
@@ -48,6 +49,11 @@ pub(super) fn all() -> Vec<Scenario> {
                 oddities::fragments_options,
             )
         },
+        scenario(
+            "odd-associations",
+            "associations that are there, but not for the packets",
+            associations::odd_associations,
+        ),
         scenario("ipv6", "IPv6 in IPv6; nothing is fast in a tunnel of the other family", families::ipv6),
         scenario("esn", "extended sequence numbers, across 2^32", families::esn),
         scenario("transport", "gateways talk to each other in transport mode", families::transport),

@@ -76,16 +76,16 @@ fn odd() -> Vec<(&'static str, Frame)> {
 
 /// What became of a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Fate {
+pub(super) struct Fate {
     /// Packets that have arrived at host b.
-    at_b: usize,
+    pub(super) at_b: usize,
     /// ICMP messages that have come back to host a, by type and code of the last.
     back: usize,
     icmp: Option<(u8, u8)>,
 }
 
 /// Sends a frame from host a, and looks what becomes of it.
-fn fate(scene: &Scene, frame: Frame) -> anyhow::Result<Fate> {
+pub(super) fn fate(scene: &Scene, frame: Frame) -> anyhow::Result<Fate> {
     let frame = if let Some([2, 0, 0, 0, 0, 0xaa]) = frame.clone().build().first_chunk::<6>() {
         frame
     } else {

@@ -22,6 +22,7 @@ use crate::policy::{
 
 const XFRM_OFFLOAD_INBOUND: u8 = 2;
 const XFRM_OFFLOAD_PACKET: u8 = 4;
+const XFRM_POLICY_CPU_ACQUIRE: u8 = 4;
 const XFRM_USERPOLICY_BLOCK: u8 = 1;
 /// `XFRMA_SPD_INFO` and `XFRMA_SAD_CNT`: both are structures of counts only.
 const XFRMA_INFO: u16 = 1;
@@ -33,6 +34,9 @@ const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
+const XFRMA_SA_DIR: u16 = 33;
+const XFRM_SA_DIR_IN: u8 = 1;
+const XFRMA_SA_PCPU: u16 = 35;
 
 /// One message of a datagram.
 #[derive(Clone, Debug, PartialEq)]
@@ -220,6 +224,8 @@ struct Attributes {
     mark: Mark,
     if_id: u32,
     security_context: Vec<u8>,
+    is_inbound: bool,
+    cpu: Option<u32>,
     offload: Option<OffloadDev>,
     /// Name and ICV length in bits of an AEAD algorithm.
     aead: Option<(String, u32)>,
@@ -251,6 +257,11 @@ impl Attributes {
         match kind {
             xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
             xfrm::XFRMA_TMPL => self.templates = templates(attribute.value())?,
+            XFRMA_SA_DIR => self.is_inbound = attribute.value().first() == Some(&XFRM_SA_DIR_IN),
+            XFRMA_SA_PCPU => {
+                let number = attribute.value().first_chunk().ok_or("a processor's number is cut short")?;
+                self.cpu = Some(u32::from_ne_bytes(*number));
+            }
             xfrm::XFRMA_POLICY
             | xfrm::XFRMA_POLICY_TYPE
             | xfrm::XFRMA_MARK
@@ -306,6 +317,7 @@ fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Po
         templates,
         offload,
         use_limited: is_use_limited(&info.lifetime_cfg),
+        asks_per_cpu: info.flags & XFRM_POLICY_CPU_ACQUIRE != 0,
         expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
         egress: Egress::default(),
     }))
@@ -375,6 +387,9 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<SecurityAssociation,
         mode: mode(info.mode),
         if_id: attributes.if_id,
         selector,
+        cpu: attributes.cpu,
+        receives_only: attributes.is_inbound || info.flags & xfrm::XFRM_STATE_WILDRECV != 0,
+        has_security_context: !attributes.security_context.is_empty(),
         offload: attributes.offload,
         overhead: overhead(info, attributes),
         expires: expires(
