@@ -173,7 +173,7 @@ pub(super) fn exception(policy: &Policy) -> Option<Exception> {
 }
 
 /// The addresses that a policy is about.
-pub(super) fn cell(policy: &Policy) -> Cell {
+fn cell(policy: &Policy) -> Cell {
     let selector = &policy.id.selector;
     Cell { destination: selector.destination.trunc(), source: selector.source.trunc() }
 }

@@ -6,7 +6,7 @@ use fastswan_ebpf::PassReason;
 
 use super::{
     broken::{self, BrokenRule},
-    exceptions::{Exceptions, Treatment, cell, exception},
+    exceptions::{Exceptions, Treatment, exception},
     facts::AddressFacts,
     fit::fit,
     path::Paths,
@@ -121,7 +121,7 @@ impl<A: Address> FamilyCompiler<A> {
 
     /// Says that the verdicts of a policy's cells may have changed.
     pub(super) fn touch(&mut self, policy: &Policy) {
-        if let Some(region) = Region::of(&cell(policy)) {
+        if let Some(region) = Region::of_policy(policy) {
             self.plane.touch(region);
         }
     }
@@ -408,7 +408,7 @@ pub(super) trait Compiled {
 
 impl<A: Address> Compiled for FamilyCompiler<A> {
     fn verdicts(&self, policy: &Policy) -> Vec<Verdict> {
-        let Some(region) = Region::of(&cell(policy)) else { return Vec::new() };
+        let Some(region) = Region::of_policy(policy) else { return Vec::new() };
         let in_table = |region: Region<A>| match &self.cramped {
             Some(cells) => cells.get(&region.cell()).copied(),
             None => self.plane.cell(region)?.verdict(),
@@ -453,7 +453,7 @@ impl<A: Address> Placed<A> {
             return None;
         }
         Some(Self {
-            region: Region::of(&cell(policy))?,
+            region: Region::of_policy(policy)?,
             candidate: Candidate::of(key, policy, broken),
             exception: exception(policy),
         })

@@ -6,7 +6,7 @@ use std::{fmt, ops::RangeInclusive};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::table::Cell;
+use crate::{policy::Policy, table::Cell};
 
 /// The address of a family, in host order.
 pub(super) trait Address: Copy + Ord + fmt::Debug + Send + Sync + 'static {
@@ -16,7 +16,7 @@ pub(super) trait Address: Copy + Ord + fmt::Debug + Send + Sync + 'static {
     fn first(self, length: u8) -> Self;
     /// The address with all but the first `length` bits set.
     fn last(self, length: u8) -> Self;
-    /// The prefix without host bits; `None` if it is of the other family.
+    /// A prefix without its host bits; `None` if it is of the other family.
     fn prefix(net: &IpNet) -> Option<Prefix<Self>>;
     fn net(prefix: Prefix<Self>) -> IpNet;
 }
@@ -127,6 +127,12 @@ impl<A: Address> Region<A> {
     /// `None` if the prefixes are of the other family.
     pub(super) fn of(cell: &Cell) -> Option<Self> {
         Some(Self { destination: A::prefix(&cell.destination)?, source: A::prefix(&cell.source)? })
+    }
+
+    /// Between the addresses of a policy's selector; `None` if it is of the other family.
+    pub(super) fn of_policy(policy: &Policy) -> Option<Self> {
+        let selector = &policy.id.selector;
+        Some(Self { destination: A::prefix(&selector.destination)?, source: A::prefix(&selector.source)? })
     }
 
     pub(super) fn cell(self) -> Cell {
