@@ -329,7 +329,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     }
 
     /// Looks at all that is not counted when it happens, and records the [`metrics`](crate::metrics). Looks at all
-    /// policies, 0.4 µs each with 100,000 (`cargo testkit bench mirror`), and the loop waits meanwhile: the lease must
+    /// policies, 0.3 µs each with 100,000 (`cargo testkit bench mirror`), and the loop waits meanwhile: the lease must
     /// outlast it.
     #[cfg(feature = "metrics")]
     pub fn record_metrics(&mut self) {
