@@ -335,13 +335,7 @@ impl XdpForwarder {
             drop(link);
             pins.remove_port(ifindex)?;
             self.close(|attachment| attachment.ifindex == ifindex)?;
-            // The kernel lets go of a link a moment after its pin is removed.
-            for _ in 0..200 {
-                if read_link(ifindex).is_ok_and(|port| port.program.is_none()) {
-                    break;
-                }
-                std::thread::sleep(std::time::Duration::from_millis(10));
-            }
+            pins::wait_for_release(ifindex);
             return Ok(None);
         }
         let link = self.replace(link).map_err(|error| {

@@ -27,7 +27,7 @@ use aya::{
 };
 use rustix::fs::{FlockOperation, flock, fstatfs};
 
-use super::ForwarderError;
+use super::{ForwarderError, link::read_link};
 use crate::table::{Counters, MapsError, array};
 
 /// `linux/magic.h`
@@ -35,6 +35,12 @@ const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 
 /// How long another process may take to take over.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the kernel may take to let go of a link.
+const RELEASE: Duration = Duration::from_secs(2);
+
+/// Between two looks at something that is waited for.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The directory, locked.
 #[derive(Debug)]
@@ -61,7 +67,7 @@ impl Pins {
                 let attempt = format!("locking {}", directory.display());
                 return Err(ForwarderError::new(attempt, io::Error::from(errno)));
             }
-            sleep(Duration::from_millis(10));
+            sleep(PAUSE);
         }
         Ok(Self { directory: directory.to_owned(), _lock: lock })
     }
@@ -148,6 +154,14 @@ impl Pins {
 
     fn counters_folder(&self, program: u32) -> PathBuf {
         self.directory.join(program.to_string())
+    }
+}
+
+/// Waits until a port runs no program, but not for long: the kernel lets go of a link a moment after its pin is removed.
+pub(super) fn wait_for_release(ifindex: u32) {
+    let deadline = Instant::now() + RELEASE;
+    while Instant::now() < deadline && !read_link(ifindex).is_ok_and(|port| port.program.is_none()) {
+        sleep(PAUSE);
     }
 }
 
