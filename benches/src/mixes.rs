@@ -5,10 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use fastswan::{
     Compiler, Database, HostFacts, MemoryTable, OffloadTable as _, Policy, PolicyEvent, PolicyId,
     SecurityAssociation, Selector, Snapshot,
-    policy::{
-        Direction, Egress, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind, Overhead, PortMatch,
-        SaId, Template,
-    },
+    policy::{Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, PortMatch, Template},
     table::TableConfig,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -164,23 +161,9 @@ impl Mirror {
 pub fn association(policy: &Policy) -> Option<SecurityAssociation> {
     let ([template], Some(offload)) = (&policy.templates[..], policy.offload) else { return None };
     Some(SecurityAssociation {
-        id: SaId {
-            destination: template.destination,
-            spi: template.reqid | 0x1000_0000,
-            protocol: IPPROTO_ESP,
-            mark: Mark::default(),
-        },
-        source: template.source,
-        reqid: template.reqid,
-        mode: Mode::Tunnel,
-        if_id: 0,
-        selector: None,
-        cpu: None,
-        receives_only: false,
-        has_security_context: false,
         offload: Some(offload),
         overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
-        expires: None,
+        ..SecurityAssociation::for_template(template, template.reqid | 0x1000_0000)
     })
 }
 
@@ -194,15 +177,11 @@ fn software(source: IpNet, destination: IpNet, priority: u32) -> Policy {
 }
 
 fn offloaded(source: IpNet, destination: IpNet, tunnel: u32, priority: u32) -> Policy {
-    let template = Template {
-        mode: Mode::Tunnel,
-        protocol: IPPROTO_ESP,
-        spi: 0,
-        source: IpAddr::from([192, 0, 2, 1]),
-        destination: Ipv4Addr::from(0xc633_0000 | tunnel).into(),
-        reqid: tunnel + 1,
-        optional: false,
-    };
+    let template = Template::esp_tunnel(
+        IpAddr::from([192, 0, 2, 1]),
+        Ipv4Addr::from(0xc633_0000 | tunnel).into(),
+        tunnel + 1,
+    );
     let mut policy = software(source, destination, priority);
     policy.templates = [template].into();
     policy.offload = Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false });

@@ -10,8 +10,7 @@ use async_trait::async_trait;
 use fastswan::{
     Policy, PolicyEvent, PolicyId, PolicySource, SecurityAssociation, SourceError,
     policy::{
-        Direction, Family, IPPROTO_ESP, MacAddr, Mark, Mode, NextHop, OffloadDev, OffloadKind, Overhead,
-        SaId, Template,
+        Direction, Family, IPPROTO_ESP, MacAddr, Mode, NextHop, OffloadDev, OffloadKind, Overhead, Template,
     },
 };
 
@@ -68,25 +67,18 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
         let promoted = OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false };
         let offload = policy.offload.or(Some(promoted));
         let outer = Family::from(template.destination);
+        // Each promoted policy has the association that is assumed for it and no other.
+        let template = Template { mode: Mode::Tunnel, optional: false, spi, ..template };
         let association = SecurityAssociation {
-            id: SaId { destination: template.destination, spi, protocol: IPPROTO_ESP, mark: Mark::default() },
-            source: template.source,
-            reqid: template.reqid,
-            mode: Mode::Tunnel,
             if_id: policy.id.if_id,
-            selector: None,
-            cpu: None,
-            receives_only: false,
-            has_security_context: false,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
-            expires: None,
+            ..SecurityAssociation::for_template(&template, spi)
         };
         let mut promoted = policy.clone();
         promoted.offload = offload;
         promoted.egress.next_hop = self.next_hop;
-        // Each promoted policy has the association that was assumed for it and no other.
-        promoted.templates = [Template { mode: Mode::Tunnel, optional: false, spi, ..template }].into();
+        promoted.templates = [template].into();
         Some((promoted, association))
     }
 

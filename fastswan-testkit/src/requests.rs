@@ -8,8 +8,7 @@ use bytes::Bytes;
 use fastswan::{
     Policy, PolicyEvent, PolicyId, SecurityAssociation, Selector, Snapshot,
     policy::{
-        Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, PolicyType, SaId,
-        Template,
+        Action, DefaultPolicy, Direction, Family, Mode, OffloadDev, OffloadKind, PolicyType, SaId, Template,
     },
     source::netlink::{self, Content, decode},
 };
@@ -212,30 +211,6 @@ pub(crate) fn everything() -> [Message; 2] {
         message.0.resize(HEADER_LENGTH + fixed, 0);
         message
     })
-}
-
-/// The association that a template asks for, with this SPI.
-#[must_use]
-pub fn association(template: &Template, spi: u32) -> SecurityAssociation {
-    SecurityAssociation {
-        id: SaId {
-            destination: template.destination,
-            spi,
-            protocol: template.protocol,
-            mark: Mark::default(),
-        },
-        source: template.source,
-        reqid: template.reqid,
-        mode: template.mode,
-        if_id: 0,
-        selector: None,
-        cpu: None,
-        receives_only: false,
-        has_security_context: false,
-        offload: None,
-        overhead: None,
-        expires: None,
-    }
 }
 
 /// The request for a policy that expires.
@@ -535,26 +510,9 @@ mod tests {
             Content::Event(PolicyEvent::Policy(policy))
         );
 
-        let id = SaId {
-            destination: "192.0.2.2".parse().unwrap(),
-            spi: 0x101,
-            protocol: 50,
-            mark: Mark::default(),
-        };
-        let sa = SecurityAssociation {
-            id,
-            source: "192.0.2.1".parse().unwrap(),
-            reqid: 3,
-            mode: Mode::Tunnel,
-            if_id: 0,
-            selector: None,
-            cpu: None,
-            receives_only: false,
-            has_security_context: false,
-            offload,
-            overhead: None,
-            expires: None,
-        };
+        let template = Template::esp_tunnel("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), 3);
+        let sa = SecurityAssociation { offload, ..SecurityAssociation::for_template(&template, 0x101) };
+        let id = sa.id;
         assert_eq!(content(told_association(&sa)), Content::Larval(sa));
         assert_eq!(content(deleted_association(&id)), Content::Event(PolicyEvent::SaRemoved(id)));
         let flushed = Content::Event(PolicyEvent::SasFlushed(u8::MAX));

@@ -243,6 +243,22 @@ pub struct Template {
     pub optional: bool,
 }
 
+impl Template {
+    /// A required ESP tunnel between two outer addresses, for associations with this reqid and any SPI.
+    #[must_use]
+    pub fn esp_tunnel(source: IpAddr, destination: IpAddr, reqid: u32) -> Self {
+        Self {
+            mode: Mode::Tunnel,
+            protocol: IPPROTO_ESP,
+            spi: 0,
+            source,
+            destination,
+            reqid,
+            optional: false,
+        }
+    }
+}
+
 /// The templates of a policy. Nearly all policies have one, which then is part of them: `[template].into()`.
 pub type Templates = SmallVec<[Template; 1]>;
 
@@ -489,6 +505,26 @@ pub struct SecurityAssociation {
 }
 
 impl SecurityAssociation {
+    /// The association that a template asks for, with this SPI: for packets of every kind, and not offloaded.
+    #[must_use]
+    pub fn for_template(template: &Template, spi: u32) -> Self {
+        let Template { protocol, destination, .. } = *template;
+        Self {
+            id: SaId { destination, spi, protocol, mark: Mark::default() },
+            source: template.source,
+            reqid: template.reqid,
+            mode: template.mode,
+            if_id: 0,
+            selector: None,
+            cpu: None,
+            receives_only: false,
+            has_security_context: false,
+            offload: None,
+            overhead: None,
+            expires: None,
+        }
+    }
+
     /// Whether a device does all of IPsec for the packets that leave under this association.
     #[must_use]
     pub fn is_outbound_packet_offload(&self) -> bool {

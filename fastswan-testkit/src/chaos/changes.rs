@@ -12,15 +12,15 @@ use std::{
 use fastswan::{
     Policy, PolicyId, SecurityAssociation, Selector,
     policy::{
-        Action, DefaultPolicy, Direction, Family, IPPROTO_ESP, Mode, OffloadDev, OffloadKind, PolicyType,
-        PortMatch, SaId, Template,
+        Action, DefaultPolicy, Direction, Family, OffloadDev, OffloadKind, PolicyType, PortMatch, SaId,
+        Template,
     },
 };
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use super::offload::is_offered;
-use crate::requests::{Change, association};
+use crate::requests::Change;
 
 /// Policies that are there at the same time, without those that expire.
 const MOST: usize = 400;
@@ -277,7 +277,7 @@ impl World {
         self.offloaded.extend(policies.clone());
         self.loaded = true;
         self.spis += 1;
-        let sa = SecurityAssociation { offload, ..association(&template, self.spis) };
+        let sa = SecurityAssociation { offload, ..SecurityAssociation::for_template(&template, self.spis) };
         happening(Step::Offload(sa, policies))
     }
 
@@ -287,7 +287,7 @@ impl World {
 
     fn allocate(&mut self, reqid: u32) -> Step {
         self.spis += 1;
-        let sa = association(&tunnel(reqid), self.spis);
+        let sa = SecurityAssociation::for_template(&tunnel(reqid), self.spis);
         // The oldest are likely to have expired.
         self.associations.truncate(MOST_ASSOCIATIONS);
         self.associations.insert(0, sa.id);
@@ -405,15 +405,7 @@ fn tunnel(reqid: u32) -> Template {
         Family::V4 => (super::ADDRESS, super::PEER),
         Family::V6 => (super::ADDRESS_V6, super::PEER_V6),
     };
-    Template {
-        mode: Mode::Tunnel,
-        protocol: IPPROTO_ESP,
-        spi: 0,
-        source,
-        destination,
-        reqid,
-        optional: false,
-    }
+    Template::esp_tunnel(source, destination, reqid)
 }
 
 fn selector(source: IpNet, destination: IpNet) -> Selector {

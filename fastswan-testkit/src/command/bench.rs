@@ -15,16 +15,16 @@ use anyhow::{Context as _, ensure};
 use async_trait::async_trait;
 use clap::Subcommand;
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, Policy, PolicyEvent, PolicyId, PolicySource, Selector, SourceError,
-    XdpForwarder,
+    Gateway, HostFacts, NetlinkSource, Policy, PolicyEvent, PolicyId, PolicySource, SecurityAssociation,
+    Selector, SourceError, XdpForwarder,
     compiler::{PolicyReport, PolicyState},
-    policy::{Direction, Family, IPPROTO_ESP, Mode, OffloadDev, OffloadKind, Overhead, Template},
+    policy::{Direction, Family, OffloadDev, OffloadKind, Overhead, Template},
     source::netlink::NetlinkConfig,
     table::TableConfig,
 };
 use fastswan_testkit::{
     lab::{clean_up_on_signals, remove_leftovers},
-    requests::{Change, allocation, association, request},
+    requests::{Change, allocation, request},
     site::Site,
     xfrm::{ask, dump_undecoded},
 };
@@ -271,7 +271,10 @@ fn install(policies: u32) -> io::Result<()> {
         let associations = policies
             .iter()
             .zip(numbers)
-            .map(|(policy, number)| allocation(&association(&policy.templates[0], 0x1000_0000 | number)));
+            .map(|(policy, number)| {
+                SecurityAssociation::for_template(&policy.templates[0], 0x1000_0000 | number)
+            })
+            .map(|association| allocation(&association));
         let added = policies.iter().cloned().map(|policy| request(&Change::Add(policy)));
         ask(&added.chain(associations).collect::<Vec<_>>(), 1)?;
     }
@@ -291,15 +294,7 @@ fn policy(number: u32) -> Policy {
     let net = |bits: u32, length| IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::from(bits), length));
     let selector = Selector::between(net(0x0a01_0000, 16), net(0x2000_0000 | number << 8, 24));
     let id = PolicyId::new(Direction::Out, selector.expect("one family"));
-    let template = Template {
-        mode: Mode::Tunnel,
-        protocol: IPPROTO_ESP,
-        spi: 0,
-        source: IpAddr::V4(LOCAL),
-        destination: peer(number).into(),
-        reqid: number + 1,
-        optional: false,
-    };
+    let template = Template::esp_tunnel(IpAddr::V4(LOCAL), peer(number).into(), number + 1);
     Policy { priority: 100, templates: [template].into(), ..Policy::new(id) }
 }
 

@@ -18,7 +18,7 @@ use std::net::IpAddr;
 
 use fastswan::{
     ChannelSource, Policy, PolicyEvent, PolicyId, PolicySource, Selector, Snapshot,
-    policy::{Direction, IPPROTO_ESP, Mode, OffloadDev, Template},
+    policy::{Direction, OffloadDev, Template},
     source::channel::PolicySender,
 };
 use ipnet::IpNet;
@@ -309,15 +309,8 @@ pub(super) fn stories(device: Option<OffloadDev>) -> Vec<Story> {
         let prefix = |text: &str| text.parse().expect("a prefix");
         let selector =
             Selector::between(prefix(source), prefix(destination)).expect("prefixes of one family");
-        let template = Template {
-            mode: Mode::Tunnel,
-            protocol: IPPROTO_ESP,
-            spi: 0,
-            source: [192, 0, 2, 1].into(),
-            destination: [192, 0, 2, 2].into(),
-            reqid: 2 + u32::from(offload),
-            optional: false,
-        };
+        let template =
+            Template::esp_tunnel([192, 0, 2, 1].into(), [192, 0, 2, 2].into(), 2 + u32::from(offload));
         Policy {
             priority,
             templates: [template].into(),

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use fastswan::{
     Policy, PolicyId, Selector,
     policy::{
-        Action, DefaultPolicy, Direction, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind,
-        PolicyType, PortMatch, Template,
+        Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, PolicyType, PortMatch,
+        Template,
     },
 };
 use ipnet::IpNet;
@@ -507,15 +507,7 @@ impl World {
                 (source, destination)
             }
         };
-        let template = Template {
-            mode: Mode::Tunnel,
-            protocol: IPPROTO_ESP,
-            spi: 0,
-            source,
-            destination,
-            reqid: self.reqid(promoted),
-            optional: false,
-        };
+        let template = Template::esp_tunnel(source, destination, self.reqid(promoted));
         let id = PolicyId::new(Direction::Out, selector);
         Policy { priority, templates: [template].into(), ..Policy::new(id) }
     }

@@ -11,8 +11,8 @@ use ipnet::IpNet;
 
 use crate::{
     policy::{
-        Direction, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy, PolicyId,
-        SaId, SecurityAssociation, Selector, Template,
+        Direction, Family, OffloadDev, OffloadKind, Overhead, Policy, PolicyId, SecurityAssociation,
+        Selector, Template,
     },
     table::{Capacity, Cell, Exception, Fact, Probes, Side, Slot, Standing, TableUpdate, Verdict},
 };
@@ -193,15 +193,7 @@ pub(super) fn template_of(family: Family) -> Template {
         Family::V4 => ("192.0.2.1", "192.0.2.2"),
         Family::V6 => ("2001:db8:f::1", "2001:db8:f::2"),
     };
-    Template {
-        mode: Mode::Tunnel,
-        protocol: IPPROTO_ESP,
-        spi: 0,
-        source: source.parse().unwrap(),
-        destination: destination.parse().unwrap(),
-        reqid: 1,
-        optional: false,
-    }
+    Template::esp_tunnel(source.parse().unwrap(), destination.parse().unwrap(), 1)
 }
 
 pub(super) fn template() -> Template {
@@ -210,20 +202,10 @@ pub(super) fn template() -> Template {
 
 /// The association of the family's template on the NIC.
 pub(super) fn association_of(family: Family) -> SecurityAssociation {
-    let Template { source, destination, reqid, .. } = template_of(family);
     SecurityAssociation {
-        id: SaId { destination, spi: 0x100, protocol: IPPROTO_ESP, mark: Mark::default() },
-        source,
-        reqid,
-        mode: Mode::Tunnel,
-        if_id: 0,
-        selector: None,
-        cpu: None,
-        receives_only: false,
-        has_security_context: false,
         offload: Some(to(NIC, OffloadKind::Packet)),
         overhead: Some(Overhead::aes_gcm_tunnel(family, false, 16)),
-        expires: None,
+        ..SecurityAssociation::for_template(&template_of(family), 0x100)
     }
 }
 

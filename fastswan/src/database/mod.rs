@@ -556,36 +556,13 @@ mod tests {
 
     fn sa(spi: u32) -> SecurityAssociation {
         SecurityAssociation {
-            id: SaId {
-                destination: "192.0.2.2".parse().unwrap(),
-                spi,
-                protocol: IPPROTO_ESP,
-                mark: Mark::default(),
-            },
-            source: "192.0.2.1".parse().unwrap(),
-            reqid: 1,
-            mode: Mode::Tunnel,
-            if_id: 0,
-            selector: None,
-            cpu: None,
-            receives_only: false,
-            has_security_context: false,
             offload: Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false }),
-            overhead: None,
-            expires: None,
+            ..SecurityAssociation::for_template(&template(), spi)
         }
     }
 
     fn template() -> Template {
-        Template {
-            mode: Mode::Tunnel,
-            protocol: IPPROTO_ESP,
-            spi: 0,
-            source: "192.0.2.1".parse().unwrap(),
-            destination: "192.0.2.2".parse().unwrap(),
-            reqid: 1,
-            optional: false,
-        }
+        Template::esp_tunnel("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), 1)
     }
 
     fn live_spis(database: &Database, template: &Template) -> Vec<u32> {

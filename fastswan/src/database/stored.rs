@@ -229,7 +229,7 @@ mod tests {
     use super::*;
     use crate::{
         database::SaKey,
-        policy::{Mark, Mode, SaId, SecurityAssociation},
+        policy::{SaId, SecurityAssociation, Template},
     };
 
     #[derive(Clone, Debug)]
@@ -240,19 +240,9 @@ mod tests {
     }
 
     fn sa() -> impl Strategy<Value = SecurityAssociation> {
-        (0..2_u8, 1..6_u32, 0..3_u32, 0..2_u32).prop_map(|(peer, spi, reqid, if_id)| SecurityAssociation {
-            id: SaId { destination: [192, 0, 2, peer].into(), spi, protocol: 50, mark: Mark::default() },
-            source: [192, 0, 2, 9].into(),
-            reqid,
-            mode: Mode::Tunnel,
-            if_id,
-            selector: None,
-            offload: None,
-            overhead: None,
-            cpu: None,
-            receives_only: false,
-            has_security_context: false,
-            expires: None,
+        (0..2_u8, 1..6_u32, 0..3_u32, 0..2_u32).prop_map(|(peer, spi, reqid, if_id)| {
+            let template = Template::esp_tunnel([192, 0, 2, 9].into(), [192, 0, 2, peer].into(), reqid);
+            SecurityAssociation { if_id, ..SecurityAssociation::for_template(&template, spi) }
         })
     }
 

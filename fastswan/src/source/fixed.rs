@@ -9,8 +9,8 @@ use async_trait::async_trait;
 
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError};
 use crate::policy::{
-    Direction, Egress, Family, IPPROTO_ESP, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy, PolicyId,
-    SaId, SecurityAssociation, Selector, Template,
+    Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, Policy, PolicyId, SecurityAssociation,
+    Selector, Template,
 };
 
 /// SPIs of assumed associations count up from here. Real ones may be the same; they are never on the wire.
@@ -37,15 +37,7 @@ impl StaticPolicy {
         let (source, destination) = self.tunnel;
         let offload = Some(OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false });
         let reqid = number + 1;
-        let template = Template {
-            mode: Mode::Tunnel,
-            protocol: IPPROTO_ESP,
-            spi: 0,
-            source,
-            destination,
-            reqid,
-            optional: false,
-        };
+        let template = Template::esp_tunnel(source, destination, reqid);
         let policy = Policy {
             priority: self.priority,
             templates: [template].into(),
@@ -56,18 +48,9 @@ impl StaticPolicy {
         let outer = Family::from(destination);
         let spi = FIRST_ASSUMED_SPI.wrapping_add(number);
         let sa = SecurityAssociation {
-            id: SaId { destination, spi, protocol: IPPROTO_ESP, mark: Mark::default() },
-            source,
-            reqid,
-            mode: Mode::Tunnel,
-            if_id: 0,
-            selector: None,
-            cpu: None,
-            receives_only: false,
-            has_security_context: false,
             offload,
             overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
-            expires: None,
+            ..SecurityAssociation::for_template(&template, spi)
         };
         (policy, sa)
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use fastswan::policy::{IPPROTO_ESP, Mode, OffloadDev, OffloadKind, SaId, SecurityAssociation, Template};
+use fastswan::policy::{OffloadDev, OffloadKind, SaId, SecurityAssociation, Template};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
@@ -17,7 +17,7 @@ use crate::{
     frames::Frame,
     guest::{Story, wait_at_most, wait_for},
     lab::{LabError, Namespace},
-    requests::{Requests, association, keyed_association},
+    requests::{Requests, keyed_association},
 };
 
 const KEY: [u8; 20] = [7; 20];
@@ -96,18 +96,10 @@ impl Gateway<'_> {
 
     /// An association that the NIC has for the policy. It takes none with reqid 0, no more than real ones do.
     fn association(&self) -> anyhow::Result<SecurityAssociation> {
-        let template = Template {
-            mode: Mode::Tunnel,
-            protocol: IPPROTO_ESP,
-            spi: 0,
-            source: "192.0.2.1".parse()?,
-            destination: "192.0.2.2".parse()?,
-            reqid: REQID,
-            optional: false,
-        };
+        let template = Template::esp_tunnel("192.0.2.1".parse()?, "192.0.2.2".parse()?, REQID);
         let ifindex = self.scene.gateways.a.ifindex("nic0")?;
         let offload = Some(OffloadDev { ifindex, kind: OffloadKind::Packet, inbound: false });
-        Ok(SecurityAssociation { offload, ..association(&template, SPI) })
+        Ok(SecurityAssociation { offload, ..SecurityAssociation::for_template(&template, SPI) })
     }
 
     /// Adds these associations, one after the other, to no others.
