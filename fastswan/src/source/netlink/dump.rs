@@ -25,6 +25,7 @@ use super::{
     index,
     socket::{Datagram, converse, pass_through, receive, request, set_receive_buffer},
 };
+use crate::policy::DefaultPolicy;
 const NLM_F_DUMP: u16 = 0x300;
 
 /// Lengths of the requests' fixed parts in bytes (`linux/xfrm.h`).
@@ -112,11 +113,15 @@ fn read_all(
         let sas = thread::Builder::new()
             .name("fastswan-dump".to_owned())
             .spawn_scoped(scope, || sas.associations(go_on))?;
-        let Dumped { snapshot, mut devices } = policies.policies(go_on)?;
+        let mut dumped = policies.policies(go_on)?;
         let gone = |_| DumpError::System(io::Error::other("the thread that reads associations has gone"));
         let sas = sas.join().map_err(gone)??;
-        devices.extend(sas.devices);
-        Ok(Dumped { snapshot: Snapshot { sas: sas.snapshot.sas, ..snapshot }, devices })
+        dumped.snapshot.sas = sas.snapshot.sas;
+        dumped.devices.extend(sas.devices);
+        // Last of all: it waits for a lock that covers changes together with their notifications (`xfrm_cfg_mutex`), so
+        // all that was seen here has been told of when this is answered, but for what has expired.
+        dumped.snapshot.default_policy = policies.default_policy(go_on)?;
+        Ok(dumped)
     })
 }
 
@@ -161,12 +166,20 @@ impl Reader {
                 dumped.snapshot.policies.push(policy);
             }
         })?;
+        Ok(dumped)
+    }
+
+    fn default_policy(
+        &mut self,
+        go_on: &impl Fn() -> Result<(), DumpError>,
+    ) -> Result<DefaultPolicy, DumpError> {
+        let mut answer = DefaultPolicy::default();
         self.ask((XFRM_MSG_GETDEFAULT, 0, DEFAULT_LENGTH), go_on, |event| {
             if let PolicyEvent::DefaultPolicy(default_policy) = event {
-                dumped.snapshot.default_policy = default_policy;
+                answer = default_policy;
             }
         })?;
-        Ok(dumped)
+        Ok(answer)
     }
 
     /// Sends a request of this kind, with these flags and a fixed part of zeros of this length, and passes on what is
