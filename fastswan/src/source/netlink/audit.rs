@@ -1,6 +1,6 @@
 //! Asks for everything again while changes are followed, to find what was never told.
 //!
-//! An [`Audit`] dumps on a socket of its own and replays what was notified meanwhile: its snapshot is what the
+//! An [`Audit`] dumps on sockets of its own and replays what was notified meanwhile: its snapshot is what the
 //! database must hold once it has applied every event before it.
 
 use std::{future::pending, time::Duration};
