@@ -14,10 +14,6 @@ use crate::guest::{
     wire::Wire,
 };
 
-/// So many packets the stack may have looked up before policies were removed, and given to the NIC when it knew of none
-/// for them any longer: such a packet leaves in clear whether there is a mirror or not. Afterwards the kernel refuses them.
-const IN_FLIGHT: u64 = 2;
-
 /// What a kernel says of packets that it could do nothing with because a tunnel was not there at one of the ends.
 const WITHOUT_TUNNEL: [&str; 3] = ["XfrmInNoStates", "XfrmInNoPols", "XfrmOutPolBlock"];
 
@@ -32,6 +28,9 @@ pub(super) struct Plan<'a> {
     pub(super) leak: bool,
     /// There will be times without a tunnel, and kernels refuse to forward in clear then.
     pub(super) refuse_clear: bool,
+    /// So many packets the stack may have looked up before policies were removed, and given to the NIC when it knew of none
+    /// for them any longer: such a packet leaves in clear whether there is a mirror or not.
+    pub(super) in_flight: u64,
     /// Arguments of the mirror.
     pub(super) mirror: &'a [&'a str],
     /// Where the scene's logs go, inside those of the story.
@@ -51,6 +50,7 @@ impl Default for Plan<'_> {
             children: &[NET],
             leak: false,
             refuse_clear: false,
+            in_flight: 0,
             mirror: &[],
             logs: "",
         }
@@ -67,6 +67,7 @@ pub(super) struct Scene {
     pub(super) traffic: Option<Traffic>,
     wire: Option<Wire>,
     refuses_clear: bool,
+    in_flight: u64,
     logs: std::path::PathBuf,
 }
 
@@ -96,6 +97,7 @@ impl Scene {
             traffic: None,
             wire: Some(wire),
             refuses_clear: plan.refuse_clear,
+            in_flight: plan.in_flight,
             logs,
         })
     }
@@ -190,11 +192,10 @@ impl Scene {
         }
         // The NIC notes what leaves in clear from XDP, or drops it. What it does not note, the stack gave to it.
         let from_stack = clear.saturating_sub(leaked.len() as u64);
-        let in_flight = if self.refuses_clear { IN_FLIGHT } else { 0 };
         let all_removed = leaked.iter().all(|clear| clear.cause == "removed");
         let excused = leaked.is_empty() || leaks && !guarded && all_removed;
         story.expect(
-            clear == 0 || excused && from_stack <= in_flight,
+            clear == 0 || excused && from_stack <= self.in_flight,
             format!("{clear} packets in clear on the wire: {:?}, of the NIC: {leaked:?}", seen.examples),
         );
         let mut errors = Gateways::ipsec_errors(&self.gateways.b);

@@ -26,6 +26,7 @@ use super::{
     socket::{Datagram, converse, pass_through, receive, request, set_receive_buffer},
 };
 use crate::policy::DefaultPolicy;
+
 const NLM_F_DUMP: u16 = 0x300;
 
 /// Lengths of the requests' fixed parts in bytes (`linux/xfrm.h`).
