@@ -56,7 +56,7 @@ impl Mix {
                 let mut bypass = software(v4(0, 0), v4(0, 0), 32);
                 bypass.id.selector.protocol = 17;
                 bypass.id.selector.destination_port = PortMatch::exactly([500, 4500][number as usize]);
-                bypass.templates.clear();
+                bypass.templates = Templates::default();
                 bypass
             }
             Self::StrongSwan => {

@@ -64,6 +64,7 @@
 
 pub mod compiler;
 pub mod database;
+pub mod event;
 pub mod forwarder;
 pub mod gateway;
 pub mod host;
@@ -76,13 +77,14 @@ pub mod table;
 
 pub use compiler::Compiler;
 pub use database::Database;
+pub use event::{PolicyEvent, Snapshot};
 pub use fastswan_ebpf::PassReason;
 pub use forwarder::XdpForwarder;
 pub use gateway::Gateway;
 pub use host::HostFacts;
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
 pub use source::{
-    PolicyEvent, PolicySource, Snapshot, SourceError, adapters::PolicySourceExt, channel::ChannelSource,
-    fixed::StaticSource, netlink::NetlinkSource,
+    PolicySource, SourceError, adapters::PolicySourceExt, channel::ChannelSource, fixed::StaticSource,
+    netlink::NetlinkSource,
 };
 pub use table::{BpfTable, MemoryTable, OffloadTable};
