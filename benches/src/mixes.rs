@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use fastswan::{
     Compiler, Database, HostFacts, MemoryTable, OffloadTable as _, Policy, PolicyEvent, PolicyId,
     SecurityAssociation, Selector, Snapshot,
-    policy::{Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, PortMatch, Template},
+    policy::{Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, PortMatch, Template, Templates},
     table::TableConfig,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};

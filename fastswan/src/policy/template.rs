@@ -81,6 +81,12 @@ impl<const N: usize> From<[Template; N]> for Templates {
     }
 }
 
+impl From<Vec<Template>> for Templates {
+    fn from(templates: Vec<Template>) -> Self {
+        Self(templates.into())
+    }
+}
+
 impl FromIterator<Template> for Templates {
     fn from_iter<I: IntoIterator<Item = Template>>(templates: I) -> Self {
         Self(templates.into_iter().collect())
