@@ -12,7 +12,9 @@ use futures::{Stream, stream};
 pub mod adapters;
 pub mod channel;
 pub mod fixed;
-pub mod netlink;
+mod netlink;
+
+pub use self::netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics};
 
 pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
 use crate::policy::PolicyId;
