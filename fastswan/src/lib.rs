@@ -82,10 +82,10 @@ pub use event::{PolicyEvent, Snapshot};
 pub use fastswan_ebpf::PassReason;
 pub use forwarder::XdpForwarder;
 pub use gateway::Gateway;
-pub use host::HostFacts;
+pub use host::{HostEvent, HostFacts};
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
 pub use source::{
-    NetlinkSource, PolicySource, SourceError, adapters::PolicySourceExt, channel::ChannelSource,
-    fixed::StaticSource,
+    HostSource, NetlinkSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt,
+    channel::ChannelSource, fixed::StaticSource,
 };
 pub use table::{BpfTable, MemoryTable, OffloadTable};

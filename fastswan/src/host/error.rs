@@ -1,3 +1,5 @@
+//! Why the facts about the host cannot be known.
+
 use std::io;
 
 /// Host facts could not be read.
@@ -9,8 +11,7 @@ pub enum HostError {
     System {
         /// What was tried.
         attempt: String,
-        /// Why it failed.
-        #[source]
+        /// Why it failed. It is in the text, and so not the source of this error: it is printed once.
         error: io::Error,
     },
     /// The kernel said something that could not be understood.

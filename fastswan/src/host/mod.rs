@@ -6,13 +6,17 @@
 //! fast.
 
 mod error;
+mod event;
 pub(crate) mod routing;
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-pub use self::error::HostError;
+pub use self::{
+    error::HostError,
+    event::{HostEvent, HostStaleCause},
+};
 use crate::{
     policy::{Family, MacAddr},
     table::{Forwards, Port, ReversePath},

@@ -12,9 +12,13 @@ use futures::{Stream, stream};
 pub mod adapters;
 pub mod channel;
 pub mod fixed;
+mod host;
 mod netlink;
 
-pub use self::netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics};
+pub use self::{
+    host::{HostSource, VouchedHost},
+    netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+};
 
 pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
 use crate::policy::PolicyId;
@@ -89,8 +93,7 @@ pub enum SourceError {
     System {
         /// What was tried, on which object.
         attempt: String,
-        /// Why it failed.
-        #[source]
+        /// Why it failed. It is in the text, and so not the source of this error: it is printed once.
         error: io::Error,
         /// What to do, starting with "; ", or empty.
         remedy: &'static str,
