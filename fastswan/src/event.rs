@@ -1,4 +1,7 @@
-//! What sources say: plain data, which [`PolicySource`](crate::PolicySource)s yield and a [`Database`](crate::Database) takes.
+//! What sources say.
+//!
+//! A [`PolicySource`](crate::PolicySource) tells of policies with [`PolicyEvent`]s: first a [`PolicyEvent::Snapshot`] of
+//! everything, then single changes. The [`Database`](crate::Database) applies them.
 
 use crate::policy::{DefaultPolicy, Policy, PolicyId, PolicyType, SaId, SecurityAssociation};
 

@@ -80,7 +80,7 @@ impl Choices<'_> {
             0..12 => [template(v6)].into(),
             12 => [template(!v6)].into(),
             13 => [Template { optional: true, ..template(v6) }].into(),
-            14 => Templates::new(),
+            14 => Templates::default(),
             _ => vec![template(v6), template(v6)].into(),
         };
         match self.next() % 32 {

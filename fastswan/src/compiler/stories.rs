@@ -135,7 +135,7 @@ fn with_direction(direction: Direction, policy: Policy) -> Policy {
 }
 
 fn bypass(source: &str, destination: &str) -> Policy {
-    Policy { templates: Templates::new(), ..tunnel(source, destination) }
+    Policy { templates: Templates::default(), ..tunnel(source, destination) }
 }
 
 #[test]
@@ -336,7 +336,8 @@ fn a_policy_that_the_fast_path_cannot_stand_in_for_passes() {
         change(&mut policy.id);
         policy
     };
-    let templates = |templates: &[Template]| Policy { templates: templates.into(), ..site() };
+    let templates =
+        |templates: &[Template]| Policy { templates: templates.iter().copied().collect(), ..site() };
     let not_offloaded = [
         ("software", tunnel("10.1.0.0/16", "10.2.0.0/16")),
         ("crypto offload", Policy { offload: Some(to(NIC, OffloadKind::Crypto)), ..site() }),
