@@ -17,7 +17,7 @@ const ETH_FLAG_RXVLAN: u32 = 1 << 8;
 
 /// The index of the interface with this name in this thread's network namespace.
 pub(crate) fn ifindex(interface: &str) -> io::Result<u32> {
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let socket = socket(AddressFamily::NETLINK, SocketType::RAW, None)?;
     Ok(name_to_index(socket, interface)?)
 }
 
@@ -45,7 +45,7 @@ fn ethtool<T>(interface: &str, request: &mut T) -> io::Result<()> {
         *to = libc::c_char::from_ne_bytes([from]);
     }
     ifreq.ifr_ifru.ifru_data = std::ptr::from_mut(request).cast();
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let socket = socket(AddressFamily::NETLINK, SocketType::RAW, None)?;
     // SAFETY: `ifreq` is terminated by a zero, since the name is shorter than the field, and points to a
     // structure of the size that the kernel writes for its command; both live through the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
