@@ -169,6 +169,17 @@ impl Namespace {
             .map_err(|error| LabError::system(format!("looking for {device}"), error))
     }
 
+    /// Switches generic receive offload of a device on or off. A veth device takes frames from XDP as long as its peer
+    /// has it.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::System`].
+    pub fn set_receive_offload(&self, device: &str, on: bool) -> Result<(), LabError> {
+        self.enter(|| ethtool_set(device, Ethtool::Gro, on.into()))
+            .map_err(|error| LabError::system(format!("generic receive offload of {device}"), error))
+    }
+
     /// Forwards IPv4 and IPv6.
     ///
     /// # Errors
