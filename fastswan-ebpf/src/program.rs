@@ -111,6 +111,12 @@ fn fastswan_guard_device(_: FEntryContext) -> i32 {
     removal_begins()
 }
 
+/// Moves policies and associations elsewhere: it changes the policies before it removes the old associations.
+#[fentry]
+fn fastswan_guard_migration(_: FEntryContext) -> i32 {
+    removal_begins()
+}
+
 #[inline(always)]
 fn removal_begins() -> i32 {
     if let Some(control) = CONTROL.get(0) {

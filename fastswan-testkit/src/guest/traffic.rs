@@ -117,6 +117,18 @@ impl Traffic {
     /// # Errors
     ///
     /// If they do not for a long time.
+    pub fn wait_for_departures(&self, packets: u64) -> anyhow::Result<()> {
+        let before = self.sent();
+        super::wait_for("packets to be sent in both directions", || {
+            self.sent().iter().zip(before).all(|(now, before)| *now >= before + packets)
+        })
+    }
+
+    /// Waits until so many more packets have arrived in both directions.
+    ///
+    /// # Errors
+    ///
+    /// If they do not.
     pub fn wait_for_arrivals(&self, packets: u64) -> anyhow::Result<()> {
         let before = self.arrived();
         super::wait_for("packets to arrive in both directions", || {

@@ -22,6 +22,10 @@ const HOOKS: [(&str, &str); 3] = [
     ("fastswan_guard_device", "__dev_close_many"),
 ];
 
+/// The same for a move of policies and associations to other addresses: it changes the policies before it removes the old
+/// associations. A kernel without `CONFIG_XFRM_MIGRATE` has no such function, and moves nothing.
+const MIGRATION: (&str, &str) = ("fastswan_guard_migration", "xfrm_migrate");
+
 /// Shuts the fast path before the kernel removes policies, associations or devices, as long as it is kept.
 #[derive(Debug)]
 #[must_use = "dropping it detaches the guard"]
@@ -85,10 +89,16 @@ impl XdpForwarder {
     /// [`GuardError`]. The forwarder works without.
     pub fn attach_guard(&mut self) -> Result<Guard, GuardError> {
         let btf = Btf::from_sys_fs().map_err(|error| GuardError::NoBtf { error })?;
-        let links = HOOKS
+        let mut links = HOOKS
             .map(|(program, function)| attach(&mut self.ebpf, &btf, program, function))
             .into_iter()
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
+        let (program, function) = MIGRATION;
+        match attach(&mut self.ebpf, &btf, program, function) {
+            Ok(link) => links.push(link),
+            Err(GuardError::MissingFunction { .. }) => {}
+            Err(error) => return Err(error),
+        }
         begin_removal(&self.ebpf).map_err(|error| GuardError::Bpf { error: error.into() })?;
         Ok(Guard { _links: links })
     }

@@ -4,6 +4,7 @@ mod associations;
 mod driver;
 mod families;
 mod lifecycle;
+mod migrate;
 mod oddities;
 mod processes;
 mod scale;
@@ -31,6 +32,10 @@ pub(super) fn all() -> Vec<Scenario> {
         Scenario {
             limit: Duration::from_secs(240),
             ..scenario("delete", "the tunnel is deleted, and then IKE terminated", lifecycle::delete)
+        },
+        Scenario {
+            limit: Duration::from_secs(240),
+            ..scenario("migrate", "the tunnel is moved to another far end", migrate::migrate)
         },
         scenario("trap", "the first packet brings the tunnel up", lifecycle::trap),
         scenario("flap", "the NIC's link goes down and up, then a rekey", silent::flap),
