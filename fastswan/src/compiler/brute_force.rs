@@ -11,12 +11,12 @@ use super::{
 };
 use crate::{
     database::Database,
+    event::{PolicyEvent, Snapshot, StaleCause},
     host::{HostFacts, Link, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Policy, PolicyType, PortMatch,
         SecurityAssociation, Template, Templates,
     },
-    source::{PolicyEvent, Snapshot, StaleCause},
     table::{Capacity, ReversePath, Slot, TableUpdate},
 };
 

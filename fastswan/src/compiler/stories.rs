@@ -13,12 +13,12 @@ use super::{
 };
 use crate::{
     database::Database,
+    event::{PolicyEvent, Snapshot, StaleCause},
     host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
         PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Template, Templates,
     },
-    source::{PolicyEvent, Snapshot, StaleCause},
     table::{Capacity, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot},
 };
 

@@ -12,7 +12,13 @@ use futures::{FutureExt as _, Stream, future::ready, stream};
 pub mod adapters;
 pub mod channel;
 pub mod fixed;
-pub mod netlink;
+mod host;
+mod netlink;
+
+pub use self::{
+    host::{HostSource, VouchedHost},
+    netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+};
 
 /// What [`PolicySource::settle`] returns.
 pub use futures::future::BoxFuture;
@@ -113,8 +119,7 @@ pub enum SourceError {
     System {
         /// What was tried, on which object.
         attempt: String,
-        /// Why it failed.
-        #[source]
+        /// Why it failed. It is in the text, and so not the source of this error: it is printed once.
         error: io::Error,
         /// What to do, starting with "; ", or empty.
         remedy: &'static str,
