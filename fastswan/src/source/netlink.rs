@@ -250,9 +250,7 @@ impl NetlinkSource {
                     Err(error) => error,
                 },
             };
-            if let DumpError::System(error) = &failure
-                && matches!(error.raw_os_error(), Some(libc::EPERM))
-            {
+            if failure.errno() == Some(libc::EPERM) {
                 return Err(SourceError::System {
                     attempt: "reading the kernel's policies and associations".to_owned(),
                     error: io::Error::from_raw_os_error(libc::EPERM),
