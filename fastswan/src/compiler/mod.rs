@@ -66,7 +66,7 @@ use self::{
 use crate::{
     database::{Change, Database, PolicyKey, Revision},
     host::HostFacts,
-    policy::{Action, Direction, Family, Policy, PolicyId},
+    policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
     table::{Capacity, Slot, Standing, TableUpdate, Verdict},
 };
 
@@ -240,6 +240,30 @@ impl Compiler {
         reports
     }
 
+    /// The same of some policies: of those from `first` on, the first `limit`, in no particular order; and where to go on.
+    pub(crate) fn some_policies(
+        &self,
+        database: &Database,
+        first: PolicyKey,
+        limit: usize,
+    ) -> (Vec<(PolicyReport, Option<OffloadDev>)>, Option<PolicyKey>) {
+        let mut policies = database.keyed_policies_from(first);
+        let mut next = None;
+        let reports = policies.by_ref().take(limit).inspect(|(key, _)| next = Some(PolicyKey(key.0 + 1)));
+        let reports = reports.filter(|(_, policy)| is_candidate(policy)).map(|(key, policy)| {
+            let state = self.state(database, key, policy);
+            (PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state }, policy.offload)
+        });
+        let reports: Vec<_> = reports.collect();
+        let is_last = policies.next().is_none();
+        (reports, next.filter(|_| !is_last))
+    }
+
+    /// The slot of a policy that was just removed, and is not compiled yet.
+    pub(crate) fn slot_of_key(&self, key: PolicyKey) -> Option<Slot> {
+        self.slots.get(key)
+    }
+
     /// Slots and states of the same policies, in no particular order.
     pub(crate) fn states(&self, database: &Database) -> impl Iterator<Item = (Option<Slot>, PolicyState)> {
         candidates(database).map(|(key, policy)| (self.slots.get(key), self.state(database, key, policy)))
@@ -346,9 +370,11 @@ impl Compiler {
 
 /// The packet-offloaded outbound policies.
 fn candidates(database: &Database) -> impl Iterator<Item = (PolicyKey, &Policy)> {
-    database
-        .keyed_policies()
-        .filter(|(_, policy)| policy.id.direction == Direction::Out && policy.is_packet_offloaded())
+    database.keyed_policies().filter(|(_, policy)| is_candidate(policy))
+}
+
+fn is_candidate(policy: &Policy) -> bool {
+    policy.id.direction == Direction::Out && policy.is_packet_offloaded()
 }
 
 /// How a policy's packets leave, or why they must not.

@@ -69,6 +69,8 @@ pub struct Database {
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
     journal: Journal,
+    /// The packet-offloaded outbound policies that were removed since somebody asked; `None` if nobody will.
+    departed: Option<Vec<(PolicyKey, PolicyId)>>,
 }
 
 /// The number of a policy, as long as it is in the database. Afterwards another one may get it.
@@ -225,16 +227,20 @@ impl Database {
     fn store(&mut self, policies: Vec<Policy>, sas: Vec<SecurityAssociation>) {
         let is_worth_it = policies.len().min(sas.len()) >= MANY;
         let mut sas = Some(sas);
+        let mut gone = Vec::new();
         thread::scope(|scope| {
             let store_sas = || self.sas.replace(sas.take().unwrap_or_default());
             if is_worth_it {
                 // Where there can be no other thread, it is done below.
                 let _ = thread::Builder::new().spawn_scoped(scope, store_sas);
             }
-            self.policies.replace(policies);
+            gone = self.policies.replace(policies);
         });
         if let Some(sas) = sas {
             self.sas.replace(sas);
+        }
+        for (key, policy) in gone {
+            self.note_departure(key, &policy);
         }
     }
 
@@ -310,6 +316,7 @@ impl Database {
     fn remove_policy(&mut self, id: &PolicyId) {
         let Some((key, before)) = self.policies.remove(id) else { return };
         self.forget_offloaded(&before);
+        self.note_departure(key, &before);
         self.expires_instead(Expiring::Policy(key), before.expires, None);
         if let Some(is_known) = self.order_known.get_mut(key.index()) {
             *is_known = false;
@@ -324,6 +331,22 @@ impl Database {
         if !std::mem::replace(&mut self.order_known[key.index()], true) {
             let before = self.policies.get(key).cloned().map(Box::new);
             self.journal.record(Change::Policy { key, before });
+        }
+    }
+
+    /// Remembers from now on which packet-offloaded outbound policies are removed, for [`Self::departed`].
+    pub(crate) fn remember_departures(&mut self) {
+        self.departed = Some(Vec::new());
+    }
+
+    /// Those that were removed since the last call. Their keys may belong to others after the next event.
+    pub(crate) fn departed(&mut self) -> Vec<(PolicyKey, PolicyId)> {
+        self.departed.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn note_departure(&mut self, key: PolicyKey, policy: &Policy) {
+        if let Some(departed) = self.departed.as_mut().filter(|_| is_candidate(policy)) {
+            departed.push((key, policy.id.clone()));
         }
     }
 
@@ -487,6 +510,11 @@ impl Database {
     /// All policies with their keys.
     pub(crate) fn keyed_policies(&self) -> impl Iterator<Item = (PolicyKey, &Policy)> {
         self.policies.iter()
+    }
+
+    /// All policies with this key or a higher one, in order of keys.
+    pub(crate) fn keyed_policies_from(&self, first: PolicyKey) -> impl Iterator<Item = (PolicyKey, &Policy)> {
+        self.policies.from(first)
     }
 
     pub(crate) fn policy_with_key(&self, key: PolicyKey) -> Option<&Policy> {
