@@ -13,7 +13,7 @@ use fastswan::{
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::GatewayError,
-    host::HostWatch,
+    netlink::HostWatch,
     policy::{Egress, NextHop},
     source::{StaleCause, fixed::StaticPolicy},
     table::{Ports as _, TableConfig},
@@ -348,6 +348,11 @@ impl<S: PolicySource> PolicySource for Slow<S> {
         }
         std::thread::sleep(Duration::from_millis(60));
         pending().await
+    }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        std::thread::sleep(Duration::from_millis(60));
+        self.0.caught_up()
     }
 }
 

@@ -11,9 +11,9 @@ use async_trait::async_trait;
 use fastswan::{
     BpfTable, Database, Gateway, NetlinkSource, OffloadTable, PassReason, PolicyEvent, PolicySource,
     Snapshot, SourceError,
-    host::HostWatch,
+    netlink::HostWatch,
     policy::OffloadDev,
-    source::netlink::NetlinkConfig,
+    source::{BoxFuture, NetlinkConfig},
     table::{Capacity, Port, Ports, Slot, TableCounters, TableError, TableUpdate, Traffic},
 };
 use tokio::sync::{mpsc::UnboundedReceiver, oneshot};
@@ -166,6 +166,18 @@ impl PolicySource for Noted {
             note.map(|note| self.notes.send(note));
             return Ok(Some(event));
         }
+    }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        self.source.caught_up()
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        self.source.settle()
+    }
+
+    fn written(&mut self) {
+        self.source.written();
     }
 }
 

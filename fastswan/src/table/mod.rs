@@ -41,7 +41,6 @@ mod error;
 mod memory;
 mod mmap;
 mod port;
-mod redirect;
 mod size;
 mod space;
 mod split;
