@@ -15,11 +15,11 @@ pub(crate) use self::{
     request::Request,
 };
 use crate::{
+    event::{PolicyEvent, Snapshot, StaleCause},
     policy::{
         DefaultPolicy, Direction, Family, IPPROTO_ESP, OffloadDev, OffloadKind, Policy, PolicyId, SaId,
         SecurityAssociation, Template,
     },
-    source::{PolicyEvent, Snapshot, StaleCause},
 };
 
 mod journal;
@@ -325,6 +325,13 @@ impl Database {
             let before = self.policies.get(key).cloned().map(Box::new);
             self.journal.record(Change::Policy { key, before });
         }
+    }
+
+    /// Notes whether a policy that is here is held. That is no news of the kernel: what is known of its order stays.
+    pub(crate) fn set_held(&mut self, id: &PolicyId, is_held: bool) {
+        let Some(policy) = self.policy(id).filter(|policy| policy.held != is_held) else { return };
+        let policy = Policy { held: is_held, ..policy.clone() };
+        self.insert_policy(policy);
     }
 
     fn expires_instead(&mut self, which: Expiring, before: Option<u64>, now: Option<u64>) {

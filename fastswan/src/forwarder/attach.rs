@@ -6,9 +6,9 @@ use super::{
     ForwarderError, PortProblem,
     error::errno,
     hook::xdp::{Link, Program},
-    link::{PortLink, find_link, read_link},
     port::{merges_packets, unsuitable},
 };
+use crate::netlink::{PortLink, find_link, read_link};
 
 /// How the program is attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,7 +122,7 @@ pub struct Attachment {
 }
 
 /// An interface that the program can be attached to. Tell the table about the ports of its index
-/// ([`Ports`](crate::HostFacts::ports)) before you attach: then its first packet can be fast.
+/// ([`HostFacts::ports`](crate::HostFacts::ports)) before you attach: then its first packet can be fast.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ResolvedPort {

@@ -5,7 +5,8 @@ use std::{error::Error, io, ops::RangeInclusive, path::PathBuf};
 use aya::programs::links::LinkType;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::{AttachMode, PortProblem, link::PortLink};
+use super::{AttachMode, PortProblem};
+use crate::netlink::PortLink;
 
 /// The program could not be loaded, attached or run.
 ///

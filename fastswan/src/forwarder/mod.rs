@@ -9,8 +9,8 @@
 //! [look again](XdpForwarder::check_ports) when links change, and [attach again](XdpForwarder::reattach) what came back.
 //!
 //! ```no_run
-//! use fastswan::{HostFacts, OffloadTable as _, XdpForwarder};
-//! use fastswan::{forwarder::AttachConfig, table::TableConfig};
+//! use fastswan::{HostFacts, XdpForwarder, forwarder::AttachConfig};
+//! use fastswan::table::{Ports as _, TableConfig};
 //!
 //! let interfaces = [AttachConfig::new("lan0"), AttachConfig::new("nic0")];
 //! let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;
@@ -55,7 +55,6 @@ mod error;
 #[cfg(feature = "guard")]
 mod guard;
 mod hook;
-mod link;
 mod load;
 mod pins;
 mod port;
@@ -130,7 +129,7 @@ impl XdpForwarder {
 
     /// Attaches the program to an interface, and pins it there if this forwarder's ports are
     /// [pinned](Self::attach_pinned). Its packets pass until the table knows the port
-    /// ([`OffloadTable::set_port`](crate::OffloadTable::set_port)). One that was attached, went away, and came back under
+    /// ([`Ports::set_port`](crate::table::Ports::set_port)). One that was attached, went away, and came back under
     /// its name, is attached again.
     ///
     /// # Errors

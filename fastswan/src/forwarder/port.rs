@@ -5,8 +5,10 @@
 
 use std::io;
 
-use super::link::{PortLink, members, read_link};
-use crate::sys::active_features;
+use crate::{
+    netlink::{PortLink, members, read_link},
+    sys::active_features,
+};
 
 /// Features of an interface that take a VLAN tag off a frame before XDP sees it, and what `ethtool -K` calls them.
 const STRIPPING: [(&str, &str); 2] =
@@ -26,7 +28,7 @@ const UNFINISHED: [(&str, &str); 5] = [
 const RECEIVING: [&str; 5] = ["", "veth", "tun", "dummy", "netdevsim"];
 
 /// Why an interface is no port, or is none any longer. Its packets must pass, as they do when the table does not know the
-/// port ([`OffloadTable::remove_port`](crate::OffloadTable::remove_port)), until it has none.
+/// port ([`Ports::remove_port`](crate::table::Ports::remove_port)), until it has none.
 ///
 /// Displayed with what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -7,10 +7,10 @@
 use super::{
     AttachMode, Attached, Attachment, ForwarderError, Interface, PortProblem, PortStatus, XdpForwarder,
     attach::{Candidate, find},
-    link::read_link,
     pins::Pins,
     port::{merges_packets, unsuitable},
 };
+use crate::netlink::read_link;
 
 /// What came of attaching again to a port that had gone.
 #[derive(Debug)]
@@ -27,11 +27,11 @@ pub struct Reattachment {
 impl XdpForwarder {
     /// Looks at each attached port anew: a few system calls each. Do it when links change, also when only their features do
     /// (`RTM_NEWLINK`). The packets of a port that has a [`PortProblem`] must pass from then on: remove it from the table
-    /// ([`OffloadTable::remove_port`](crate::OffloadTable::remove_port)) until it has none.
+    /// ([`Ports::remove_port`](crate::table::Ports::remove_port)) until it has none.
     ///
     /// ```no_run
-    /// # use fastswan::{OffloadTable, XdpForwarder};
-    /// # fn run(forwarder: &XdpForwarder, table: &mut impl OffloadTable) {
+    /// # use fastswan::{XdpForwarder, table::Ports};
+    /// # fn run(forwarder: &XdpForwarder, table: &mut impl Ports) {
     /// for port in forwarder.check_ports() {
     ///     if let Some(problem) = port.problem {
     ///         table.remove_port(port.ifindex, 0);

@@ -7,112 +7,67 @@
 use std::io;
 
 use async_trait::async_trait;
-use futures::{Stream, stream};
+use futures::{FutureExt as _, Stream, future::ready, stream};
 
 pub mod adapters;
 pub mod channel;
 pub mod fixed;
-pub mod netlink;
+mod host;
+mod netlink;
 
-use crate::policy::{DefaultPolicy, Policy, PolicyId, PolicyType, SaId, SecurityAssociation};
+pub use self::{
+    host::{HostSource, VouchedHost},
+    netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+};
 
-/// What a source says.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum PolicyEvent {
-    /// Everything that the source knows now. It replaces all that it said before.
-    Snapshot(Snapshot),
-    /// Everything that the source has told must come to this: it has asked again. Where it does not, something was
-    /// never told, and this is what counts. A source that lost track still has to send a snapshot.
-    Audit(Snapshot),
-    /// A policy was added, or the one with the same identity was changed.
-    Policy(Policy),
-    /// A policy was deleted or has expired.
-    PolicyRemoved(PolicyId),
-    /// All policies of one table were deleted.
-    PoliciesFlushed(PolicyType),
-    /// A security association was added or changed.
-    Sa(SecurityAssociation),
-    /// A security association was deleted or has expired.
-    SaRemoved(SaId),
-    /// All associations of an IPsec protocol were deleted; 0 and 255 stand for every protocol.
-    SasFlushed(u8),
-    /// What happens to packets without a policy has changed.
-    DefaultPolicy(DefaultPolicy),
-    /// What the source said may no longer be true, and a [`PolicyEvent::Snapshot`] will follow. Until then
-    /// nothing may be fast.
-    Stale(StaleCause),
-}
+/// What [`PolicySource::settle`] returns.
+pub use futures::future::BoxFuture;
 
-/// Everything a source knows at one moment.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Snapshot {
-    /// All policies of the namespace: offloaded or not, of every direction.
-    pub policies: Vec<Policy>,
-    /// All security associations with a SPI.
-    pub sas: Vec<SecurityAssociation>,
-    /// The default policy.
-    pub default_policy: DefaultPolicy,
-}
-
-/// Why a source lost track.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum StaleCause {
-    /// The kernel had more notifications than the socket's receive buffer holds (`ENOBUFS`).
-    Overrun,
-    /// A notification could not be decoded.
-    Undecodable,
-    /// A dump was cut short or interrupted by a change (`NLM_F_DUMP_INTR`).
-    DumpInterrupted,
-    /// The device with this index went down, or left the namespace. The kernel then deletes what was offloaded
-    /// to it and says nothing.
-    DeviceLost(u32),
-    /// The source asked for a resynchronisation itself.
-    Requested,
-}
-
-impl StaleCause {
-    /// Its name in metrics and events.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Overrun => "overrun",
-            Self::Undecodable => "undecodable",
-            Self::DumpInterrupted => "dump_interrupted",
-            Self::DeviceLost(_) => "device_lost",
-            Self::Requested => "requested",
-        }
-    }
-}
+pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
+use crate::policy::PolicyId;
 
 /// A source of policies.
 ///
-/// The trait is dyn-safe: `Box<dyn PolicySource>` is a source too. [`into_stream`] makes a
-/// [`futures::Stream`] of any source.
+/// First comes a [`PolicyEvent::Snapshot`], then each change; another snapshot may come at any time. The trait is
+/// dyn-safe: `Box<dyn PolicySource>` is a source too. [`into_stream`] makes a [`futures::Stream`] of any source.
+///
+/// A source that wraps others passes all five methods on to them.
 #[async_trait]
 pub trait PolicySource: Send {
-    /// Waits for the next event.
+    /// Waits for the next event. Cancel-safe: dropping the future loses nothing.
     ///
-    /// `Ok(None)` means that the source has nothing more to say and that what it said stays true. As long as
-    /// the future is pending, the source has read all that was there to read: a caller may rely on this to
-    /// tell that it is up to date. Dropping the future loses nothing.
+    /// `Ok(None)` means that the source has nothing more to say and that what it said stays true. A pending future
+    /// means nothing: a runtime may have made it wait although there is an event. Ask [`Self::caught_up`].
     ///
     /// # Errors
     ///
     /// [`SourceError`]: the source cannot go on, and nothing that it said may be relied on any longer.
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError>;
 
-    /// Returns when all that the kernel had begun to remove at the call is to be read: as soon as
-    /// [`Self::next_event`] is pending, it has yielded it. For a guard, after which the fast path is open again; a
-    /// source that wraps others asks them.
+    /// Whether [`Self::next_event`] has yielded all that there was to tell at the moment of the call. Packets are
+    /// fast only as long as a source says so again and again.
+    ///
+    /// It looks and does not wait; to find out, it may read what is there into a queue of its own. When in doubt,
+    /// the answer is false.
     ///
     /// # Errors
     ///
     /// [`SourceError`], as above.
-    fn settle(&mut self) -> Result<(), SourceError> {
-        Ok(())
+    fn caught_up(&mut self) -> Result<bool, SourceError>;
+
+    /// A future that completes when all that the kernel had begun to remove at the call is to be read: once
+    /// [`Self::caught_up`] is true after that, [`Self::next_event`] has yielded it. For a guard, after which the fast
+    /// path is open again. The future does not borrow the source, and must not block the thread that polls it.
+    ///
+    /// # Errors
+    ///
+    /// The future's [`SourceError`], as above.
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        ready(Ok(())).boxed()
     }
+
+    /// Tells the source that everything that it has yielded so far is in the table.
+    fn written(&mut self) {}
 
     /// How many events it holds that were not read yet, as far as it knows; for metrics.
     fn queued(&self) -> usize {
@@ -126,8 +81,16 @@ impl<S: PolicySource + ?Sized> PolicySource for Box<S> {
         (**self).next_event().await
     }
 
-    fn settle(&mut self) -> Result<(), SourceError> {
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        (**self).caught_up()
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
         (**self).settle()
+    }
+
+    fn written(&mut self) {
+        (**self).written();
     }
 
     fn queued(&self) -> usize {
@@ -156,8 +119,7 @@ pub enum SourceError {
     System {
         /// What was tried, on which object.
         attempt: String,
-        /// Why it failed.
-        #[source]
+        /// Why it failed. It is in the text, and so not the source of this error: it is printed once.
         error: io::Error,
         /// What to do, starting with "; ", or empty.
         remedy: &'static str,
