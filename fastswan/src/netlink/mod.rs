@@ -7,6 +7,7 @@ mod audit;
 mod back_off;
 mod decode;
 mod dump;
+mod interface;
 mod links;
 mod netdev;
 mod request;
@@ -18,6 +19,7 @@ pub(crate) use self::{
     audit::Audit,
     back_off::BackOff,
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
+    interface::{PortLink, find_link, members, read_link},
     links::{Links, settle as settle_links},
     netdev::takes_redirected_frames,
     socket::{Datagram, NetlinkSocket},
