@@ -49,7 +49,7 @@
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
 //! for what is removed; for policies that come it stays.
 //!
-//! **Host facts** are read once. Read them again when [`HostWatch`](netlink::HostWatch) says that links, addresses, routes,
+//! **Host facts** are read once. Read them again when [`NetlinkHost`] says that links, addresses, routes,
 //! rules or neighbours have changed; it is not told of sysctls.
 //!
 //! # Features
@@ -88,7 +88,7 @@ pub use gateway::Gateway;
 pub use host::{HostEvent, HostFacts};
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
 pub use source::{
-    HostSource, NetlinkSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt,
-    channel::ChannelSource, fixed::StaticSource,
+    HostSource, NetlinkHost, NetlinkSource, PolicySource, SourceError, VouchedHost,
+    adapters::PolicySourceExt, channel::ChannelSource, fixed::StaticSource,
 };
 pub use table::{BpfTable, MemoryTable, OffloadTable};

@@ -14,10 +14,12 @@ pub mod channel;
 pub mod fixed;
 mod host;
 mod netlink;
+mod netlink_host;
 
 pub use self::{
     host::{HostSource, VouchedHost},
     netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+    netlink_host::NetlinkHost,
 };
 
 /// What [`PolicySource::settle`] returns.
