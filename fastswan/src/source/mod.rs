@@ -14,7 +14,7 @@ pub mod channel;
 pub mod fixed;
 pub mod netlink;
 
-pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
+pub use crate::event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause};
 use crate::policy::PolicyId;
 
 /// A source of policies.
