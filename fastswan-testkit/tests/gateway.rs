@@ -8,15 +8,15 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
-    PolicySource, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
+    BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, PassReason, PolicyEvent, PolicySource,
+    Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::GatewayError,
-    host::HostWatch,
+    netlink::HostWatch,
     policy::{Egress, NextHop},
     source::{StaleCause, fixed::StaticPolicy},
-    table::TableConfig,
+    table::{Ports as _, TableConfig},
 };
 use fastswan_testkit::{
     frames::Frame,
@@ -348,6 +348,11 @@ impl<S: PolicySource> PolicySource for Slow<S> {
         }
         std::thread::sleep(Duration::from_millis(60));
         pending().await
+    }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        std::thread::sleep(Duration::from_millis(60));
+        self.0.caught_up()
     }
 }
 

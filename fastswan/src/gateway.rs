@@ -21,7 +21,7 @@ use crate::{
     host::HostFacts,
     metrics::Meters,
     source::{PolicyEvent, PolicySource, SourceError},
-    table::{OffloadTable, Removals, Slot, TableError, TableUpdate, Traffic},
+    table::{OffloadTable, Ports, Removals, Slot, TableCounters, TableError, TableUpdate, Traffic},
 };
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
@@ -70,7 +70,7 @@ enum Host {
     KnownAgain,
 }
 
-impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
+impl<S: PolicySource, T: OffloadTable + TableCounters> Gateway<S, T> {
     /// Joins a source and a table, which must be empty. Nothing is fast before [`Self::run_until`] runs.
     #[must_use]
     pub fn new(source: S, table: T, host: &HostFacts) -> Self {
@@ -131,7 +131,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                     self.off_if_failed(result)?;
                 }
                 _ = look_for_removals.tick(), if has_guard => {
-                    let result = self.open_after_removals();
+                    let result = self.open_after_removals().await;
                     self.off_if_failed(result)?;
                 }
             }
@@ -146,7 +146,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     }
 
     /// Takes up what the host does with addresses now: read it again when
-    /// [`HostWatch`](crate::host::HostWatch) says so.
+    /// [`HostWatch`](crate::netlink::HostWatch) says so.
     ///
     /// # Errors
     ///
@@ -178,19 +178,19 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             let result = self.follow(event);
             self.off_if_failed(result)?;
         }
-        let result = self.open_after_removals();
+        let result = self.open_after_removals().await;
         self.off_if_failed(result)
     }
 
     /// Lets packets be fast again if a guard has shut the fast path: when the table holds what follows from every
     /// removal that had begun by now. If others begin meanwhile, it stays shut until the next look.
-    fn open_after_removals(&mut self) -> Result<(), GatewayError> {
+    async fn open_after_removals(&mut self) -> Result<(), GatewayError> {
         let Removals { begun, acknowledged } = self.table.removals();
         if begun == acknowledged || !self.database.is_current() {
             return Ok(());
         }
         let looked = Instant::now();
-        self.source.settle()?;
+        self.source.settle().await?;
         let event = if self.source_ended { None } else { self.source.next_event().now_or_never() };
         if event.map_or(Ok(true), |event| self.follow(event))? {
             self.table.acknowledge(begun);
@@ -345,7 +345,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     }
 }
 
-impl<S, T: OffloadTable> Gateway<S, T> {
+impl<S, T: OffloadTable + Ports> Gateway<S, T> {
     /// Whether a packet is fast, via which policy and association, or why not. Looks at all policies.
     #[must_use]
     pub fn explain(&self, flow: &Flow) -> Explanation {
@@ -355,7 +355,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
         let port = flow.ingress.and_then(|(ifindex, vlan)| self.table.port(ifindex, vlan));
         self.compiler.explain(&self.database, flow, port.as_ref())
     }
+}
 
+impl<S, T: OffloadTable> Gateway<S, T> {
     /// What the source has told.
     #[must_use]
     pub fn database(&self) -> &Database {
@@ -366,7 +368,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     pub fn table_mut(&mut self) -> &mut T {
         &mut self.table
     }
+}
 
+impl<S, T: OffloadTable + TableCounters> Gateway<S, T> {
     /// What became of every packet-offloaded outbound policy, and why packets were passed.
     #[must_use]
     pub fn report(&self) -> Report {
@@ -387,7 +391,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     fn traffic(&self, slot: Option<Slot>) -> Traffic {
         slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot))
     }
+}
 
+impl<S, T: OffloadTable> Gateway<S, T> {
     fn off_if_failed<R>(&mut self, result: Result<R, GatewayError>) -> Result<R, GatewayError> {
         if let Err(error) = &result {
             self.set_off();
@@ -489,6 +495,7 @@ mod tests {
     };
 
     use async_trait::async_trait;
+    use futures::future::BoxFuture;
     use tokio::time::sleep;
 
     use super::*;
@@ -496,7 +503,7 @@ mod tests {
         MemoryTable, Selector, StaticSource,
         policy::{Egress, NextHop, PolicyType},
         source::{StaleCause, fixed::StaticPolicy},
-        table::{TableConfig, delegate_lookups},
+        table::{Capacity, ReadBack as _, TableConfig},
     };
 
     /// What a guard has counted, and what a table was told.
@@ -540,12 +547,16 @@ mod tests {
             }
         }
 
-        fn settle(&mut self) -> Result<(), SourceError> {
+        fn caught_up(&mut self) -> Result<bool, SourceError> {
+            Ok(self.told.is_empty())
+        }
+
+        fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
             self.told.extend(self.to_tell.drain(..));
             for _ in 0..std::mem::take(&mut self.meanwhile) {
                 self.guard.begin_removal();
             }
-            Ok(())
+            std::future::ready(Ok(())).boxed()
         }
     }
 
@@ -582,7 +593,19 @@ mod tests {
             self.guard.acknowledged.store(removals, Ordering::Relaxed);
         }
 
-        delegate_lookups!(table);
+        fn capacity(&self) -> Capacity {
+            self.table.capacity()
+        }
+    }
+
+    impl TableCounters for Guarded {
+        fn traffic(&self, slot: Slot) -> Traffic {
+            self.table.traffic(slot)
+        }
+
+        fn passes(&self) -> Vec<(PassReason, u64)> {
+            self.table.passes()
+        }
     }
 
     /// A gateway of one tunnel with a guard that has just been attached.
@@ -606,7 +629,7 @@ mod tests {
     }
 
     fn is_fast(gateway: &Gateway<Kernel, Guarded>) -> bool {
-        matches!(gateway.table.standing(Slot(0)), Some(Ok(_)))
+        matches!(gateway.table.table.standing(Slot(0)), Some(Ok(_)))
     }
 
     #[tokio::test(start_paused = true)]
@@ -643,9 +666,9 @@ mod tests {
         gateway.synchronise().await.unwrap();
         guard.begin_removal();
         gateway.source.meanwhile = 1;
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert_eq!(guard.removals(), Removals { begun: 3, acknowledged: 2 });
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert!(!guard.is_shut());
     }
 
@@ -656,9 +679,9 @@ mod tests {
         guard.begin_removal();
         gateway.source.to_tell = vec![PolicyEvent::SasFlushed(51); BATCH];
         gateway.source.to_tell.push(PolicyEvent::PoliciesFlushed(PolicyType::Main));
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert!(is_fast(&gateway) && guard.is_shut());
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert!(!is_fast(&gateway) && !guard.is_shut());
     }
 

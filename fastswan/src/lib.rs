@@ -24,8 +24,8 @@
 //! Most users need the last two, and a source:
 //!
 //! ```no_run
-//! use fastswan::{Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder};
-//! use fastswan::{forwarder::AttachConfig, table::TableConfig};
+//! use fastswan::{Gateway, HostFacts, NetlinkSource, XdpForwarder};
+//! use fastswan::{forwarder::AttachConfig, table::{Ports as _, TableConfig}};
 //!
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
 //! let host = HostFacts::read()?;
@@ -49,7 +49,7 @@
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
 //! for what is removed; for policies that come it stays.
 //!
-//! **Host facts** are read once. Read them again when [`HostWatch`](host::HostWatch) says that links, addresses, routes,
+//! **Host facts** are read once. Read them again when [`HostWatch`](netlink::HostWatch) says that links, addresses, routes,
 //! rules or neighbours have changed; it is not told of sysctls.
 //!
 //! # Features
@@ -69,11 +69,15 @@ pub mod forwarder;
 pub mod gateway;
 pub mod host;
 pub mod metrics;
+pub mod mirror;
+pub mod netlink;
 pub mod policy;
 mod prefix_map;
 pub mod source;
 mod sys;
 pub mod table;
+#[cfg(feature = "serde")]
+mod text;
 
 pub use compiler::Compiler;
 pub use database::Database;
@@ -81,10 +85,10 @@ pub use event::{PolicyEvent, PolicyOrder, Snapshot};
 pub use fastswan_ebpf::PassReason;
 pub use forwarder::XdpForwarder;
 pub use gateway::Gateway;
-pub use host::HostFacts;
+pub use host::{HostEvent, HostFacts};
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
 pub use source::{
-    PolicySource, SourceError, adapters::PolicySourceExt, channel::ChannelSource, fixed::StaticSource,
-    netlink::NetlinkSource,
+    HostSource, NetlinkSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt,
+    channel::ChannelSource, fixed::StaticSource,
 };
 pub use table::{BpfTable, MemoryTable, OffloadTable};

@@ -8,7 +8,7 @@ use fastswan::{
     SourceError, StaticSource,
     policy::{Egress, NextHop},
     source::fixed::StaticPolicy,
-    table::TableConfig,
+    table::{ReadBack as _, TableConfig},
 };
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines, Stdin};
 
@@ -32,6 +32,11 @@ impl PolicySource for Tunnels {
         }
         // A source may say everything at any time; one with many policies says what has changed.
         StaticSource::new(&self.open).next_event().await
+    }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        // A line counts from when it has come in.
+        Ok(!self.lines.get_ref().buffer().contains(&b'\n'))
     }
 }
 

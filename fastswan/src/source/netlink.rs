@@ -10,13 +10,6 @@
 //! Now and then it asks for everything again in the background and yields [`PolicyEvent::Audit`], so that a
 //! change that was never told is found and repaired.
 
-mod audit;
-mod back_off;
-mod decode;
-mod dump;
-mod links;
-mod socket;
-
 use std::{
     collections::{BTreeSet, VecDeque},
     fmt::Display,
@@ -25,19 +18,23 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, ready},
+};
 use netlink_sys::protocols::NETLINK_XFRM;
 use tokio::time::{Instant, sleep_until};
 
-pub use self::decode::{Content, DecodeError, Message, decode};
-pub(crate) use self::socket::{Datagram, NetlinkSocket};
-use self::{
-    audit::Audit,
-    back_off::BackOff,
-    dump::{Dump, DumpError, Dumped},
-    links::Links,
-};
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
-use crate::{database::Database, policy::OffloadDev, table::grace_period};
+use crate::{
+    database::Database,
+    netlink::{
+        Audit, BackOff, Content, Datagram, Dump, DumpConfig, DumpError, Dumped, Links, NetlinkSocket, decode,
+        settle_links, settle_requests,
+    },
+    policy::OffloadDev,
+    table::grace_period,
+};
 
 /// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.
 const GROUPS: [u32; 3] = [2, 3, 4];
@@ -87,6 +84,10 @@ impl NetlinkConfig {
     pub fn audit(mut self, period: Option<Duration>) -> Self {
         self.audit = period;
         self
+    }
+
+    fn dump(&self) -> DumpConfig {
+        DumpConfig { receive_buffer: self.receive_buffer, count_larval: self.count_larval }
     }
 
     /// Believes messages that another process sent. For tests only: whoever has `CAP_NET_ADMIN` in the
@@ -249,9 +250,7 @@ impl NetlinkSource {
                     Err(error) => error,
                 },
             };
-            if let DumpError::System(error) = &failure
-                && matches!(error.raw_os_error(), Some(libc::EPERM))
-            {
+            if failure.errno() == Some(libc::EPERM) {
                 return Err(SourceError::System {
                     attempt: "reading the kernel's policies and associations".to_owned(),
                     error: io::Error::from_raw_os_error(libc::EPERM),
@@ -282,14 +281,14 @@ impl NetlinkSource {
             !matches!(lost, Ok(None))
         })?;
         self.lost.clear();
-        links::settle()?;
+        settle_links()?;
         drain(MOST_UNREAD, || {
             let received = self.notifications.try_receive();
             self.statistics.datagrams += u64::from(matches!(received, Ok(Some(_))));
             self.statistics.overruns += u64::from(received.is_err());
             !matches!(received, Ok(None))
         })?;
-        Dump::start(&self.config)
+        Dump::start(self.config.dump())
     }
 
     /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
@@ -377,11 +376,38 @@ impl NetlinkSource {
             biased;
             lost = self.links.lost() => self.judge(lost),
             received = self.notifications.receive() => self.read(received),
-            step = self.audit.advance(&self.config) => {
+            step = self.audit.advance(self.config.dump()) => {
                 self.take_audit(step);
                 Ok(())
             }
         }
+    }
+
+    /// Reads one datagram of each kind, if there is one. True if there is none, and nothing that was read before is to
+    /// be told.
+    fn look(&mut self) -> Result<bool, StaleCause> {
+        let lost = self.links.try_lost().transpose();
+        let has_lost = lost.is_some();
+        lost.map_or(Ok(()), |lost| self.judge(lost))?;
+        match self.notifications.try_receive().transpose() {
+            Some(received) => {
+                self.read(received)?;
+                self.judge(Ok(Vec::new()))?;
+                Ok(false)
+            }
+            None => {
+                // Each offload that is older than the loss has been told.
+                self.lost.clear();
+                Ok(!has_lost)
+            }
+        }
+    }
+
+    /// Forgets what was read: there will be another dump.
+    fn lose_track(&mut self) {
+        self.ready.clear();
+        self.audit.restart();
+        self.wait();
     }
 
     /// Puts what a datagram says into `ready`.
@@ -452,25 +478,36 @@ impl PolicySource for NetlinkSource {
                 return self.resynchronise().await.map(|snapshot| Some(PolicyEvent::Snapshot(snapshot)));
             }
             if let Err(cause) = self.listen().await {
-                self.ready.clear();
-                self.audit.restart();
-                self.wait();
+                self.lose_track();
                 return Ok(Some(PolicyEvent::Stale(cause)));
             }
         }
     }
 
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        if !matches!(self.state, State::Following) || !self.ready.is_empty() {
+            return Ok(false);
+        }
+        Ok(self.look().unwrap_or_else(|cause| {
+            self.lose_track();
+            self.ready.push_back(PolicyEvent::Stale(cause));
+            false
+        }))
+    }
+
     /// Whoever removes something counts first and notifies afterwards, and there are three who do. What is asked for by
     /// netlink or `PF_KEY` is done, notification included, under a lock that each request takes. What happens to links
     /// is done under another (RTNL). And what expires does so in a softirq, which a grace period outlasts.
-    fn settle(&mut self) -> Result<(), SourceError> {
-        dump::settle().and_then(|()| links::settle()).map_err(|error| SourceError::System {
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        let settled = settle_requests().and_then(|()| settle_links()).map_err(|error| SourceError::System {
             attempt: "waiting for removals to be notified of".to_owned(),
             error,
             remedy: "",
-        })?;
-        grace_period();
-        Ok(())
+        });
+        if settled.is_ok() {
+            grace_period();
+        }
+        ready(settled).boxed()
     }
 
     /// Without what is still in the socket.
