@@ -11,7 +11,7 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    Policy, PolicyEvent, PolicyId, PolicySource, SecurityAssociation, SourceError,
+    Policy, PolicyEvent, PolicySource, SecurityAssociation, SourceError,
     policy::{
         Direction, Family, IPPROTO_ESP, MacAddr, Mode, NextHop, OffloadDev, OffloadKind, Overhead, Template,
     },
@@ -146,7 +146,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fastswan::{ChannelSource, Database, Selector, Snapshot};
+    use fastswan::{ChannelSource, Database, PolicyId, Selector, Snapshot};
     use futures::FutureExt as _;
 
     const NIC: u32 = 7;

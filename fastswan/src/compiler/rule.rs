@@ -348,6 +348,7 @@ pub(super) fn same_way(one: &Policy, other: &Policy, broken: Option<BrokenRule>)
         templates,
         offload,
         use_limited: _,
+        held: _,
         asks_per_cpu: _,
         expires,
         egress,

@@ -294,12 +294,15 @@ impl Database {
         differing
     }
 
-    /// `Err` if it is there already, the same in everything.
-    fn insert_policy(&mut self, policy: Policy) -> Result<PolicyKey, PolicyKey> {
+    /// Returns whether this is noted, too: not if it is there already, the same in everything.
+    fn insert_policy(&mut self, policy: Policy) -> (PolicyKey, bool) {
         let expires = policy.expires;
         let (family, offloaded) =
             (policy.id.selector.family(), is_candidate(&policy).then_some(policy.priority));
-        let (key, before) = self.policies.insert(policy)?;
+        let (key, before) = match self.policies.insert(policy) {
+            Ok(changed) => changed,
+            Err(same) => return (same, false),
+        };
         if let Some(priority) = offloaded {
             self.offloaded_mut(family).add(priority);
         }
@@ -310,7 +313,7 @@ impl Database {
         let ends = before.as_ref().and_then(|before| before.expires);
         self.expires_instead(Expiring::Policy(key), ends, expires);
         self.journal.record(Change::Policy { key, before: before.map(Box::new) });
-        Ok(key)
+        (key, true)
     }
 
     fn remove_policy(&mut self, id: &PolicyId) {
