@@ -81,7 +81,7 @@ mod text;
 
 pub use compiler::Compiler;
 pub use database::Database;
-pub use event::{PolicyEvent, Snapshot};
+pub use event::{PolicyEvent, PolicyOrder, Snapshot};
 pub use fastswan_ebpf::PassReason;
 pub use forwarder::XdpForwarder;
 pub use gateway::Gateway;

@@ -60,7 +60,7 @@ use self::{
     family::{Compiled, FamilyCompiler},
     path::Paths,
     prefix::Halves,
-    rule::eligible,
+    rule::{eligible, same_way},
     slots::Slots,
 };
 use crate::{
@@ -95,7 +95,8 @@ pub struct Compiler {
 pub struct PolicyReport {
     /// The policy.
     pub id: PolicyId,
-    /// Its slot in the table, if it is or was fast.
+    /// Its slot in the table, if it is or was fast. Packets that match several policies which lead the same way are counted
+    /// there for the one with the best priority, so others that are fast may have no slot, or count less.
     pub slot: Option<Slot>,
     /// Whether it is fast.
     pub state: PolicyState,
@@ -104,7 +105,7 @@ pub struct PolicyReport {
 /// Whether packets of a policy are fast.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PolicyState {
-    /// They are; those of a part of its region may be another policy's or pass.
+    /// They are, or those of a part of its region; the others may be another policy's or pass.
     Fast,
     /// They pass.
     Pass(PassReason),
@@ -351,9 +352,15 @@ impl Compiler {
             return PolicyState::Pass(PassReason::Exception);
         }
         let verdicts = self.family(policy.id.selector.family()).verdicts(policy);
-        let slot = self.slots.get(key);
-        let is_own =
-            |verdict: &Verdict| matches!(verdict, Verdict::Fast { slot: own, .. } if Some(*own) == slot);
+        // Packets that match several policies which lead the same way are fast for the best of these.
+        let leads_there = |holder: PolicyKey| {
+            holder == key
+                || database.policy_with_key(holder).is_some_and(|holder| same_way(holder, policy, None))
+        };
+        let is_own = |verdict: &Verdict| match verdict {
+            Verdict::Fast { slot, .. } => self.slots.holder(*slot).is_some_and(leads_there),
+            Verdict::Pass(_) => false,
+        };
         if verdicts.iter().any(is_own) {
             return match standing(policy, database, &self.paths) {
                 Ok(_) => PolicyState::Fast,

@@ -25,7 +25,7 @@ pub use self::{
 /// What [`PolicySource::settle`] returns.
 pub use futures::future::BoxFuture;
 
-pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
+pub use crate::event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause};
 use crate::policy::PolicyId;
 
 /// A source of policies.
