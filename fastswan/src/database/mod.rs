@@ -8,7 +8,8 @@ use std::{collections::BTreeSet, fmt, thread};
 
 use self::{
     journal::Journal,
-    stored::{Item, Key, Stored},
+    key::Key,
+    stored::{Item, Stored},
 };
 pub(crate) use self::{
     journal::{Change, Revision},
@@ -23,6 +24,7 @@ use crate::{
 };
 
 mod journal;
+mod key;
 mod request;
 mod stored;
 
