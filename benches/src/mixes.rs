@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use fastswan::{
     Compiler, Database, HostFacts, MemoryTable, OffloadTable as _, Policy, PolicyEvent, PolicyId,
     SecurityAssociation, Selector, Snapshot,
-    policy::{Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, PortMatch, Template},
+    policy::{Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, PortMatch, Template, Templates},
     table::TableConfig,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -56,7 +56,7 @@ impl Mix {
                 let mut bypass = software(v4(0, 0), v4(0, 0), 32);
                 bypass.id.selector.protocol = 17;
                 bypass.id.selector.destination_port = PortMatch::exactly([500, 4500][number as usize]);
-                bypass.templates.clear();
+                bypass.templates = Templates::default();
                 bypass
             }
             Self::StrongSwan => {

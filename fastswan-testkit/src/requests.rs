@@ -7,10 +7,10 @@ use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
 use fastswan::{
     Policy, PolicyEvent, PolicyId, SecurityAssociation, Selector, Snapshot,
+    netlink::{self, Content, decode},
     policy::{
         Action, DefaultPolicy, Direction, Family, Mode, OffloadDev, OffloadKind, PolicyType, SaId, Template,
     },
-    source::netlink::{self, Content, decode},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
 use nix::sys::socket::{MsgFlags, recv};

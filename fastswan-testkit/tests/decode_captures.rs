@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use fastswan::{
     PolicyEvent,
+    netlink::{Content, decode},
     policy::{
         Action, DefaultPolicy, Direction, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy, PolicyId,
         PolicyType, PortMatch, SecurityAssociation,
     },
-    source::netlink::{Content, decode},
 };
 use fastswan_testkit::xfrm::{CAPTURED, captured};
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};

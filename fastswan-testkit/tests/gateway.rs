@@ -13,7 +13,7 @@ use fastswan::{
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::GatewayError,
-    host::HostWatch,
+    netlink::HostWatch,
     policy::{Egress, NextHop},
     source::{StaleCause, fixed::StaticPolicy},
     table::TableConfig,

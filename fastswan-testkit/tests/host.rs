@@ -4,7 +4,8 @@ use std::{fmt::Write as _, fs, net::IpAddr};
 
 use fastswan::{
     HostFacts,
-    host::{HostWatch, Link, Neighbour, RouteKind, Rule},
+    host::{Link, Neighbour, RouteKind, Rule},
+    netlink::HostWatch,
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };

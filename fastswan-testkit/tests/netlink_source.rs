@@ -17,11 +17,9 @@ use std::{
 use bytes::Bytes;
 use fastswan::{
     Database, NetlinkSource, Policy, PolicyEvent, PolicyId, PolicySource as _, Selector, Snapshot,
+    netlink::decode,
     policy::{Action, DefaultPolicy, Direction},
-    source::{
-        StaleCause,
-        netlink::{NetlinkConfig, decode},
-    },
+    source::{NetlinkConfig, StaleCause},
 };
 use fastswan_testkit::{
     lab::{self, Namespace},

@@ -146,7 +146,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     }
 
     /// Takes up what the host does with addresses now: read it again when
-    /// [`HostWatch`](crate::host::HostWatch) says so.
+    /// [`HostWatch`](crate::netlink::HostWatch) says so.
     ///
     /// # Errors
     ///

@@ -49,7 +49,7 @@
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
 //! for what is removed; for policies that come it stays.
 //!
-//! **Host facts** are read once. Read them again when [`HostWatch`](host::HostWatch) says that links, addresses, routes,
+//! **Host facts** are read once. Read them again when [`HostWatch`](netlink::HostWatch) says that links, addresses, routes,
 //! rules or neighbours have changed; it is not told of sysctls.
 //!
 //! # Features
@@ -64,10 +64,12 @@
 
 pub mod compiler;
 pub mod database;
+pub mod event;
 pub mod forwarder;
 pub mod gateway;
 pub mod host;
 pub mod metrics;
+pub mod netlink;
 pub mod policy;
 mod prefix_map;
 pub mod source;
@@ -76,13 +78,14 @@ pub mod table;
 
 pub use compiler::Compiler;
 pub use database::Database;
+pub use event::{PolicyEvent, Snapshot};
 pub use fastswan_ebpf::PassReason;
 pub use forwarder::XdpForwarder;
 pub use gateway::Gateway;
-pub use host::HostFacts;
+pub use host::{HostEvent, HostFacts};
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
 pub use source::{
-    PolicyEvent, PolicySource, Snapshot, SourceError, adapters::PolicySourceExt, channel::ChannelSource,
-    fixed::StaticSource, netlink::NetlinkSource,
+    HostSource, NetlinkSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt,
+    channel::ChannelSource, fixed::StaticSource,
 };
 pub use table::{BpfTable, MemoryTable, OffloadTable};

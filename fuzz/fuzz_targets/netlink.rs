@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use fastswan::{
     Database, PolicyEvent, Snapshot,
-    source::netlink::{Content, decode},
+    netlink::{Content, decode},
 };
 use libfuzzer_sys::fuzz_target;
 

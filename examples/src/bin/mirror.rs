@@ -12,7 +12,7 @@ use fastswan::{
     compiler::{Flow, PolicyState},
     forwarder::{AttachConfig, AttachMode, Guard},
     gateway::Report,
-    host::HostWatch,
+    netlink::HostWatch,
     table::{Port, TableConfig, TableError},
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};

@@ -12,9 +12,9 @@ use async_trait::async_trait;
 use fastswan::{
     BpfTable, Database, Gateway, NetlinkSource, OffloadTable, PassReason, PolicyEvent, PolicySource,
     Snapshot, SourceError,
-    host::HostWatch,
+    netlink::HostWatch,
     policy::OffloadDev,
-    source::netlink::NetlinkConfig,
+    source::NetlinkConfig,
     table::{Capacity, Fact, Port, Side, Slot, Standing, TableError, TableUpdate, Traffic, Verdict},
 };
 use tokio::sync::{mpsc::UnboundedReceiver, oneshot};

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use fastswan::{
     PolicyEvent, Selector, XdpForwarder,
     forwarder::RunAction,
-    source::netlink::{Content, decode},
+    netlink::{Content, decode},
 };
 use netlink_sys::{Socket, protocols::NETLINK_XFRM};
 use nix::{

@@ -19,7 +19,7 @@ use fastswan::{
     Selector, SourceError, XdpForwarder,
     compiler::{PolicyReport, PolicyState},
     policy::{Direction, Family, OffloadDev, OffloadKind, Overhead, Template},
-    source::netlink::NetlinkConfig,
+    source::NetlinkConfig,
     table::TableConfig,
 };
 use fastswan_testkit::{

@@ -6,7 +6,7 @@ use fastswan::{
     Policy, PolicyId, Selector,
     policy::{
         Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, PolicyType, PortMatch,
-        Template,
+        Template, Templates,
     },
 };
 use ipnet::IpNet;
@@ -415,7 +415,7 @@ impl World {
         let mut policy = self.outbound(selector, priority(rng, promoted), promoted);
         if !promoted {
             match rng.random_range(0..8) {
-                0 => policy.templates.clear(),
+                0 => policy.templates = Templates::default(),
                 1 => policy.action = Action::Block,
                 _ => {}
             }
@@ -460,7 +460,7 @@ impl World {
                 policy.templates.extend(twice);
             }
             13 => {
-                for template in &mut policy.templates {
+                for template in policy.templates.iter_mut() {
                     (template.mode, template.optional) = (Mode::Transport, true);
                 }
             }

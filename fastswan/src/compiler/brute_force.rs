@@ -11,12 +11,12 @@ use super::{
 };
 use crate::{
     database::Database,
+    event::{PolicyEvent, Snapshot, StaleCause},
     host::{HostFacts, Link, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Policy, PolicyType, PortMatch,
         SecurityAssociation, Template, Templates,
     },
-    source::{PolicyEvent, Snapshot, StaleCause},
     table::{Capacity, ReversePath, Slot, TableUpdate},
 };
 
@@ -80,7 +80,7 @@ impl Choices<'_> {
             0..12 => [template(v6)].into(),
             12 => [template(!v6)].into(),
             13 => [Template { optional: true, ..template(v6) }].into(),
-            14 => Templates::new(),
+            14 => Templates::default(),
             _ => vec![template(v6), template(v6)].into(),
         };
         match self.next() % 32 {

@@ -10,9 +10,9 @@ use super::{
 };
 use crate::{
     database::Database,
+    event::{PolicyEvent, Snapshot},
     host::{Route, RouteKind},
     policy::{Direction, Family},
-    source::{PolicyEvent, Snapshot},
     table::{Capacity, Fact, ReversePath, Side},
 };
 

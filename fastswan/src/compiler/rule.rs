@@ -152,7 +152,7 @@ pub(super) fn eligible(policy: &Policy) -> Result<&Template, PassReason> {
     if !policy.is_packet_offloaded() || policy.action == Action::Block || policy.templates.is_empty() {
         return Err(PassReason::NotOffloaded);
     }
-    let [template] = policy.templates.as_slice() else { return Err(PassReason::Ineligible) };
+    let [template] = &policy.templates[..] else { return Err(PassReason::Ineligible) };
     let plain = policy.id.mark.mask == 0
         && policy.id.if_id == 0
         && policy.id.security_context.is_empty()

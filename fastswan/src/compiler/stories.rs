@@ -13,12 +13,12 @@ use super::{
 };
 use crate::{
     database::Database,
+    event::{PolicyEvent, Snapshot, StaleCause},
     host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
         PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Template, Templates,
     },
-    source::{PolicyEvent, Snapshot, StaleCause},
     table::{Capacity, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot},
 };
 
@@ -135,7 +135,7 @@ fn with_direction(direction: Direction, policy: Policy) -> Policy {
 }
 
 fn bypass(source: &str, destination: &str) -> Policy {
-    Policy { templates: Templates::new(), ..tunnel(source, destination) }
+    Policy { templates: Templates::default(), ..tunnel(source, destination) }
 }
 
 #[test]
@@ -336,7 +336,8 @@ fn a_policy_that_the_fast_path_cannot_stand_in_for_passes() {
         change(&mut policy.id);
         policy
     };
-    let templates = |templates: &[Template]| Policy { templates: templates.into(), ..site() };
+    let templates =
+        |templates: &[Template]| Policy { templates: templates.iter().copied().collect(), ..site() };
     let not_offloaded = [
         ("software", tunnel("10.1.0.0/16", "10.2.0.0/16")),
         ("crypto offload", Policy { offload: Some(to(NIC, OffloadKind::Crypto)), ..site() }),

@@ -16,11 +16,11 @@ pub(crate) use self::{
     request::Request,
 };
 use crate::{
+    event::{PolicyEvent, Snapshot, StaleCause},
     policy::{
         DefaultPolicy, Direction, Family, IPPROTO_ESP, OffloadDev, OffloadKind, Policy, PolicyId, SaId,
         SecurityAssociation, Template,
     },
-    source::{PolicyEvent, Snapshot, StaleCause},
 };
 
 mod journal;

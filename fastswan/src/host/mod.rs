@@ -5,15 +5,18 @@
 //! policy's device, and how the policy's packets leave; [`HostFacts::ports`] says from where packets may be
 //! fast.
 
-mod read;
+mod error;
+mod event;
 pub(crate) mod routing;
-mod watch;
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-pub use self::{read::HostError, watch::HostWatch};
+pub use self::{
+    error::HostError,
+    event::{HostEvent, HostStaleCause},
+};
 use crate::{
     policy::{Family, MacAddr},
     table::{Forwards, Port, ReversePath},

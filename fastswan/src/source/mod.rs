@@ -12,79 +12,16 @@ use futures::{Stream, stream};
 pub mod adapters;
 pub mod channel;
 pub mod fixed;
-pub mod netlink;
+mod host;
+mod netlink;
 
-use crate::policy::{DefaultPolicy, Policy, PolicyId, PolicyType, SaId, SecurityAssociation};
+pub use self::{
+    host::{HostSource, VouchedHost},
+    netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+};
 
-/// What a source says.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum PolicyEvent {
-    /// Everything that the source knows now. It replaces all that it said before.
-    Snapshot(Snapshot),
-    /// Everything that the source has told must come to this: it has asked again. Where it does not, something was
-    /// never told, and this is what counts. A source that lost track still has to send a snapshot.
-    Audit(Snapshot),
-    /// A policy was added, or the one with the same identity was changed.
-    Policy(Policy),
-    /// A policy was deleted or has expired.
-    PolicyRemoved(PolicyId),
-    /// All policies of one table were deleted.
-    PoliciesFlushed(PolicyType),
-    /// A security association was added or changed.
-    Sa(SecurityAssociation),
-    /// A security association was deleted or has expired.
-    SaRemoved(SaId),
-    /// All associations of an IPsec protocol were deleted; 0 and 255 stand for every protocol.
-    SasFlushed(u8),
-    /// What happens to packets without a policy has changed.
-    DefaultPolicy(DefaultPolicy),
-    /// What the source said may no longer be true, and a [`PolicyEvent::Snapshot`] will follow. Until then
-    /// nothing may be fast.
-    Stale(StaleCause),
-}
-
-/// Everything a source knows at one moment.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Snapshot {
-    /// All policies of the namespace: offloaded or not, of every direction.
-    pub policies: Vec<Policy>,
-    /// All security associations with a SPI.
-    pub sas: Vec<SecurityAssociation>,
-    /// The default policy.
-    pub default_policy: DefaultPolicy,
-}
-
-/// Why a source lost track.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum StaleCause {
-    /// The kernel had more notifications than the socket's receive buffer holds (`ENOBUFS`).
-    Overrun,
-    /// A notification could not be decoded.
-    Undecodable,
-    /// A dump was cut short or interrupted by a change (`NLM_F_DUMP_INTR`).
-    DumpInterrupted,
-    /// The device with this index went down, or left the namespace. The kernel then deletes what was offloaded
-    /// to it and says nothing.
-    DeviceLost(u32),
-    /// The source asked for a resynchronisation itself.
-    Requested,
-}
-
-impl StaleCause {
-    /// Its name in metrics and events.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Overrun => "overrun",
-            Self::Undecodable => "undecodable",
-            Self::DumpInterrupted => "dump_interrupted",
-            Self::DeviceLost(_) => "device_lost",
-            Self::Requested => "requested",
-        }
-    }
-}
+pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
+use crate::policy::PolicyId;
 
 /// A source of policies.
 ///
@@ -156,8 +93,7 @@ pub enum SourceError {
     System {
         /// What was tried, on which object.
         attempt: String,
-        /// Why it failed.
-        #[source]
+        /// Why it failed. It is in the text, and so not the source of this error: it is printed once.
         error: io::Error,
         /// What to do, starting with "; ", or empty.
         remedy: &'static str,

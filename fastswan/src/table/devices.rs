@@ -8,7 +8,8 @@ use aya::maps::{
 };
 use hashbrown::HashMap;
 
-use super::{Slot, Standing, TableError, redirect::takes_redirected_frames};
+use super::{Slot, Standing, TableError};
+use crate::netlink::takes_redirected_frames;
 
 /// The device map, and who needs what in it.
 ///

@@ -27,7 +27,6 @@ mod counters;
 mod devices;
 mod memory;
 mod mmap;
-mod redirect;
 mod space;
 mod split;
 mod store;

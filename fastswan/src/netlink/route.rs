@@ -26,8 +26,8 @@ use netlink_packet_route::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use super::{HostFacts, Link, Neighbour, Route, RouteKind, Rule};
 use crate::{
+    host::{HostError, HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
@@ -37,37 +37,6 @@ const ATTEMPTS: u32 = 16;
 
 /// The kernel sends a dump in pieces of at most 32 KiB.
 const RECEIVE_BUFFER: usize = 1 << 16;
-
-/// Host facts could not be read.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum HostError {
-    /// A system call failed.
-    #[error("{attempt} failed: {error}; it needs a kernel with rtnetlink, but no privilege")]
-    System {
-        /// What was tried.
-        attempt: String,
-        /// Why it failed.
-        #[source]
-        error: io::Error,
-    },
-    /// The kernel said something that could not be understood.
-    #[error("the kernel's list of {object} could not be decoded: {reason}; please report this")]
-    Undecodable {
-        /// What was being read.
-        object: &'static str,
-        /// What was wrong.
-        reason: String,
-    },
-    /// What was being read kept changing.
-    #[error(
-        "the kernel's list of {object} changed during each of {ATTEMPTS} attempts to read it; try again later"
-    )]
-    Changing {
-        /// What was being read.
-        object: &'static str,
-    },
-}
 
 impl HostFacts {
     /// Reads them from the kernel, in the network namespace of the calling thread.

@@ -20,23 +20,23 @@ const LINK_LENGTH: usize = 16;
 
 /// Hears about the links of a namespace.
 #[derive(Debug)]
-pub(super) struct Links {
+pub(crate) struct Links {
     socket: NetlinkSocket,
 }
 
 impl Links {
     /// Subscribes, in the network namespace of this thread.
-    pub(super) fn open(receive_buffer: usize) -> io::Result<Self> {
+    pub(crate) fn open(receive_buffer: usize) -> io::Result<Self> {
         Ok(Self { socket: NetlinkSocket::open(NETLINK_ROUTE, &[RTNLGRP_LINK], Some(receive_buffer))? })
     }
 
     /// Waits for the next datagram: indices of links that went down or left, if it says so of any. Cancel-safe.
-    pub(super) async fn lost(&mut self) -> io::Result<Vec<u32>> {
+    pub(crate) async fn lost(&mut self) -> io::Result<Vec<u32>> {
         lost(&self.socket.receive().await?)
     }
 
     /// The same of a datagram that is there already.
-    pub(super) fn try_lost(&mut self) -> io::Result<Option<Vec<u32>>> {
+    pub(crate) fn try_lost(&mut self) -> io::Result<Option<Vec<u32>>> {
         self.socket.try_receive()?.as_ref().map(lost).transpose()
     }
 }
@@ -44,7 +44,7 @@ impl Links {
 /// Returns when what the kernel has begun to do to links is done. It tells that a link is down before it deletes
 /// what was offloaded to it, but holds one lock (RTNL) over both, which this request waits for: one that would change a
 /// link, if there were one of this index. Reading takes that lock no longer (Linux 7.3).
-pub(super) fn settle() -> io::Result<()> {
+pub(crate) fn settle() -> io::Result<()> {
     let mut link = [0; LINK_LENGTH];
     link[4..8].copy_from_slice(&i32::MAX.to_ne_bytes());
     match pass_through(NETLINK_ROUTE, RTM_SETLINK, &link)? {

@@ -15,7 +15,7 @@ const PART: u32 = 4;
 
 /// Makes those wait who lose track again and again: of a device that flaps, or of more notifications than can be read.
 #[derive(Debug, Default)]
-pub(super) struct BackOff {
+pub(crate) struct BackOff {
     pause: Duration,
     /// When the next dump was to begin.
     begun: Option<Instant>,
@@ -25,12 +25,12 @@ pub(super) struct BackOff {
 
 impl BackOff {
     /// A dump has succeeded.
-    pub(super) fn settled(&mut self, now: Instant) {
+    pub(crate) fn settled(&mut self, now: Instant) {
         self.settled = Some(now);
     }
 
     /// A dump has failed, or what it told is no longer true: how long to wait before the next.
-    pub(super) fn next(&mut self, now: Instant) -> Duration {
+    pub(crate) fn next(&mut self, now: Instant) -> Duration {
         if let Some(settled) = self.settled.take() {
             let kept = now.saturating_duration_since(settled);
             let took = self.begun.map_or(Duration::ZERO, |begun| settled.saturating_duration_since(begun));

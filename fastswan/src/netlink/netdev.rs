@@ -24,7 +24,7 @@ const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
 /// # Errors
 ///
 /// The errno of a system call; `ENODEV` without such a device, `ENOENT` before Linux 6.3.
-pub(super) fn takes_redirected_frames(ifindex: u32) -> io::Result<bool> {
+pub(crate) fn takes_redirected_frames(ifindex: u32) -> io::Result<bool> {
     let socket = Socket::new(NETLINK_GENERIC)?;
     // From now on nobody but the kernel can send to it.
     socket.connect(&SocketAddr::new(0, 0))?;

@@ -14,10 +14,12 @@ use netlink_packet_xfrm::{
     XFRM_USER_TEMPLATE_LEN as TEMPLATE_LENGTH, XfrmAttrs, constants as xfrm,
 };
 
-use super::super::PolicyEvent;
-use crate::policy::{
-    Action, DefaultPolicy, Direction, Egress, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy,
-    PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
+use crate::{
+    event::PolicyEvent,
+    policy::{
+        Action, DefaultPolicy, Direction, Egress, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead,
+        Policy, PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
+    },
 };
 
 const XFRM_OFFLOAD_INBOUND: u8 = 2;
@@ -71,7 +73,7 @@ pub enum Content {
 
 impl Content {
     /// The same, but if they count, a larval association with an SPI is one.
-    pub(super) fn counting_larval(self, they_count: bool) -> Self {
+    pub(crate) fn counting_larval(self, they_count: bool) -> Self {
         match self {
             Self::Larval(sa) if they_count && sa.id.spi != 0 => Self::Event(PolicyEvent::Sa(sa)),
             other => other,

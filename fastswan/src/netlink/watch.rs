@@ -7,12 +7,12 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::{
-    HostError, HostFacts,
-    read::{destination, neighbour},
+    route::{destination, neighbour},
+    socket::{Datagram, NetlinkSocket},
 };
 use crate::{
+    host::{HostError, HostFacts},
     policy::MacAddr,
-    source::netlink::{Datagram, NetlinkSocket},
 };
 
 /// Multicast groups (`enum rtnetlink_groups`): links, neighbours, addresses, routes and rules of both families.

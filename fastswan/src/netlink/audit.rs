@@ -7,12 +7,8 @@ use std::{future::pending, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{
-    super::PolicyEvent,
-    NetlinkConfig,
-    dump::{Dump, DumpError, Dumped},
-};
-use crate::database::Database;
+use super::dump::{Dump, DumpConfig, DumpError, Dumped};
+use crate::{database::Database, event::PolicyEvent};
 
 /// More changes during one dump are not kept: the next audit may meet fewer.
 const MOST_TOLD: usize = 1 << 16;
@@ -24,7 +20,7 @@ const SETTLING: Duration = Duration::from_millis(100);
 
 /// Compares now and then; see the module.
 #[derive(Debug)]
-pub(super) struct Audit {
+pub(crate) struct Audit {
     /// From the end of one to the beginning of the next; `None` is never.
     period: Option<Duration>,
     stage: Stage,
@@ -44,25 +40,25 @@ enum Stage {
 
 impl Audit {
     /// The first one is due a period from now.
-    pub(super) fn new(period: Option<Duration>) -> Self {
+    pub(crate) fn new(period: Option<Duration>) -> Self {
         let mut audit = Self { period, stage: Stage::Waiting(None), told: Vec::new() };
         audit.restart();
         audit
     }
 
     /// Forgets what was found so far, and waits for a period.
-    pub(super) fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.told = Vec::new();
         self.stage = Stage::Waiting(self.period.and_then(|period| Instant::now().checked_add(period)));
     }
 
     /// Whether it has begun and not ended.
-    pub(super) fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         !matches!(self.stage, Stage::Waiting(_))
     }
 
     /// Takes note of what was notified. False if it is too much.
-    pub(super) fn note(&mut self, event: &PolicyEvent) -> bool {
+    pub(crate) fn note(&mut self, event: &PolicyEvent) -> bool {
         if !self.is_running() {
             return true;
         }
@@ -72,7 +68,7 @@ impl Audit {
 
     /// Waits for the next step and takes it. What it has found when it is done; the devices are those of the dump. Call it
     /// only while no notification is unread. Cancel-safe.
-    pub(super) async fn advance(&mut self, config: &NetlinkConfig) -> Result<Option<Dumped>, DumpError> {
+    pub(crate) async fn advance(&mut self, config: DumpConfig) -> Result<Option<Dumped>, DumpError> {
         match &mut self.stage {
             Stage::Waiting(None) => pending().await,
             Stage::Waiting(Some(until)) => {

@@ -19,13 +19,13 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use tokio::sync::oneshot;
 
 use super::{
-    super::{PolicyEvent, Snapshot},
-    NetlinkConfig,
     decode::{Content, DecodeError, Messages, counted},
-    index,
     socket::{Datagram, converse, pass_through, receive, request, set_receive_buffer},
 };
-use crate::policy::DefaultPolicy;
+use crate::{
+    event::{PolicyEvent, Snapshot},
+    policy::{DefaultPolicy, OffloadDev},
+};
 
 const NLM_F_DUMP: u16 = 0x300;
 
@@ -46,16 +46,25 @@ const NO_SUCH_REQUEST: i32 = libc::EINVAL;
 
 /// Returns when every request that the kernel had begun to handle is done and notified of: it handles one at a time in
 /// each namespace (`xfrm_cfg_mutex`), those of `PF_KEY` too.
-pub(super) fn settle() -> io::Result<()> {
+pub(crate) fn settle() -> io::Result<()> {
     match pass_through(NETLINK_XFRM, XFRM_MSG_GETSPDINFO, &[0; INFO_LENGTH])? {
         0 => Ok(()),
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 
+/// How to dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DumpConfig {
+    /// Of the sockets, in bytes, as in `SO_RCVBUF`.
+    pub(crate) receive_buffer: usize,
+    /// Larval associations count as complete ones.
+    pub(crate) count_larval: bool,
+}
+
 /// A dump could not be had.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum DumpError {
+pub(crate) enum DumpError {
     #[error("{0}")]
     System(#[from] io::Error),
     #[error("{0}")]
@@ -66,18 +75,18 @@ pub(super) enum DumpError {
 
 /// Everything, and the devices that it is offloaded to.
 #[derive(Debug, Default)]
-pub(super) struct Dumped {
-    pub(super) snapshot: Snapshot,
-    pub(super) devices: BTreeSet<u32>,
+pub(crate) struct Dumped {
+    pub(crate) snapshot: Snapshot,
+    pub(crate) devices: BTreeSet<u32>,
 }
 
 /// A dump in progress. If it is dropped, its threads end with the next datagram.
 #[derive(Debug)]
-pub(super) struct Dump(oneshot::Receiver<Result<Dumped, DumpError>>);
+pub(crate) struct Dump(oneshot::Receiver<Result<Dumped, DumpError>>);
 
 impl Dump {
     /// Begins to read.
-    pub(super) fn start(config: &NetlinkConfig) -> io::Result<Self> {
+    pub(crate) fn start(config: DumpConfig) -> io::Result<Self> {
         let (policies, sas) = (Reader::open(config)?, Reader::open(config)?);
         let (result, receiver) = oneshot::channel();
         thread::Builder::new().name("fastswan-dump".to_owned()).spawn(move || {
@@ -99,7 +108,7 @@ impl Dump {
     }
 
     /// Waits until everything is there. Cancel-safe.
-    pub(super) async fn finish(&mut self) -> Result<Dumped, DumpError> {
+    pub(crate) async fn finish(&mut self) -> Result<Dumped, DumpError> {
         let gone = |_| DumpError::System(io::Error::other("the thread that reads has gone"));
         (&mut self.0).await.map_err(gone)?
     }
@@ -137,7 +146,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn open(config: &NetlinkConfig) -> io::Result<Self> {
+    fn open(config: DumpConfig) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_XFRM)?;
         set_receive_buffer(&socket, config.receive_buffer)?;
         // The kernel has answered before the call returns that asks. Should it not, the thread ends all the same.
@@ -243,6 +252,10 @@ impl Reader {
         }
         Ok(done)
     }
+}
+
+fn index(device: OffloadDev) -> u32 {
+    device.ifindex
 }
 
 /// About how many the kernel has, for room to be made at once. It may not say.

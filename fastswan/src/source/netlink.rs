@@ -10,13 +10,6 @@
 //! Now and then it asks for everything again in the background and yields [`PolicyEvent::Audit`], so that a
 //! change that was never told is found and repaired.
 
-mod audit;
-mod back_off;
-mod decode;
-mod dump;
-mod links;
-mod socket;
-
 use std::{
     collections::{BTreeSet, VecDeque},
     fmt::Display,
@@ -28,16 +21,16 @@ use async_trait::async_trait;
 use netlink_sys::protocols::NETLINK_XFRM;
 use tokio::time::{Instant, sleep_until};
 
-pub use self::decode::{Content, DecodeError, Message, decode};
-pub(crate) use self::socket::{Datagram, NetlinkSocket};
-use self::{
-    audit::Audit,
-    back_off::BackOff,
-    dump::{Dump, DumpError, Dumped},
-    links::Links,
-};
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
-use crate::{database::Database, policy::OffloadDev, table::grace_period};
+use crate::{
+    database::Database,
+    netlink::{
+        Audit, BackOff, Content, Datagram, Dump, DumpConfig, DumpError, Dumped, Links, NetlinkSocket, decode,
+        settle_links, settle_requests,
+    },
+    policy::OffloadDev,
+    table::grace_period,
+};
 
 /// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.
 const GROUPS: [u32; 3] = [2, 3, 4];
@@ -87,6 +80,10 @@ impl NetlinkConfig {
     pub fn audit(mut self, period: Option<Duration>) -> Self {
         self.audit = period;
         self
+    }
+
+    fn dump(&self) -> DumpConfig {
+        DumpConfig { receive_buffer: self.receive_buffer, count_larval: self.count_larval }
     }
 
     /// Believes messages that another process sent. For tests only: whoever has `CAP_NET_ADMIN` in the
@@ -282,14 +279,14 @@ impl NetlinkSource {
             !matches!(lost, Ok(None))
         })?;
         self.lost.clear();
-        links::settle()?;
+        settle_links()?;
         drain(MOST_UNREAD, || {
             let received = self.notifications.try_receive();
             self.statistics.datagrams += u64::from(matches!(received, Ok(Some(_))));
             self.statistics.overruns += u64::from(received.is_err());
             !matches!(received, Ok(None))
         })?;
-        Dump::start(&self.config)
+        Dump::start(self.config.dump())
     }
 
     /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
@@ -377,7 +374,7 @@ impl NetlinkSource {
             biased;
             lost = self.links.lost() => self.judge(lost),
             received = self.notifications.receive() => self.read(received),
-            step = self.audit.advance(&self.config) => {
+            step = self.audit.advance(self.config.dump()) => {
                 self.take_audit(step);
                 Ok(())
             }
@@ -464,7 +461,7 @@ impl PolicySource for NetlinkSource {
     /// netlink or `PF_KEY` is done, notification included, under a lock that each request takes. What happens to links
     /// is done under another (RTNL). And what expires does so in a softirq, which a grace period outlasts.
     fn settle(&mut self) -> Result<(), SourceError> {
-        dump::settle().and_then(|()| links::settle()).map_err(|error| SourceError::System {
+        settle_requests().and_then(|()| settle_links()).map_err(|error| SourceError::System {
             attempt: "waiting for removals to be notified of".to_owned(),
             error,
             remedy: "",

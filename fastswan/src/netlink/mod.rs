@@ -1,0 +1,27 @@
+//! Everything that speaks netlink: sockets, requests, dumps, settling, and reading messages of all families.
+//!
+//! [`decode`] reads what the kernel's XFRM netlink says, for programs that have a socket of their own. All else here
+//! serves [`NetlinkSource`](crate::NetlinkSource) and what reads [`HostFacts`](crate::HostFacts).
+
+mod audit;
+mod back_off;
+mod decode;
+mod dump;
+mod links;
+mod netdev;
+mod route;
+mod socket;
+mod watch;
+
+pub(crate) use self::{
+    audit::Audit,
+    back_off::BackOff,
+    dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
+    links::{Links, settle as settle_links},
+    netdev::takes_redirected_frames,
+    socket::{Datagram, NetlinkSocket},
+};
+pub use self::{
+    decode::{Content, DecodeError, Message, decode},
+    watch::HostWatch,
+};
