@@ -12,6 +12,7 @@ use fastswan::{
     policy::{
         Direction, Family, IPPROTO_ESP, MacAddr, Mode, NextHop, OffloadDev, OffloadKind, Overhead, Template,
     },
+    source::BoxFuture,
 };
 
 /// The first two bytes of addresses that name a policy; its index follows.
@@ -121,8 +122,16 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote
         }
     }
 
-    fn settle(&mut self) -> Result<(), SourceError> {
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        Ok(self.ready.is_empty() && self.source.caught_up()?)
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
         self.source.settle()
+    }
+
+    fn written(&mut self) {
+        self.source.written();
     }
 }
 

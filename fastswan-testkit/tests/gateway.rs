@@ -349,6 +349,11 @@ impl<S: PolicySource> PolicySource for Slow<S> {
         std::thread::sleep(Duration::from_millis(60));
         pending().await
     }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        std::thread::sleep(Duration::from_millis(60));
+        self.0.caught_up()
+    }
 }
 
 #[test]

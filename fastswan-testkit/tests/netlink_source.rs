@@ -171,9 +171,11 @@ fn when_the_source_has_settled_what_was_removed_is_to_be_read_at_once() {
         let mut database = Database::default();
         follow(&mut source, &mut database).await;
         ns.ip(&format!("xfrm policy delete {OUT}")).unwrap();
-        source.settle().unwrap();
+        assert!(!source.caught_up().unwrap(), "the removal was read, and is to be yielded");
+        source.settle().await.unwrap();
         let event = source.next_event().now_or_never().unwrap().unwrap();
         assert!(matches!(event, Some(PolicyEvent::PolicyRemoved(_))), "{event:?}");
+        assert!(source.caught_up().unwrap());
         assert!(source.next_event().now_or_never().is_none());
     });
 }

@@ -131,7 +131,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
                     self.off_if_failed(result)?;
                 }
                 _ = look_for_removals.tick(), if has_guard => {
-                    let result = self.open_after_removals();
+                    let result = self.open_after_removals().await;
                     self.off_if_failed(result)?;
                 }
             }
@@ -178,19 +178,19 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
             let result = self.follow(event);
             self.off_if_failed(result)?;
         }
-        let result = self.open_after_removals();
+        let result = self.open_after_removals().await;
         self.off_if_failed(result)
     }
 
     /// Lets packets be fast again if a guard has shut the fast path: when the table holds what follows from every
     /// removal that had begun by now. If others begin meanwhile, it stays shut until the next look.
-    fn open_after_removals(&mut self) -> Result<(), GatewayError> {
+    async fn open_after_removals(&mut self) -> Result<(), GatewayError> {
         let Removals { begun, acknowledged } = self.table.removals();
         if begun == acknowledged || !self.database.is_current() {
             return Ok(());
         }
         let looked = Instant::now();
-        self.source.settle()?;
+        self.source.settle().await?;
         let event = if self.source_ended { None } else { self.source.next_event().now_or_never() };
         if event.map_or(Ok(true), |event| self.follow(event))? {
             self.table.acknowledge(begun);
@@ -489,6 +489,7 @@ mod tests {
     };
 
     use async_trait::async_trait;
+    use futures::future::BoxFuture;
     use tokio::time::sleep;
 
     use super::*;
@@ -540,12 +541,16 @@ mod tests {
             }
         }
 
-        fn settle(&mut self) -> Result<(), SourceError> {
+        fn caught_up(&mut self) -> Result<bool, SourceError> {
+            Ok(self.told.is_empty())
+        }
+
+        fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
             self.told.extend(self.to_tell.drain(..));
             for _ in 0..std::mem::take(&mut self.meanwhile) {
                 self.guard.begin_removal();
             }
-            Ok(())
+            std::future::ready(Ok(())).boxed()
         }
     }
 
@@ -643,9 +648,9 @@ mod tests {
         gateway.synchronise().await.unwrap();
         guard.begin_removal();
         gateway.source.meanwhile = 1;
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert_eq!(guard.removals(), Removals { begun: 3, acknowledged: 2 });
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert!(!guard.is_shut());
     }
 
@@ -656,9 +661,9 @@ mod tests {
         guard.begin_removal();
         gateway.source.to_tell = vec![PolicyEvent::SasFlushed(51); BATCH];
         gateway.source.to_tell.push(PolicyEvent::PoliciesFlushed(PolicyType::Main));
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert!(is_fast(&gateway) && guard.is_shut());
-        gateway.open_after_removals().unwrap();
+        gateway.open_after_removals().now_or_never().unwrap().unwrap();
         assert!(!is_fast(&gateway) && !guard.is_shut());
     }
 

@@ -69,12 +69,15 @@ pub mod forwarder;
 pub mod gateway;
 pub mod host;
 pub mod metrics;
+pub mod mirror;
 pub mod netlink;
 pub mod policy;
 mod prefix_map;
 pub mod source;
 mod sys;
 pub mod table;
+#[cfg(feature = "serde")]
+mod text;
 
 pub use compiler::Compiler;
 pub use database::Database;

@@ -14,7 +14,7 @@ use fastswan::{
     Snapshot, SourceError,
     netlink::HostWatch,
     policy::OffloadDev,
-    source::NetlinkConfig,
+    source::{BoxFuture, NetlinkConfig},
     table::{Capacity, Fact, Port, Side, Slot, Standing, TableError, TableUpdate, Traffic, Verdict},
 };
 use tokio::sync::{mpsc::UnboundedReceiver, oneshot};
@@ -167,6 +167,18 @@ impl PolicySource for Noted {
             note.map(|note| self.notes.send(note));
             return Ok(Some(event));
         }
+    }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        self.source.caught_up()
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        self.source.settle()
+    }
+
+    fn written(&mut self) {
+        self.source.written();
     }
 }
 

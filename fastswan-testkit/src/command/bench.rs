@@ -19,7 +19,7 @@ use fastswan::{
     Selector, SourceError, XdpForwarder,
     compiler::{PolicyReport, PolicyState},
     policy::{Direction, Family, OffloadDev, OffloadKind, Overhead, Template},
-    source::NetlinkConfig,
+    source::{BoxFuture, NetlinkConfig},
     table::TableConfig,
 };
 use fastswan_testkit::{
@@ -333,5 +333,17 @@ impl PolicySource for Offloaded {
         let pretended = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.pretended.fetch_add(pretended, Ordering::Relaxed);
         Ok(event)
+    }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        self.source.caught_up()
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        self.source.settle()
+    }
+
+    fn written(&mut self) {
+        self.source.written();
     }
 }

@@ -63,6 +63,16 @@ pub enum Explanation {
     },
 }
 
+impl Explanation {
+    pub(crate) fn killed() -> Self {
+        Self::Pass { reason: PassReason::Disabled, cause: Cause::Killed }
+    }
+
+    pub(crate) fn host_unknown() -> Self {
+        Self::Pass { reason: PassReason::Disabled, cause: Cause::HostUnknown }
+    }
+}
+
 /// Why a packet goes to the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -71,6 +81,8 @@ pub enum Cause {
     NotCurrent(Freshness),
     /// What the host does with addresses is not known at the moment.
     HostUnknown,
+    /// The embedder has turned the kill switch on.
+    Killed,
     /// The packet has a mark, so it has been in the kernel already.
     Marked,
     /// The two addresses are of different families.
@@ -359,6 +371,7 @@ impl fmt::Display for Cause {
                 write!(f, "the source has lost track ({cause:?}) and has not started over yet")
             }
             Self::NotCurrent(_) => f.write_str("the source has not told its policies yet"),
+            Self::Killed => f.write_str("the kill switch is on"),
             Self::HostUnknown => {
                 f.write_str("what the host does with addresses has changed and has not been read yet")
             }

@@ -152,6 +152,9 @@ pub(super) fn eligible(policy: &Policy) -> Result<&Template, PassReason> {
     if !policy.is_packet_offloaded() || policy.action == Action::Block || policy.templates.is_empty() {
         return Err(PassReason::NotOffloaded);
     }
+    if policy.held {
+        return Err(PassReason::Ineligible);
+    }
     let [template] = &policy.templates[..] else { return Err(PassReason::Ineligible) };
     let plain = policy.id.mark.mask == 0
         && policy.id.if_id == 0

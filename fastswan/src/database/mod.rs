@@ -329,6 +329,13 @@ impl Database {
         }
     }
 
+    /// Notes whether a policy that is here is held. That is no news of the kernel: what is known of its order stays.
+    pub(crate) fn set_held(&mut self, id: &PolicyId, is_held: bool) {
+        let Some(policy) = self.policy(id).filter(|policy| policy.held != is_held) else { return };
+        let policy = Policy { held: is_held, ..policy.clone() };
+        self.insert_policy(policy);
+    }
+
     fn expires_instead(&mut self, which: Expiring, before: Option<u64>, now: Option<u64>) {
         if before != now {
             before.map(|expires| self.expiring.remove(&(expires, which)));

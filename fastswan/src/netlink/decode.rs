@@ -101,7 +101,7 @@ pub fn decode(datagram: &Bytes) -> Result<Vec<Message>, DecodeError> {
 }
 
 /// The messages of a datagram, or of what is left of it. None after the first that cannot be read means anything.
-pub(super) struct Messages<'a>(pub(super) &'a [u8]);
+struct Messages<'a>(&'a [u8]);
 
 impl Iterator for Messages<'_> {
     type Item = Result<Message, DecodeError>;
@@ -122,11 +122,15 @@ impl Iterator for Messages<'_> {
     }
 }
 
-/// How many policies or associations the answer to `XFRM_MSG_GETSPDINFO` or `XFRM_MSG_GETSADINFO` counts; 0 if it
-/// is not one.
-pub(super) fn counted(answer: &[u8]) -> usize {
-    let Ok(buffer) = NetlinkBuffer::new_checked(answer) else { return 0 };
-    let mut attributes = NlasIterator::new(buffer.payload().get(INFO_FLAGS_LENGTH..).unwrap_or_default());
+/// What a message of this kind with this payload says.
+pub(super) fn read(kind: u16, payload: &[u8]) -> Result<Content, DecodeError> {
+    content(kind, payload).map_err(|reason| DecodeError { kind, reason })
+}
+
+/// How many policies or associations the payload of an answer to `XFRM_MSG_GETSPDINFO` or `XFRM_MSG_GETSADINFO` counts;
+/// 0 if it is not one.
+pub(super) fn counted(payload: &[u8]) -> usize {
+    let mut attributes = NlasIterator::new(payload.get(INFO_FLAGS_LENGTH..).unwrap_or_default());
     let Some(Ok(counts)) = attributes.find(|attribute| matches!(attribute, Ok(a) if a.kind() == XFRMA_INFO))
     else {
         return 0;
@@ -136,8 +140,7 @@ pub(super) fn counted(answer: &[u8]) -> usize {
 }
 
 fn message(buffer: &NetlinkBuffer<&[u8]>) -> Result<Message, DecodeError> {
-    let kind = buffer.message_type();
-    let content = content(kind, buffer.payload()).map_err(|reason| DecodeError { kind, reason })?;
+    let content = read(buffer.message_type(), buffer.payload())?;
     let interrupted = buffer.flags() & NLM_F_DUMP_INTR != 0;
     Ok(Message { sequence: buffer.sequence_number(), interrupted, content })
 }
@@ -322,6 +325,7 @@ fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Po
         asks_per_cpu: info.flags & XFRM_POLICY_CPU_ACQUIRE != 0,
         expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
         egress: Egress::default(),
+        held: false,
     }))
 }
 

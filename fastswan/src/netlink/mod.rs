@@ -9,6 +9,7 @@ mod decode;
 mod dump;
 mod links;
 mod netdev;
+mod request;
 mod route;
 mod socket;
 mod watch;

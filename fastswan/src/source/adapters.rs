@@ -3,7 +3,10 @@
 use std::mem;
 
 use async_trait::async_trait;
-use futures::future::select_all;
+use futures::{
+    FutureExt as _, TryFutureExt as _,
+    future::{BoxFuture, select_all, try_join_all},
+};
 
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError};
 use crate::{
@@ -64,8 +67,16 @@ impl<S: PolicySource, F: FnMut(Policy) -> Policy + Send> PolicySource for Map<S,
         })
     }
 
-    fn settle(&mut self) -> Result<(), SourceError> {
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        self.source.caught_up()
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
         self.source.settle()
+    }
+
+    fn written(&mut self) {
+        self.source.written();
     }
 
     fn queued(&self) -> usize {
@@ -205,8 +216,25 @@ impl PolicySource for Merge<'_> {
         }
     }
 
-    fn settle(&mut self) -> Result<(), SourceError> {
-        self.sources.iter_mut().try_for_each(|part| part.source.settle())
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        for part in &mut self.sources {
+            if !part.ended && !part.source.caught_up()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        let settled = self.sources.iter_mut().map(|part| part.source.settle());
+        try_join_all(settled).map_ok(drop).boxed()
+    }
+
+    /// While one source is stale, what the others have yielded was not passed on: it is part of the snapshot to come.
+    fn written(&mut self) {
+        if self.is_current() {
+            self.sources.iter_mut().for_each(|part| part.source.written());
+        }
     }
 
     fn queued(&self) -> usize {
@@ -229,7 +257,6 @@ mod tests {
         policy::{Direction, OffloadDev, OffloadKind, PolicyType, Selector},
         source::{StaleCause, channel::ChannelSource},
     };
-    use futures::FutureExt as _;
 
     fn policy(destination: u8, priority: u32) -> Policy {
         let destination = format!("10.2.{destination}.0/24").parse().unwrap();

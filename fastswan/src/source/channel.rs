@@ -79,6 +79,15 @@ impl PolicySource for ChannelSource {
         }
     }
 
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        // Closed first: what is sent before the last sender is dropped is seen below.
+        let is_closed = self.events.is_closed();
+        match self.queued() {
+            0 if is_closed => Err(SourceError::ChannelClosed),
+            queued => Ok(queued == 0),
+        }
+    }
+
     fn queued(&self) -> usize {
         usize::from(self.snapshot.is_some()) + self.events.len()
     }

@@ -97,6 +97,10 @@ impl PolicySource for StaticSource {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
         Ok(self.0.take().map(PolicyEvent::Snapshot))
     }
+
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        Ok(self.0.is_none())
+    }
 }
 
 /// A TOML text does not describe policies.

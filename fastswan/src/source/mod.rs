@@ -7,7 +7,7 @@
 use std::io;
 
 use async_trait::async_trait;
-use futures::{Stream, stream};
+use futures::{FutureExt as _, Stream, future::ready, stream};
 
 pub mod adapters;
 pub mod channel;
@@ -20,36 +20,54 @@ pub use self::{
     netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
 };
 
+/// What [`PolicySource::settle`] returns.
+pub use futures::future::BoxFuture;
+
 pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
 use crate::policy::PolicyId;
 
 /// A source of policies.
 ///
-/// The trait is dyn-safe: `Box<dyn PolicySource>` is a source too. [`into_stream`] makes a
-/// [`futures::Stream`] of any source.
+/// First comes a [`PolicyEvent::Snapshot`], then each change; another snapshot may come at any time. The trait is
+/// dyn-safe: `Box<dyn PolicySource>` is a source too. [`into_stream`] makes a [`futures::Stream`] of any source.
+///
+/// A source that wraps others passes all five methods on to them.
 #[async_trait]
 pub trait PolicySource: Send {
-    /// Waits for the next event.
+    /// Waits for the next event. Cancel-safe: dropping the future loses nothing.
     ///
-    /// `Ok(None)` means that the source has nothing more to say and that what it said stays true. As long as
-    /// the future is pending, the source has read all that was there to read: a caller may rely on this to
-    /// tell that it is up to date. Dropping the future loses nothing.
+    /// `Ok(None)` means that the source has nothing more to say and that what it said stays true. A pending future
+    /// means nothing: a runtime may have made it wait although there is an event. Ask [`Self::caught_up`].
     ///
     /// # Errors
     ///
     /// [`SourceError`]: the source cannot go on, and nothing that it said may be relied on any longer.
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError>;
 
-    /// Returns when all that the kernel had begun to remove at the call is to be read: as soon as
-    /// [`Self::next_event`] is pending, it has yielded it. For a guard, after which the fast path is open again; a
-    /// source that wraps others asks them.
+    /// Whether [`Self::next_event`] has yielded all that there was to tell at the moment of the call. Packets are
+    /// fast only as long as a source says so again and again.
+    ///
+    /// It looks and does not wait; to find out, it may read what is there into a queue of its own. When in doubt,
+    /// the answer is false.
     ///
     /// # Errors
     ///
     /// [`SourceError`], as above.
-    fn settle(&mut self) -> Result<(), SourceError> {
-        Ok(())
+    fn caught_up(&mut self) -> Result<bool, SourceError>;
+
+    /// A future that completes when all that the kernel had begun to remove at the call is to be read: once
+    /// [`Self::caught_up`] is true after that, [`Self::next_event`] has yielded it. For a guard, after which the fast
+    /// path is open again. The future does not borrow the source, and must not block the thread that polls it.
+    ///
+    /// # Errors
+    ///
+    /// The future's [`SourceError`], as above.
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        ready(Ok(())).boxed()
     }
+
+    /// Tells the source that everything that it has yielded so far is in the table.
+    fn written(&mut self) {}
 
     /// How many events it holds that were not read yet, as far as it knows; for metrics.
     fn queued(&self) -> usize {
@@ -63,8 +81,16 @@ impl<S: PolicySource + ?Sized> PolicySource for Box<S> {
         (**self).next_event().await
     }
 
-    fn settle(&mut self) -> Result<(), SourceError> {
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        (**self).caught_up()
+    }
+
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
         (**self).settle()
+    }
+
+    fn written(&mut self) {
+        (**self).written();
     }
 
     fn queued(&self) -> usize {

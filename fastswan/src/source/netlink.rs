@@ -18,6 +18,10 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, ready},
+};
 use netlink_sys::protocols::NETLINK_XFRM;
 use tokio::time::{Instant, sleep_until};
 
@@ -246,9 +250,7 @@ impl NetlinkSource {
                     Err(error) => error,
                 },
             };
-            if let DumpError::System(error) = &failure
-                && matches!(error.raw_os_error(), Some(libc::EPERM))
-            {
+            if failure.errno() == Some(libc::EPERM) {
                 return Err(SourceError::System {
                     attempt: "reading the kernel's policies and associations".to_owned(),
                     error: io::Error::from_raw_os_error(libc::EPERM),
@@ -381,6 +383,33 @@ impl NetlinkSource {
         }
     }
 
+    /// Reads one datagram of each kind, if there is one. True if there is none, and nothing that was read before is to
+    /// be told.
+    fn look(&mut self) -> Result<bool, StaleCause> {
+        let lost = self.links.try_lost().transpose();
+        let has_lost = lost.is_some();
+        lost.map_or(Ok(()), |lost| self.judge(lost))?;
+        match self.notifications.try_receive().transpose() {
+            Some(received) => {
+                self.read(received)?;
+                self.judge(Ok(Vec::new()))?;
+                Ok(false)
+            }
+            None => {
+                // Each offload that is older than the loss has been told.
+                self.lost.clear();
+                Ok(!has_lost)
+            }
+        }
+    }
+
+    /// Forgets what was read: there will be another dump.
+    fn lose_track(&mut self) {
+        self.ready.clear();
+        self.audit.restart();
+        self.wait();
+    }
+
     /// Puts what a datagram says into `ready`.
     fn read(&mut self, received: io::Result<Datagram>) -> Result<(), StaleCause> {
         let datagram = received.map_err(|error| {
@@ -449,25 +478,36 @@ impl PolicySource for NetlinkSource {
                 return self.resynchronise().await.map(|snapshot| Some(PolicyEvent::Snapshot(snapshot)));
             }
             if let Err(cause) = self.listen().await {
-                self.ready.clear();
-                self.audit.restart();
-                self.wait();
+                self.lose_track();
                 return Ok(Some(PolicyEvent::Stale(cause)));
             }
         }
     }
 
+    fn caught_up(&mut self) -> Result<bool, SourceError> {
+        if !matches!(self.state, State::Following) || !self.ready.is_empty() {
+            return Ok(false);
+        }
+        Ok(self.look().unwrap_or_else(|cause| {
+            self.lose_track();
+            self.ready.push_back(PolicyEvent::Stale(cause));
+            false
+        }))
+    }
+
     /// Whoever removes something counts first and notifies afterwards, and there are three who do. What is asked for by
     /// netlink or `PF_KEY` is done, notification included, under a lock that each request takes. What happens to links
     /// is done under another (RTNL). And what expires does so in a softirq, which a grace period outlasts.
-    fn settle(&mut self) -> Result<(), SourceError> {
-        settle_requests().and_then(|()| settle_links()).map_err(|error| SourceError::System {
+    fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
+        let settled = settle_requests().and_then(|()| settle_links()).map_err(|error| SourceError::System {
             attempt: "waiting for removals to be notified of".to_owned(),
             error,
             remedy: "",
-        })?;
-        grace_period();
-        Ok(())
+        });
+        if settled.is_ok() {
+            grace_period();
+        }
+        ready(settled).boxed()
     }
 
     /// Without what is still in the socket.
