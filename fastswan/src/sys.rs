@@ -63,6 +63,16 @@ pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
     watched.map_err(io::Error::from)
 }
 
+/// Returns when every packet that was in a program at the call has left it.
+///
+/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
+pub(crate) fn grace_period() {
+    if membarrier(MembarrierCommand::Global).is_err() {
+        // Not available with nohz_full. A packet is in the program for microseconds.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// `CLOCK_MONOTONIC_COARSE` in nanoseconds: the clock of `bpf_ktime_get_coarse_ns`, but for the offset of a
 /// time namespace.
 pub(crate) fn monotonic_coarse_nanoseconds() -> u64 {

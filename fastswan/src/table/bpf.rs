@@ -127,16 +127,6 @@ fn map<T: Shared>(ebpf: &Ebpf, name: &'static str, length: usize) -> Result<Regi
     Region::map(fd, length).map_err(|error| MapsError::Mmap { name, error })
 }
 
-/// Returns when every packet that was in a program at the call has left it.
-///
-/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
-pub(crate) fn grace_period() {
-    if membarrier(MembarrierCommand::Global).is_err() {
-        // Not available with nohz_full. A packet is in the program for microseconds.
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 impl OffloadTable for BpfTable {
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
         let reachable = self.devices.enter(&update.slots);
