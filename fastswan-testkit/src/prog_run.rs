@@ -10,7 +10,7 @@ use aya::{
 use fastswan::{
     BpfTable, OffloadTable as _, PassReason, XdpForwarder,
     forwarder::{ForwarderError, RunAction},
-    table::{Slot, TableConfig, Traffic},
+    table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
 use fastswan_ebpf::{Control, LISTS, SpaceControl};
 

@@ -15,8 +15,8 @@ use fastswan::{
     forwarder::{AttachConfig, AttachMode, ForwarderError, GuardError},
     policy::MacAddr,
     table::{
-        BpfTable, Cell, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Slot, TableConfig,
-        TableUpdate, Traffic, Verdict,
+        BpfTable, Cell, Change, Forwarding, Forwards, Port, Ports as _, Probes, Removals, ReversePath, Slot,
+        TableConfig, TableCounters as _, TableUpdate, Traffic, Verdict,
     },
 };
 use fastswan_testkit::{
@@ -242,12 +242,11 @@ fn hairpin(index: u32, slot: u32) -> (XdpForwarder, BpfTable) {
     let cell = Cell { destination: all, source: all };
     let forwarding = Forwarding { ifindex, max_length: 1500, rewrite: None };
     table
-        .apply(&TableUpdate {
-            cells: vec![(cell, Some(Verdict::Fast { slot, probes: Probes::default() }))],
-            slots: vec![(slot, Some(Ok(forwarding)))],
-            owners: vec![(slot, index)],
-            ..TableUpdate::default()
-        })
+        .apply(&TableUpdate::from_iter([
+            Change::Cell(cell, Some(Verdict::Fast { slot, probes: Probes::default() })),
+            Change::Slot(slot, Some(Ok(forwarding))),
+            Change::Owner(slot, index),
+        ]))
         .unwrap();
     table.renew_lease(Duration::from_secs(60));
     table.set_enabled(true);

@@ -8,15 +8,15 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
-    PolicySource, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
+    BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, PassReason, PolicyEvent, PolicySource,
+    Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::GatewayError,
     netlink::HostWatch,
     policy::{Egress, NextHop},
     source::{StaleCause, fixed::StaticPolicy},
-    table::TableConfig,
+    table::{Ports as _, TableConfig},
 };
 use fastswan_testkit::{
     frames::Frame,

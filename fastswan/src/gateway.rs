@@ -21,7 +21,7 @@ use crate::{
     host::HostFacts,
     metrics::Meters,
     source::{PolicyEvent, PolicySource, SourceError},
-    table::{OffloadTable, Removals, Slot, TableError, TableUpdate, Traffic},
+    table::{OffloadTable, Ports, Removals, Slot, TableCounters, TableError, TableUpdate, Traffic},
 };
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
@@ -70,7 +70,7 @@ enum Host {
     KnownAgain,
 }
 
-impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
+impl<S: PolicySource, T: OffloadTable + TableCounters> Gateway<S, T> {
     /// Joins a source and a table, which must be empty. Nothing is fast before [`Self::run_until`] runs.
     #[must_use]
     pub fn new(source: S, table: T, host: &HostFacts) -> Self {
@@ -345,7 +345,7 @@ impl<S: PolicySource, T: OffloadTable> Gateway<S, T> {
     }
 }
 
-impl<S, T: OffloadTable> Gateway<S, T> {
+impl<S, T: OffloadTable + Ports> Gateway<S, T> {
     /// Whether a packet is fast, via which policy and association, or why not. Looks at all policies.
     #[must_use]
     pub fn explain(&self, flow: &Flow) -> Explanation {
@@ -355,7 +355,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
         let port = flow.ingress.and_then(|(ifindex, vlan)| self.table.port(ifindex, vlan));
         self.compiler.explain(&self.database, flow, port.as_ref())
     }
+}
 
+impl<S, T: OffloadTable> Gateway<S, T> {
     /// What the source has told.
     #[must_use]
     pub fn database(&self) -> &Database {
@@ -366,7 +368,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     pub fn table_mut(&mut self) -> &mut T {
         &mut self.table
     }
+}
 
+impl<S, T: OffloadTable + TableCounters> Gateway<S, T> {
     /// What became of every packet-offloaded outbound policy, and why packets were passed.
     #[must_use]
     pub fn report(&self) -> Report {
@@ -387,7 +391,9 @@ impl<S, T: OffloadTable> Gateway<S, T> {
     fn traffic(&self, slot: Option<Slot>) -> Traffic {
         slot.map_or_else(Traffic::default, |slot| self.table.traffic(slot))
     }
+}
 
+impl<S, T: OffloadTable> Gateway<S, T> {
     fn off_if_failed<R>(&mut self, result: Result<R, GatewayError>) -> Result<R, GatewayError> {
         if let Err(error) = &result {
             self.set_off();
@@ -497,7 +503,7 @@ mod tests {
         MemoryTable, Selector, StaticSource,
         policy::{Egress, NextHop, PolicyType},
         source::{StaleCause, fixed::StaticPolicy},
-        table::{TableConfig, delegate_lookups},
+        table::{Capacity, ReadBack as _, TableConfig},
     };
 
     /// What a guard has counted, and what a table was told.
@@ -587,7 +593,19 @@ mod tests {
             self.guard.acknowledged.store(removals, Ordering::Relaxed);
         }
 
-        delegate_lookups!(table);
+        fn capacity(&self) -> Capacity {
+            self.table.capacity()
+        }
+    }
+
+    impl TableCounters for Guarded {
+        fn traffic(&self, slot: Slot) -> Traffic {
+            self.table.traffic(slot)
+        }
+
+        fn passes(&self) -> Vec<(PassReason, u64)> {
+            self.table.passes()
+        }
     }
 
     /// A gateway of one tunnel with a guard that has just been attached.
@@ -611,7 +629,7 @@ mod tests {
     }
 
     fn is_fast(gateway: &Gateway<Kernel, Guarded>) -> bool {
-        matches!(gateway.table.standing(Slot(0)), Some(Ok(_)))
+        matches!(gateway.table.table.standing(Slot(0)), Some(Ok(_)))
     }
 
     #[tokio::test(start_paused = true)]

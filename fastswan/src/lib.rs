@@ -24,8 +24,8 @@
 //! Most users need the last two, and a source:
 //!
 //! ```no_run
-//! use fastswan::{Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder};
-//! use fastswan::{forwarder::AttachConfig, table::TableConfig};
+//! use fastswan::{Gateway, HostFacts, NetlinkSource, XdpForwarder};
+//! use fastswan::{forwarder::AttachConfig, table::{Ports as _, TableConfig}};
 //!
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
 //! let host = HostFacts::read()?;

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, OffloadTable as _, Policy, PolicySourceExt as _, XdpForwarder,
-    forwarder::AttachConfig, policy::NextHop, table::TableConfig,
+    Gateway, HostFacts, NetlinkSource, Policy, PolicySourceExt as _, XdpForwarder,
+    forwarder::AttachConfig,
+    policy::NextHop,
+    table::{Ports as _, TableConfig},
 };
 use tokio::time::sleep;
 

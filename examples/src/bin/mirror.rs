@@ -8,12 +8,12 @@ use std::{collections::BTreeMap, future::Future, io, net::SocketAddr, path::Path
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use fastswan::{
-    BpfTable, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PolicySource, XdpForwarder,
+    BpfTable, Gateway, HostFacts, NetlinkSource, PolicySource, XdpForwarder,
     compiler::{Flow, PolicyState},
     forwarder::{AttachConfig, AttachMode, Guard},
     gateway::Report,
     netlink::HostWatch,
-    table::{Port, TableConfig, TableError},
+    table::{Port, Ports as _, TableConfig, TableError},
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 use tokio::{

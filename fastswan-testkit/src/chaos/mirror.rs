@@ -2,7 +2,6 @@
 //! joins them, and the host's facts as they change. What passes between the parts is noted.
 
 use std::{
-    net::IpAddr,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -15,7 +14,7 @@ use fastswan::{
     netlink::HostWatch,
     policy::OffloadDev,
     source::{BoxFuture, NetlinkConfig},
-    table::{Capacity, Fact, Port, Side, Slot, Standing, TableError, TableUpdate, Traffic, Verdict},
+    table::{Capacity, Port, Ports, Slot, TableCounters, TableError, TableUpdate, Traffic},
 };
 use tokio::sync::{mpsc::UnboundedReceiver, oneshot};
 
@@ -270,6 +269,12 @@ impl OffloadTable for Timed {
         self.starvation.strike();
     }
 
+    fn capacity(&self) -> Capacity {
+        self.table.capacity()
+    }
+}
+
+impl Ports for Timed {
     fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
         self.table.set_port(port)
     }
@@ -281,37 +286,9 @@ impl OffloadTable for Timed {
     fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
         self.table.port(ifindex, vlan)
     }
+}
 
-    fn capacity(&self) -> Capacity {
-        self.table.capacity()
-    }
-
-    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
-        self.table.verdict(source, destination)
-    }
-
-    fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
-        self.table.fact(side, address)
-    }
-
-    fn is_guarded(&self, source: IpAddr) -> bool {
-        self.table.is_guarded(source)
-    }
-
-    fn is_exception(
-        &self,
-        source: IpAddr,
-        destination: IpAddr,
-        protocol: u8,
-        ports: Option<(u16, u16)>,
-    ) -> bool {
-        self.table.is_exception(source, destination, protocol, ports)
-    }
-
-    fn standing(&self, slot: Slot) -> Option<Standing> {
-        self.table.standing(slot)
-    }
-
+impl TableCounters for Timed {
     fn traffic(&self, slot: Slot) -> Traffic {
         self.table.traffic(slot)
     }

@@ -5,8 +5,12 @@ use std::{collections::HashMap, time::Duration};
 use anyhow::{Context as _, bail, ensure};
 use fastswan::{
     Compiler, Database, HostFacts, OffloadTable as _, PassReason, Policy, PolicyEvent, PolicySource,
-    PolicySourceExt as _, compiler::BrokenRule, forwarder::RunAction, policy::NextHop, source::StaleCause,
-    table::TableConfig,
+    PolicySourceExt as _,
+    compiler::BrokenRule,
+    forwarder::RunAction,
+    policy::NextHop,
+    source::StaleCause,
+    table::{Ports as _, TableConfig},
 };
 use tokio::{
     runtime::Runtime,

@@ -185,7 +185,7 @@ impl XdpForwarder {
     }
 
     /// Attaches the program to an interface. Its packets pass until the table knows the port
-    /// ([`OffloadTable::set_port`](crate::OffloadTable::set_port)).
+    /// ([`Ports::set_port`](crate::table::Ports::set_port)).
     ///
     /// # Errors
     ///

@@ -23,7 +23,7 @@ use crate::{
     event::StaleCause,
     host::{HostEvent, HostFacts, HostStaleCause, Link},
     policy::{Direction, Egress, NextHop, OffloadDev, OffloadKind, Template},
-    table::{Removals, Slot, TableConfig, Verdict},
+    table::{ReadBack as _, Removals, Slot, TableConfig, Verdict},
 };
 
 const LEASE: Duration = Duration::from_secs(1);

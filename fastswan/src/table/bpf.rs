@@ -16,10 +16,10 @@ use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, Shared};
 use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
-    OffloadTable, Removals, TableConfig, TableError, TableUpdate, delegate_lookups,
+    Capacity, OffloadTable, Removals, TableConfig, TableError, TableUpdate,
     devices::Devices,
     mmap::Region,
-    store::{Regions, Store},
+    store::{Regions, Store, of_store},
 };
 use crate::{policy::Family, sys::monotonic_coarse_nanoseconds};
 
@@ -147,6 +147,10 @@ impl OffloadTable for BpfTable {
         self.store.renew_lease(now, lease);
     }
 
+    fn capacity(&self) -> Capacity {
+        self.store.capacity()
+    }
+
     fn removals(&self) -> Removals {
         self.store.removals()
     }
@@ -154,6 +158,6 @@ impl OffloadTable for BpfTable {
     fn acknowledge(&mut self, removals: u64) {
         self.store.acknowledge(removals);
     }
-
-    delegate_lookups!(store);
 }
+
+of_store!(BpfTable);
