@@ -65,15 +65,21 @@
 pub mod compiler;
 pub mod database;
 pub mod event;
+#[cfg(feature = "bpf")]
 pub mod forwarder;
+#[cfg(feature = "tokio")]
 pub mod gateway;
 pub mod host;
+#[cfg(feature = "tokio")]
 pub mod metrics;
 pub mod mirror;
+#[cfg(feature = "netlink")]
 pub mod netlink;
 pub mod policy;
 mod prefix_map;
 pub mod source;
+#[cfg(feature = "netlink")]
+#[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "some calls are for programs only"))]
 mod sys;
 pub mod table;
 #[cfg(feature = "serde")]
@@ -83,12 +89,19 @@ pub use compiler::Compiler;
 pub use database::Database;
 pub use event::{PolicyEvent, Snapshot};
 pub use fastswan_ebpf::PassReason;
+#[cfg(feature = "bpf")]
 pub use forwarder::XdpForwarder;
+#[cfg(feature = "tokio")]
 pub use gateway::Gateway;
 pub use host::{HostEvent, HostFacts};
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
+#[cfg(feature = "netlink")]
+pub use source::NetlinkSource;
+#[cfg(feature = "tokio")]
+pub use source::channel::ChannelSource;
 pub use source::{
-    HostSource, NetlinkSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt,
-    channel::ChannelSource, fixed::StaticSource,
+    HostSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt, fixed::StaticSource,
 };
-pub use table::{BpfTable, MemoryTable, OffloadTable};
+#[cfg(feature = "bpf")]
+pub use table::BpfTable;
+pub use table::{MemoryTable, OffloadTable};

@@ -1,11 +1,12 @@
 //! System calls that no library here offers safely.
 #![allow(unsafe_code)]
 
-use std::{io, os::fd::AsRawFd as _};
+use std::{io, os::fd::AsRawFd as _, time::Duration};
 
 use netlink_sys::Socket;
 use rustix::{
     net::{AddressFamily, SocketType, netdevice::name_to_index, socket},
+    thread::{MembarrierCommand, membarrier},
     time::{ClockId, clock_gettime},
 };
 use tokio::io::unix::AsyncFd;

@@ -28,8 +28,8 @@ use self::{
     pins::{Pins, owner},
 };
 use crate::{
-    sys::{ifindex, monotonic_coarse_nanoseconds, strips_vlan_tags},
-    table::{BpfTable, Counters, MapsError, TableConfig, array, grace_period},
+    sys::{grace_period, ifindex, monotonic_coarse_nanoseconds, strips_vlan_tags},
+    table::{BpfTable, Counters, MapsError, TableConfig, array},
 };
 
 mod error;

@@ -8,18 +8,20 @@ mod back_off;
 mod decode;
 mod dump;
 mod links;
+#[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "redirects need a program"))]
 mod netdev;
 mod request;
 mod route;
 mod socket;
 mod watch;
 
+#[cfg(feature = "bpf")]
+pub(crate) use self::netdev::takes_redirected_frames;
 pub(crate) use self::{
     audit::Audit,
     back_off::BackOff,
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
     links::{Links, settle as settle_links},
-    netdev::takes_redirected_frames,
     socket::{Datagram, NetlinkSocket},
 };
 pub use self::{

@@ -10,15 +10,16 @@ use async_trait::async_trait;
 use futures::{FutureExt as _, Stream, future::ready, stream};
 
 pub mod adapters;
+#[cfg(feature = "tokio")]
 pub mod channel;
 pub mod fixed;
 mod host;
+#[cfg(feature = "netlink")]
 mod netlink;
 
-pub use self::{
-    host::{HostSource, VouchedHost},
-    netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
-};
+pub use self::host::{HostSource, VouchedHost};
+#[cfg(feature = "netlink")]
+pub use self::netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics};
 
 /// What [`PolicySource::settle`] returns.
 pub use futures::future::BoxFuture;

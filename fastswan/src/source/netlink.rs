@@ -33,7 +33,7 @@ use crate::{
         settle_links, settle_requests,
     },
     policy::OffloadDev,
-    table::grace_period,
+    sys::grace_period,
 };
 
 /// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.

@@ -13,7 +13,6 @@ use aya::{
 #[cfg(feature = "guard")]
 use fastswan_ebpf::Control;
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, Shared};
-use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
     Capacity, OffloadTable, Removals, TableConfig, TableError, TableUpdate,
@@ -21,7 +20,10 @@ use super::{
     mmap::Region,
     store::{Regions, Store, of_store},
 };
-use crate::{policy::Family, sys::monotonic_coarse_nanoseconds};
+use crate::{
+    policy::Family,
+    sys::{grace_period, monotonic_coarse_nanoseconds},
+};
 
 /// The table that the XDP program of an [`XdpForwarder`](crate::XdpForwarder) reads.
 ///
