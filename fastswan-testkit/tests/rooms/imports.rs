@@ -281,10 +281,11 @@ fn tokens(text: &str) -> Vec<String> {
     tokens
 }
 
-/// Leaves out every item under `#[cfg(test)]`, or under one that is for fuzzing as well.
+/// Leaves out every item under `#[cfg(test)]`, with a feature or without, and what is for tests and fuzzing.
 fn without_tests(tokens: &[String]) -> Vec<String> {
-    const TEST: [&[&str]; 2] = [
+    const TEST: [&[&str]; 3] = [
         &["#", "[", "cfg", "(", "test", ")", "]"],
+        &["#", "[", "cfg", "(", "all", "(", "test", ","],
         &["#", "[", "cfg", "(", "any", "(", "test", ",", "fuzzing", ")", ")", "]"],
     ];
     let mut kept = Vec::new();
@@ -297,7 +298,9 @@ fn without_tests(tokens: &[String]) -> Vec<String> {
             at += 1;
             continue;
         };
-        let mut depth = 0_usize;
+        // Words may have been left out of the pattern: the attribute ends where its brackets do.
+        let mut depth = attribute.iter().filter(|word| matches!(**word, "(" | "[")).count()
+            - attribute.iter().filter(|word| matches!(**word, ")" | "]")).count();
         at += attribute.len();
         while let Some(token) = tokens.get(at) {
             at += 1;

@@ -64,6 +64,13 @@ impl<K: Key, T: Item> Stored<K, T> {
         keys.zip(&self.places).filter_map(|(key, place)| Some((key, place.as_ref()?)))
     }
 
+    /// Those with this key or a higher one, in order of keys.
+    pub(super) fn from(&self, first: K) -> impl Iterator<Item = (K, &T)> {
+        let keys = (first.number()..).map(K::new);
+        let places = self.places.get(first.index()..).unwrap_or_default();
+        keys.zip(places).filter_map(|(key, place)| Some((key, place.as_ref()?)))
+    }
+
     /// Those of a request, the newest first.
     pub(super) fn of_request(&self, request: Request) -> impl Iterator<Item = (K, &T)> + Clone {
         let keys = self.by_request.get(request, |key| get(&self.places, key)?.request());
@@ -124,11 +131,12 @@ impl<K: Key, T: Item> Stored<K, T> {
         Some((key, removed))
     }
 
-    /// Stores these and nothing else. What stays keeps its key. Of several with one identity, the last counts.
-    pub(super) fn replace(&mut self, all: Vec<T>) {
+    /// Stores these and nothing else, and returns those that are there no longer. What stays keeps its key. Of several with
+    /// one identity, the last counts.
+    pub(super) fn replace(&mut self, all: Vec<T>) -> Vec<(K, T)> {
         if self.places.is_empty() {
             self.fill(all);
-            return;
+            return Vec::new();
         }
         let mut stays = vec![false; self.places.len()];
         for new in all {
@@ -141,9 +149,7 @@ impl<K: Key, T: Item> Stored<K, T> {
         let leaves = |key: K| stays.get(key.index()).is_some_and(|stays| !stays);
         let leaving = self.iter().filter(|(key, _)| leaves(*key));
         let leaving: Vec<T::Id> = leaving.map(|(_, item)| item.id().clone()).collect();
-        for id in &leaving {
-            self.remove(id);
-        }
+        leaving.iter().filter_map(|id| self.remove(id)).collect()
     }
 
     /// The same when nothing is stored yet: it takes them over where they are.

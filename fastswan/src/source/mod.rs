@@ -16,15 +16,20 @@ pub mod fixed;
 mod host;
 #[cfg(feature = "netlink")]
 mod netlink;
+#[cfg(feature = "netlink")]
+mod netlink_host;
 
 pub use self::host::{HostSource, VouchedHost};
 #[cfg(feature = "netlink")]
-pub use self::netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics};
+pub use self::{
+    netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+    netlink_host::NetlinkHost,
+};
 
 /// What [`PolicySource::settle`] returns.
 pub use futures::future::BoxFuture;
 
-pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
+pub use crate::event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause};
 use crate::policy::PolicyId;
 
 /// A source of policies.
