@@ -161,13 +161,13 @@ impl Database {
         match event {
             PolicyEvent::Snapshot(snapshot) => self.replace(snapshot),
             PolicyEvent::Audit(snapshot) => self.audit(snapshot),
-            PolicyEvent::Policy(policy) => match self.insert_policy(policy) {
-                Ok(key) => self.renew_age(key),
-                Err(same) => {
-                    self.renew_age(same);
-                    self.note_age(same);
+            PolicyEvent::Policy(policy) => {
+                let (key, is_noted) = self.insert_policy(policy);
+                self.renew_age(key);
+                if !is_noted {
+                    self.note_age(key);
                 }
-            },
+            }
             PolicyEvent::PolicyRemoved(id) => self.remove_policy(&id),
             PolicyEvent::PoliciesFlushed(table) => {
                 let flushed = self.policies().filter(|policy| policy.id.policy_type == table);
