@@ -8,7 +8,8 @@ use std::{collections::BTreeSet, fmt, thread};
 
 use self::{
     journal::Journal,
-    stored::{Item, Key, Stored},
+    key::Key,
+    stored::{Item, Stored},
 };
 pub(crate) use self::{
     journal::{Change, Revision},
@@ -23,6 +24,7 @@ use crate::{
 };
 
 mod journal;
+mod key;
 mod request;
 mod stored;
 
@@ -424,6 +426,7 @@ impl Database {
     }
 
     /// Everything, in no particular order.
+    #[cfg(feature = "netlink")]
     pub(crate) fn into_snapshot(self) -> Snapshot {
         let (policies, sas) = (self.policies.into_all(), self.sas.into_all());
         Snapshot { policies, sas, default_policy: self.default_policy, order: self.order }

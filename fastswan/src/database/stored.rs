@@ -5,17 +5,10 @@ use std::hash::{BuildHasher as _, Hash};
 
 use hashbrown::{DefaultHashBuilder, HashTable, hash_table};
 
-use super::request::{ByRequest, Request};
-
-/// The number of something stored, as long as it is there. Afterwards something else may get it.
-pub(super) trait Key: Copy + Eq + Send {
-    fn new(number: u32) -> Self;
-    fn number(self) -> u32;
-
-    fn index(self) -> usize {
-        self.number() as usize
-    }
-}
+use super::{
+    key::Key,
+    request::{ByRequest, Request},
+};
 
 /// A policy or an association.
 pub(super) trait Item: PartialEq + Send {
@@ -187,6 +180,7 @@ impl<K: Key, T: Item> Stored<K, T> {
     }
 
     /// Everything, in no particular order.
+    #[cfg(feature = "netlink")]
     pub(super) fn into_all(self) -> Vec<T> {
         self.places.into_iter().flatten().collect()
     }

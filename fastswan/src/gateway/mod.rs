@@ -745,7 +745,7 @@ async fn settled(settling: &mut Option<Settling>) -> Result<(), SourceError> {
 /// Waits until every packet that was in the program has left it.
 async fn left_the_program(hold: HoldId) -> HoldId {
     #[cfg(feature = "bpf")]
-    if tokio::task::spawn_blocking(crate::table::grace_period).await.is_err() {
+    if tokio::task::spawn_blocking(crate::sys::grace_period).await.is_err() {
         tracing::warn!("the thread that waits for a grace period has gone");
     }
     hold

@@ -10,14 +10,18 @@ use async_trait::async_trait;
 use futures::{FutureExt as _, Stream, future::ready, stream};
 
 pub mod adapters;
+#[cfg(feature = "tokio")]
 pub mod channel;
 pub mod fixed;
 mod host;
+#[cfg(feature = "netlink")]
 mod netlink;
+#[cfg(feature = "netlink")]
 mod netlink_host;
 
+pub use self::host::{HostSource, VouchedHost};
+#[cfg(feature = "netlink")]
 pub use self::{
-    host::{HostSource, VouchedHost},
     netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
     netlink_host::NetlinkHost,
 };

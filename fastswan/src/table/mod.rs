@@ -15,32 +15,36 @@ use std::{net::IpAddr, time::Duration};
 
 use fastswan_ebpf::PassReason;
 
+#[cfg(feature = "bpf")]
+pub use self::bpf::BpfTable;
 #[cfg(feature = "guard")]
 pub(crate) use self::bpf::begin_removal;
+#[cfg(feature = "bpf")]
+pub(crate) use self::{
+    bpf::{MapsError, array},
+    counters::Counters,
+};
 pub use self::{
-    bpf::BpfTable,
     contents::{Contents, Packet},
     entries::{Cell, Exception, Fact, Forwarding, Probes, Side, Slot, Standing, Verdict},
     error::TableError,
     memory::MemoryTable,
-    port::{Forwards, Port, ReversePath},
     size::{Capacity, TableConfig},
     update::{Change, TableUpdate},
 };
-pub(crate) use self::{
-    bpf::{MapsError, array, grace_period},
-    counters::Counters,
-};
+pub use crate::host::{Forwards, Port, ReversePath};
 
+#[cfg(feature = "bpf")]
 mod bpf;
 mod contents;
+#[cfg(feature = "bpf")]
 mod counters;
+#[cfg(feature = "bpf")]
 mod devices;
 mod entries;
 mod error;
 mod memory;
 mod mmap;
-mod port;
 mod size;
 mod space;
 mod split;
