@@ -2,6 +2,7 @@
 //! joins them, and the host's facts as they change. What passes between the parts is noted.
 
 use std::{
+    net::IpAddr,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -9,12 +10,11 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, Database, Gateway, NetlinkSource, OffloadTable, PassReason, PolicyEvent, PolicySource,
-    Snapshot, SourceError,
-    netlink::HostWatch,
+    BpfTable, Database, Gateway, HostEvent, HostFacts, HostSource as _, NetlinkHost, NetlinkSource,
+    OffloadTable, PassReason, PolicyEvent, PolicySource, Snapshot, SourceError,
     policy::OffloadDev,
     source::{BoxFuture, NetlinkConfig},
-    table::{Capacity, Port, Ports, Slot, TableCounters, TableError, TableUpdate, Traffic},
+    table::{Capacity, Fact, Port, Side, Slot, Standing, TableError, TableUpdate, Traffic, Verdict},
 };
 use tokio::sync::{mpsc::UnboundedReceiver, oneshot};
 
@@ -60,8 +60,7 @@ async fn follow(
     notes: &mpsc::Sender<Note>,
     drops: Option<u64>,
 ) -> anyhow::Result<Life> {
-    let mut watch = HostWatch::open()?;
-    let facts = watch.read()?;
+    let mut watch = NetlinkHost::open()?;
     let config = NetlinkConfig::default()
         .receive_buffer(RECEIVE_BUFFER)
         .audit(Some(AUDIT))
@@ -77,19 +76,20 @@ async fn follow(
         removals: 0,
     };
     let table = Timed::new(table, notes.clone());
-    let mut gateway = Gateway::new(source, table, &facts).with_lease(LEASE);
+    let mut gateway = Gateway::new(source, table, &HostFacts::default()).with_lease(LEASE);
     loop {
         let (mut question, mut change) = (None, None);
         let interrupted = async {
             tokio::select! {
                 asked = questions.recv() => question = Some(asked),
-                changed = watch.changed() => change = Some(changed),
+                event = watch.next_event() => change = Some(event),
             }
         };
         gateway.run_until(interrupted).await?;
-        if let Some(changed) = change {
-            changed?;
-            gateway.set_host(&watch.read()?)?;
+        match change.transpose()?.flatten() {
+            Some(HostEvent::Snapshot(facts)) => gateway.set_host(&facts)?,
+            Some(_) => gateway.forget_host(),
+            None => {}
         }
         match question {
             Some(Some(question)) => {
@@ -269,12 +269,6 @@ impl OffloadTable for Timed {
         self.starvation.strike();
     }
 
-    fn capacity(&self) -> Capacity {
-        self.table.capacity()
-    }
-}
-
-impl Ports for Timed {
     fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
         self.table.set_port(port)
     }
@@ -286,9 +280,37 @@ impl Ports for Timed {
     fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
         self.table.port(ifindex, vlan)
     }
-}
 
-impl TableCounters for Timed {
+    fn capacity(&self) -> Capacity {
+        self.table.capacity()
+    }
+
+    fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict> {
+        self.table.verdict(source, destination)
+    }
+
+    fn fact(&self, side: Side, address: IpAddr) -> Option<Fact> {
+        self.table.fact(side, address)
+    }
+
+    fn is_guarded(&self, source: IpAddr) -> bool {
+        self.table.is_guarded(source)
+    }
+
+    fn is_exception(
+        &self,
+        source: IpAddr,
+        destination: IpAddr,
+        protocol: u8,
+        ports: Option<(u16, u16)>,
+    ) -> bool {
+        self.table.is_exception(source, destination, protocol, ports)
+    }
+
+    fn standing(&self, slot: Slot) -> Option<Standing> {
+        self.table.standing(slot)
+    }
+
     fn traffic(&self, slot: Slot) -> Traffic {
         self.table.traffic(slot)
     }
