@@ -8,8 +8,8 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, ChannelSource, Gateway, NetlinkHost, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
-    PolicySource, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
+    BpfTable, ChannelSource, Gateway, NetlinkHost, NetlinkSource, PassReason, PolicyEvent, PolicySource,
+    Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::{GatewayError, PolicyStatus},
