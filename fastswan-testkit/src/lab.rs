@@ -22,7 +22,7 @@ use nix::{
     sched::{CloneFlags, setns},
 };
 
-use crate::sys::{Ethtool, ethtool_set, packet_socket};
+use crate::sys::{Ethtool, ethtool_set, feature_set, packet_socket};
 
 /// Where `ip netns` keeps namespaces.
 const NETNS: &str = "/run/netns";
@@ -169,15 +169,14 @@ impl Namespace {
             .map_err(|error| LabError::system(format!("looking for {device}"), error))
     }
 
-    /// Switches generic receive offload of a device on or off. A veth device takes frames from XDP as long as its peer
-    /// has it.
+    /// Turns a feature of a device on or off, by the kernel's name of it, as in `rx-vlan-hw-parse`.
     ///
     /// # Errors
     ///
     /// [`LabError::System`].
-    pub fn set_receive_offload(&self, device: &str, on: bool) -> Result<(), LabError> {
-        self.enter(|| ethtool_set(device, Ethtool::Gro, on.into()))
-            .map_err(|error| LabError::system(format!("generic receive offload of {device}"), error))
+    pub fn set_feature(&self, device: &str, feature: &str, on: bool) -> Result<(), LabError> {
+        self.enter(|| feature_set(device, feature, on))
+            .map_err(|error| LabError::system(format!("setting {feature} of {device}"), error))
     }
 
     /// Forwards IPv4 and IPv6.

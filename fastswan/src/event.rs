@@ -42,6 +42,22 @@ pub struct Snapshot {
     pub sas: Vec<SecurityAssociation>,
     /// The default policy.
     pub default_policy: DefaultPolicy,
+    /// Which of several policies a packet is for.
+    pub order: PolicyOrder,
+}
+
+/// Which policy a packet is for if several match.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PolicyOrder {
+    /// The one that the kernel finds first. Packet-offloaded policies stand in the order in which they were added or
+    /// updated, whatever their priorities; so a source must tell of these in the kernel's order.
+    #[default]
+    Kernel,
+    /// The one with the lowest priority number, and nothing else matters. For a source that has no kernel behind it, and
+    /// whose author says what packets are for. Of several with that number none is certain: their packets pass, unless
+    /// they lead the same way.
+    ByPriority,
 }
 
 /// Why a source lost track.

@@ -329,6 +329,7 @@ fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Po
         asks_per_cpu: info.flags & XFRM_POLICY_CPU_ACQUIRE != 0,
         expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
         egress: Egress::default(),
+        held: false,
     }))
 }
 

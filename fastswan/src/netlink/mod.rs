@@ -8,7 +8,10 @@ mod audit;
 mod back_off;
 mod decode;
 mod dump;
+#[cfg(feature = "bpf")]
+mod interface;
 mod links;
+#[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "redirects need a program"))]
 mod netdev;
 mod request;
 mod route;
@@ -25,11 +28,15 @@ pub(crate) use self::{
     back_off::BackOff,
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
     links::{Links, settle as settle_links},
-    netdev::takes_redirected_frames,
     route::read_host,
     socket::{Datagram, NetlinkSocket},
     thresholds::{ThresholdWatch, Thresholds, thresholds},
     watch::HostChanges,
+};
+#[cfg(feature = "bpf")]
+pub(crate) use self::{
+    interface::{PortLink, find_link, members, read_link},
+    netdev::takes_redirected_frames,
 };
 
 /// What to do about an error of a netlink socket, starting with "; ", or nothing.

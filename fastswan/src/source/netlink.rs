@@ -35,7 +35,7 @@ use crate::{
         NetlinkSocket, ThresholdWatch, Thresholds, decode, remedy, settle_links, settle_requests, thresholds,
     },
     policy::OffloadDev,
-    table::grace_period,
+    sys::grace_period,
 };
 
 /// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies, migrations.
