@@ -71,7 +71,10 @@ fn story<F: Future<Output = ()>>(what: &str, tell: impl FnOnce(Namespace) -> F +
 /// Applies what the source says until it has nothing more to say.
 async fn follow(source: &mut NetlinkSource, database: &mut Database) -> Vec<StaleCause> {
     let mut causes = Vec::new();
-    while let Ok(event) = timeout(Duration::from_millis(200), source.next_event()).await {
+    // A dump takes its time where others use the machine, too.
+    let patience =
+        |database: &Database| if database.is_current() { Duration::from_millis(200) } else { PATIENCE };
+    while let Ok(event) = timeout(patience(database), source.next_event()).await {
         let event = event.unwrap().unwrap();
         if let PolicyEvent::Stale(cause) = event {
             causes.push(cause);

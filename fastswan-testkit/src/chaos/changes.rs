@@ -61,6 +61,14 @@ pub(super) enum Step {
     Wait,
     /// The device goes down, with all that was offloaded to it, and comes back.
     LoseDevice,
+    /// A policy is moved to another far end, if the kernel can move the associations as well.
+    Migrate(PolicyId, Template),
+    /// The kernel sorts its policies anew: these are the least prefix lengths of those that it hashes.
+    Thresholds(u8),
+    /// The port's link changes, in one of several ways.
+    Port(u8),
+    /// A device comes and goes.
+    Device,
 }
 
 /// A step, and the policies that may be fast until then and not any longer.
@@ -163,6 +171,9 @@ impl World {
                 None => self.change(rng),
             },
             692 => self.lose_device(),
+            693..698 => self.migrate(rng),
+            698 => happening(Step::Thresholds(rng.random_range(16..=32))),
+            699 => happening(if rng.random() { Step::Port(rng.random_range(0..2)) } else { Step::Device }),
             _ => self.change(rng),
         }
     }
@@ -283,6 +294,13 @@ impl World {
 
     fn lose_device(&mut self) -> Happening {
         Happening { step: Step::LoseDevice, ended: std::mem::take(&mut self.offloaded) }
+    }
+
+    fn migrate(&mut self, rng: &mut StdRng) -> Happening {
+        match self.policies.choose(rng).and_then(|policy| Some((policy, policy.templates.first()?))) {
+            Some((policy, template)) => happening(Step::Migrate(policy.id.clone(), *template)),
+            None => self.change(rng),
+        }
     }
 
     fn allocate(&mut self, reqid: u32) -> Step {

@@ -16,6 +16,9 @@ pub(super) const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 pub(super) const PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 pub(super) const ADDRESS_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 1));
 pub(super) const PEER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 2));
+/// Far ends that tunnels are moved to, by the same way.
+pub(super) const MOVED: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 9));
+pub(super) const MOVED_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xf, 0, 0, 0, 0, 9));
 /// Those of tunnels through the device that is lost from time to time.
 pub(super) const LOOSE_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1));
 pub(super) const LOOSE_PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 2));
@@ -50,6 +53,9 @@ impl Host {
         for neighbour in ["192.0.2.2", "2001:db8:f::2"] {
             gateway.ip(&format!("neighbour replace {neighbour} lladdr {other} dev out0"))?;
         }
+        for moved in [MOVED, MOVED_V6] {
+            gateway.ip(&format!("neighbour replace {moved} lladdr {other} dev out0"))?;
+        }
         gateway.ip("route add default via 192.0.2.2")?;
         gateway.ip("route add default via 2001:db8:f::2")?;
         let index = |device| gateway.ifindex(device);
@@ -62,6 +68,21 @@ impl Host {
     /// Moves the calling thread into the namespace, for good.
     pub(super) fn join_this_thread(&self) -> Result<(), LabError> {
         self.gateway.join_this_thread()
+    }
+
+    /// Changes the port's link, and takes the change back.
+    pub(super) fn change_port(&self, kind: u8) -> Result<(), LabError> {
+        let changes = match kind {
+            0 => ["link set in0 mtu 1400", "link set in0 mtu 1500"],
+            _ => ["address add 10.77.0.1/32 dev in0", "address delete 10.77.0.1/32 dev in0"],
+        };
+        changes.iter().try_for_each(|change| self.gateway.ip(change).map(drop))
+    }
+
+    /// Adds a device and removes it.
+    pub(super) fn change_devices(&self) -> Result<(), LabError> {
+        self.gateway.ip("link add idle0 type veth peer name idle1")?;
+        self.gateway.ip("link delete idle0").map(drop)
     }
 
     /// Takes the device down, or brings it back. Returns when the kernel has done so.

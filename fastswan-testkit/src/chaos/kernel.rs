@@ -13,7 +13,7 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use super::{
     changes::{Happening, Step},
-    host::Host,
+    host::{ADDRESS, ADDRESS_V6, Host, MOVED, MOVED_V6},
     judge::{Expected, Packet, difference, expected, sorted},
     lag::{Lags, Note, Subject},
     mirror::Question,
@@ -122,6 +122,25 @@ impl<'r> Kernel<'r> {
                 self.host.set_loose(true)?;
                 report.lost_devices += 1;
                 return Ok(());
+            }
+            Step::Migrate(id, template) => {
+                let new = if template.source.is_ipv4() { (ADDRESS, MOVED) } else { (ADDRESS_V6, MOVED_V6) };
+                // It fails where there is an association that lacks a key, or if the policy was moved before.
+                let moved = self.request(requests::migration(&id, &template, new, None))?;
+                report.migrations += u64::from(moved.is_ok());
+            }
+            Step::Thresholds(bits) => {
+                let bits = [[bits; 2], [bits.saturating_mul(4); 2]];
+                self.request(requests::thresholds(bits))?.context("setting thresholds")?;
+                report.host_changes += 1;
+            }
+            Step::Port(kind) => {
+                self.host.change_port(kind)?;
+                report.host_changes += 1;
+            }
+            Step::Device => {
+                self.host.change_devices()?;
+                report.host_changes += 1;
             }
         }
         self.end(&ended);

@@ -32,6 +32,10 @@ pub struct Report {
     pub audit_repairs: u64,
     /// Times that the device was lost.
     pub lost_devices: u64,
+    /// Policies that were moved to another far end.
+    pub migrations: u64,
+    /// Times that a device or the order of policies changed.
+    pub host_changes: u64,
     /// Times that nothing changed and the mirror was judged.
     pub quiet_points: u64,
     /// Packets that were judged then.
@@ -64,6 +68,8 @@ impl Report {
             audits: 0,
             audit_repairs: 0,
             lost_devices: 0,
+            migrations: 0,
+            host_changes: 0,
             quiet_points: 0,
             packets: 0,
             fast_packets: 0,
@@ -140,6 +146,8 @@ impl Report {
             "audits": self.audits,
             "audit_repairs": self.audit_repairs,
             "lost_devices": self.lost_devices,
+            "migrations": self.migrations,
+            "host_changes": self.host_changes,
             "quiet_points": self.quiet_points,
             "packets": self.packets,
             "fast_packets": self.fast_packets,
