@@ -107,13 +107,13 @@ pub use forwarder::XdpForwarder;
 pub use gateway::Gateway;
 pub use host::{HostEvent, HostFacts};
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
-#[cfg(feature = "netlink")]
-pub use source::{NetlinkHost, NetlinkSource};
 #[cfg(feature = "tokio")]
 pub use source::channel::ChannelSource;
 pub use source::{
     HostSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt, fixed::StaticSource,
 };
+#[cfg(feature = "netlink")]
+pub use source::{NetlinkHost, NetlinkSource};
 #[cfg(feature = "bpf")]
 pub use table::BpfTable;
 pub use table::{MemoryTable, OffloadTable};

@@ -55,7 +55,7 @@ use std::collections::BTreeMap;
 
 use fastswan_ebpf::PassReason;
 
-pub use self::explain::{Cause, Explanation, Flow, Shadow};
+pub use self::explain::{Cause, Explanation, Flow, ParseFlowError, Shadow};
 use self::{
     family::{Compiled, FamilyCompiler},
     path::Paths,
@@ -109,6 +109,17 @@ pub enum PolicyState {
     Fast,
     /// They pass.
     Pass(PassReason),
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for PolicyState {
+    /// As the name of the reason, or `fast`.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Self::Fast => "fast",
+            Self::Pass(reason) => reason.name(),
+        })
+    }
 }
 
 /// What changes leave to be looked at again.
@@ -258,6 +269,12 @@ impl Compiler {
         let reports: Vec<_> = reports.collect();
         let is_last = policies.next().is_none();
         (reports, next.filter(|_| !is_last))
+    }
+
+    /// The policy that has a slot. Looks through all slots.
+    pub(crate) fn policy_of<'d>(&self, database: &'d Database, slot: Slot) -> Option<&'d PolicyId> {
+        let key = self.slots.owners().find(|key| self.slots.get(*key) == Some(slot))?;
+        database.policy_with_key(key).map(|policy| &policy.id)
     }
 
     /// The slot of a policy that was just removed, and is not compiled yet.

@@ -108,5 +108,6 @@ impl Status {
 fn has_ports(mirror: &Mirror) -> bool {
     let mut interfaces = mirror.interfaces().peekable();
     interfaces.peek().is_none()
-        || interfaces.any(|(.., state)| matches!(state, InterfaceState::Attached { vlans } if !vlans.is_empty()))
+        || interfaces
+            .any(|(.., state)| matches!(state, InterfaceState::Attached { vlans } if !vlans.is_empty()))
 }

@@ -22,6 +22,8 @@ pub enum GatewayError {
     #[error(transparent)]
     Forwarder(#[from] crate::forwarder::ForwarderError),
     /// It had failed before.
-    #[error("the gateway has failed before, and does not know what its table holds: build another of its parts")]
+    #[error(
+        "the gateway has failed before, and does not know what its table holds: build another of its parts"
+    )]
     Failed,
 }

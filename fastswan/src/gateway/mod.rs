@@ -96,11 +96,15 @@ pub struct Gateway<S, H, T: OffloadTable> {
     /// Holds that the table knows of, and that packets in the program may not know of.
     leaving: FuturesUnordered<BoxFuture<'static, HoldId>>,
     settling: Option<Settling>,
+    /// When the removals were noticed that have settled and are not acknowledged.
+    settled_from: Option<Instant>,
     collection: Collection,
     removed: VecDeque<RemovedPolicy>,
     removed_unnamed: Traffic,
     /// When the first event came out of a source that the table does not hold yet.
     since: Option<Instant>,
+    /// Events of the policy source that were handed over since the last write.
+    unwritten_events: usize,
     lag: Histogram,
     journal: Journal,
     meters: Meters,
@@ -156,10 +160,12 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             held: HashMap::new(),
             leaving: FuturesUnordered::new(),
             settling: None,
+            settled_from: None,
             collection: Collection::default(),
             removed: VecDeque::new(),
             removed_unnamed: Traffic::default(),
             since: None,
+            unwritten_events: 0,
             lag: Histogram::default(),
             journal: Journal::default(),
             meters: Meters::new(),
@@ -237,7 +243,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     ///
     /// [`GatewayError`], as above.
     pub async fn synchronise(&mut self) -> Result<(), GatewayError> {
-        self.run(pending(), |gateway| gateway.mirror.is_synchronised() && !gateway.mirror.awaits_source()).await
+        self.run(pending(), |gateway| gateway.mirror.is_synchronised() && !gateway.mirror.awaits_source())
+            .await
     }
 
     /// What it was made of. Nothing is fast any longer; the program stays attached, and passes.
@@ -356,7 +363,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         if self.mirror.is_written() {
             if let Some(since) = self.since.take() {
                 self.lag.record(since.elapsed());
-                self.meters.written(since.elapsed());
+                self.meters.caught_up(since.elapsed());
             }
             self.source.source.written();
         }
@@ -378,17 +385,17 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         let before = self.mirror.statistics().audit_repairs;
         let known = self.mirror.input(Input::Policies);
         self.mirror.handle_policy_event(event, now());
-        self.meters.applied();
+        self.unwritten_events += 1;
         self.meters.repaired(self.mirror.statistics().audit_repairs - before);
         if let Some(cause) = stale {
-            self.meters.lost_track(cause);
+            self.meters.lost_track(Input::Policies.name(), cause);
             tracing::warn!(cause, "the policy source lost track: everything passes until it knows again");
             // At once, not when all has been read.
             self.act()?;
         }
         if let Some((policies, associations)) = snapshot {
             let cause = cause_of(known);
-            self.meters.resynchronised(cause);
+            self.meters.resynchronised(Input::Policies.name(), cause);
             tracing::info!(cause, policies, associations, "the policy source knows everything");
         }
         Ok(())
@@ -400,11 +407,20 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             return Ok(());
         };
         self.since.get_or_insert_with(Instant::now);
-        let is_stale = matches!(event, HostEvent::Stale(_));
+        let known = self.mirror.input(Input::Host);
+        let stale = if let HostEvent::Stale(cause) = &event { Some(cause.name()) } else { None };
         self.mirror.handle_host_event(event, now());
-        if is_stale {
+        if let Some(cause) = stale {
+            self.meters.lost_track(Input::Host.name(), cause);
+            tracing::debug!(
+                cause,
+                "something about the host has changed: everything passes until it is known"
+            );
             self.act()?;
         } else {
+            let cause = cause_of(known);
+            self.meters.resynchronised(Input::Host.name(), cause);
+            tracing::debug!(cause, "the host is known");
             self.table.refresh_devices();
             #[cfg(feature = "bpf")]
             self.attached.look_again(&mut self.mirror);
@@ -414,10 +430,17 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
 
     /// Does what the mirror wants done.
     fn act(&mut self) -> Result<(), GatewayError> {
-        while let Some(action) = self.mirror.poll_action() {
+        loop {
+            let began = Instant::now();
+            let expiries = self.mirror.statistics().lease_expiries;
+            let Some(action) = self.mirror.poll_action() else { break };
+            self.meters.lease_expired(self.mirror.statistics().lease_expiries - expiries);
             match action {
                 Action::Disable => self.table.set_enabled(false),
-                Action::Write(update) => self.write(&update)?,
+                Action::Write(update) => {
+                    self.meters.compiled(began.elapsed());
+                    self.write(&update)?;
+                }
                 Action::RemovePort { ifindex, vlan } => self.table.remove_port(ifindex, vlan),
                 Action::SetPort(port) => {
                     if let Err(error) = self.table.set_port(&port) {
@@ -434,7 +457,9 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                 }
                 Action::Acknowledge { removals } => {
                     self.table.acknowledge(removals);
-                    self.meters.opened();
+                    if let Some(began) = self.settled_from.take() {
+                        self.meters.opened(began.elapsed());
+                    }
                 }
                 Action::Held(hold) => self.leaving.push(left_the_program(hold).boxed()),
             }
@@ -444,7 +469,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
 
     /// Writes an update, a little at a time unless everything passes anyway, as it does while something is being written.
     fn write(&mut self, update: &TableUpdate) -> Result<(), GatewayError> {
-        let began = Instant::now();
         let departed = self.mirror.take_departed();
         let filled: std::collections::HashSet<_> =
             update.slots.iter().filter(|(_, standing)| standing.is_some()).map(|(slot, _)| *slot).collect();
@@ -463,7 +487,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.meters.retired(policy.traffic);
             self.remember_removed(policy);
         }
-        self.meters.wrote(update.len(), began.elapsed());
+        self.meters.applied(std::mem::take(&mut self.unwritten_events));
+        self.meters.written(update.len());
         self.journal.note(update, &self.mirror);
         Ok(())
     }
@@ -518,7 +543,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
 
     fn settled(&mut self) {
         if let Some(Settling { removals, began, .. }) = self.settling.take() {
-            self.meters.settled(began);
+            self.settled_from = Some(began);
             self.mirror.handle_settled(removals, now());
         }
     }
@@ -539,7 +564,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                 self.mirror.set_kill_switch(on);
                 tracing::info!(on, "the kill switch");
                 self.act()?;
-                drop(asker.send(()));
+                let _ = asker.send(());
             }
             Command::Hold(target, asker) => {
                 tracing::info!(%target, "holding");
@@ -568,17 +593,32 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     /// Goes on with a status, a few policies at a time.
     fn collect(&mut self) {
         if let Some(policies) = self.collection.go_on(&self.mirror, self.table.get()) {
-            self.meters.look(&policies, &self.mirror, self.table.get(), self.source.source.queued());
+            #[cfg(feature = "metrics")]
+            self.meters.look(&crate::metrics::Moment {
+                policies: policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
+                passes: self.table.passes(),
+                associations: self.mirror.database().sas().count(),
+                queued: self.source.source.queued(),
+            });
             if self.collection.is_asked_for() {
                 let status = Status {
                     state: self.state(),
                     removed: self.removed.drain(..).collect(),
                     removed_unnamed: std::mem::take(&mut self.removed_unnamed),
-                    passes: self.table.passes().into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
+                    passes: self
+                        .table
+                        .passes()
+                        .into_iter()
+                        .map(|(reason, count)| (reason.name(), count))
+                        .collect(),
                     interfaces: self
                         .mirror
                         .interfaces()
-                        .map(|(name, ifindex, state)| InterfaceStatus { name: name.to_owned(), ifindex, state })
+                        .map(|(name, ifindex, state)| InterfaceStatus {
+                            name: name.to_owned(),
+                            ifindex,
+                            state,
+                        })
                         .collect(),
                     holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),
                     lag: self.lag.lag(),
@@ -611,12 +651,10 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
 
     fn tell_state(&mut self) {
         let state = self.state();
+        self.meters.switched(state.is_on);
         self.ends.states.send_if_modified(|told| {
             let is_new = *told != state;
-            if is_new {
-                tracing::debug!(%state, "state");
-                *told = state;
-            }
+            *told = state;
             is_new
         });
     }
@@ -645,7 +683,9 @@ impl<S, H, T: OffloadTable> Gateway<S, H, T> {
 
 impl<T: OffloadTable> Switched<T> {
     fn get(&self) -> &T {
-        let Self(Some(table)) = self else { unreachable!("only `into_parts` takes the table, and the gateway with it") };
+        let Self(Some(table)) = self else {
+            unreachable!("only `into_parts` takes the table, and the gateway with it")
+        };
         table
     }
 }
@@ -660,7 +700,9 @@ impl<T: OffloadTable> std::ops::Deref for Switched<T> {
 
 impl<T: OffloadTable> std::ops::DerefMut for Switched<T> {
     fn deref_mut(&mut self) -> &mut T {
-        let Self(Some(table)) = self else { unreachable!("only `into_parts` takes the table, and the gateway with it") };
+        let Self(Some(table)) = self else {
+            unreachable!("only `into_parts` takes the table, and the gateway with it")
+        };
         table
     }
 }
@@ -703,7 +745,7 @@ async fn settled(settling: &mut Option<Settling>) -> Result<(), SourceError> {
 /// Waits until every packet that was in the program has left it.
 async fn left_the_program(hold: HoldId) -> HoldId {
     #[cfg(feature = "bpf")]
-    if tokio::task::spawn_blocking(crate::table::grace_period).await.is_err() {
+    if tokio::task::spawn_blocking(crate::sys::grace_period).await.is_err() {
         tracing::warn!("the thread that waits for a grace period has gone");
     }
     hold

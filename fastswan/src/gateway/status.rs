@@ -151,7 +151,8 @@ impl fmt::Display for Status {
         for (_, target) in &self.holds {
             writeln!(f, "held: {target}")?;
         }
-        let Statistics { resyncs, host_resyncs, lease_expiries, audit_repairs, times_shut, .. } = &self.statistics;
+        let Statistics { resyncs, host_resyncs, lease_expiries, audit_repairs, times_shut, .. } =
+            &self.statistics;
         for (what, causes) in [("policies", resyncs), ("host", host_resyncs)] {
             for (cause, snapshots) in causes {
                 writeln!(f, "{what} read, {cause}: {snapshots}")?;
@@ -201,12 +202,7 @@ impl fmt::Display for GatewayState {
 
 /// The state of a policy as its packets meet it: what is compiled as fast is so only if the fast path is on, a port leads
 /// to it, and its device takes the packets.
-pub(super) fn as_met(
-    compiled: PolicyState,
-    is_on: bool,
-    has_ports: bool,
-    is_reachable: bool,
-) -> PolicyState {
+pub(super) fn as_met(compiled: PolicyState, is_on: bool, has_ports: bool, is_reachable: bool) -> PolicyState {
     match compiled {
         PolicyState::Fast if !is_on => PolicyState::Pass(PassReason::Disabled),
         PolicyState::Fast if !has_ports => PolicyState::Pass(PassReason::UnknownPort),

@@ -21,11 +21,6 @@ mod watch;
 use std::io;
 
 pub use self::decode::{Content, DecodeError, Message, decode};
-#[cfg(feature = "bpf")]
-pub(crate) use self::{
-    interface::{PortLink, find_link, members, read_link},
-    netdev::takes_redirected_frames,
-};
 pub(crate) use self::{
     anchor::{Anchor, Job},
     audit::Audit,
@@ -36,6 +31,11 @@ pub(crate) use self::{
     socket::{Datagram, NetlinkSocket},
     thresholds::{ThresholdWatch, Thresholds, thresholds},
     watch::HostChanges,
+};
+#[cfg(feature = "bpf")]
+pub(crate) use self::{
+    interface::{PortLink, find_link, members, read_link},
+    netdev::takes_redirected_frames,
 };
 
 /// What to do about an error of a netlink socket, starting with "; ", or nothing.

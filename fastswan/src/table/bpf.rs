@@ -163,3 +163,5 @@ impl OffloadTable for BpfTable {
 }
 
 of_store!(BpfTable);
+
+impl super::Devices for BpfTable {}
