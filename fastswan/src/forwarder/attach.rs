@@ -3,25 +3,12 @@
 use std::{fmt, io};
 
 use super::{
-    ForwarderError, PortProblem,
+    AttachMode, ForwarderError, PortProblem,
     error::errno,
     hook::xdp::{Link, Program},
     port::{merges_packets, unsuitable},
 };
 use crate::netlink::{PortLink, find_link, read_link};
-
-/// How the program is attached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AttachMode {
-    /// Native if the driver can, otherwise generic; [`Attachment::fallback`] tells why.
-    #[default]
-    Automatic,
-    /// In the driver, before the kernel allocates a packet: the fast way.
-    Native,
-    /// In the kernel's stack: works with every driver and gains less. Not for an interface on top of others (a VLAN,
-    /// macvlan, bond, or bridge with members): there packets arrive merged and without their VLAN tags.
-    Generic,
-}
 
 /// Which interface is meant.
 ///
