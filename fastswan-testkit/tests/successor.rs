@@ -15,7 +15,7 @@ use std::{
 };
 
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, XdpForwarder,
+    Gateway, HostFacts, NetlinkSource, PassReason, XdpForwarder,
     forwarder::AttachConfig,
     policy::{MacAddr, NextHop},
     table::{Ports as _, TableConfig},
@@ -58,7 +58,7 @@ fn a_mirror_that_is_stopped_killed_or_replaced_loses_no_packet() {
         .unwrap();
     let pins = BpfFileSystem::mount().unwrap();
     let pins = pins.path().join("pins");
-    let traffic = Traffic::start(&site);
+    let traffic = Traffic::start(&site, Duration::from_millis(2));
     let start = || site.gateway.enter(|| Mirror::start(&pins));
 
     let first = start();
@@ -96,6 +96,43 @@ fn a_mirror_that_is_stopped_killed_or_replaced_loses_no_packet() {
     assert!(arrived.fast >= fourth.counted(), "what was counted has arrived");
 }
 
+/// Says how often a mirror replaces another one; a few times unless it is set.
+const TAKEOVERS: &str = "FASTSWAN_TAKEOVERS";
+
+#[test]
+fn no_packet_is_lost_or_comes_to_an_unknown_port_while_mirrors_replace_each_other() {
+    if !lab::require_root("mirrors that replace each other") {
+        return;
+    }
+    let site = Site::new().unwrap();
+    site.route().unwrap();
+    site.gateway
+        .ip("xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir out \
+             tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode transport level use")
+        .unwrap();
+    let pins = BpfFileSystem::mount().unwrap();
+    let pins = pins.path().join("pins");
+    let traffic = Traffic::start(&site, Duration::from_millis(1));
+    let start = || site.gateway.enter(|| Mirror::start(&pins));
+    let mut mirror = start();
+    traffic.wait_for("the fast path", |before, now| now.fast > before.fast + 50);
+    let kernel = traffic.arrived().kernel;
+    let takeovers = std::env::var(TAKEOVERS).map_or(5, |text| text.parse().unwrap());
+    for _ in 0..takeovers {
+        let next = start();
+        assert!(!mirror.end().success(), "it is told that it was superseded");
+        next.wait_for_report(|fast| fast > mirror.counted());
+        mirror = next;
+    }
+    let (sent, arrived) = traffic.stop();
+    let (unknown, passed) = (mirror.unknown(), arrived.kernel - kernel);
+    println!(
+        "{takeovers} takeovers, {sent} packets: {unknown} to an unknown port, {passed} passed meanwhile"
+    );
+    assert_eq!(arrived.fast + arrived.kernel, sent, "none is lost");
+    assert_eq!(unknown, 0);
+}
+
 /// What the copies do: mirror the kernel's policies until another one takes over.
 fn mirror(pins: &Path) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -107,26 +144,42 @@ fn mirror(pins: &Path) {
         let config = TableConfig { cells_v4: 256, cells_v6: 256, exceptions: 64, slots: 16 };
         let (mut forwarder, table) = XdpForwarder::load(&config).unwrap();
         let mut gateway = Gateway::new(source, table, &host).with_lease(Duration::from_millis(200));
-        gateway.synchronise().await.unwrap();
-        let port = AttachConfig::new("lan0").complete_frames(true);
-        let attached = forwarder.attach_pinned(pins, &[port]).unwrap();
-        for port in host.ports(attached[0].ifindex) {
+        // All that the program needs for its first packet, before it meets that.
+        let interfaces = [AttachConfig::new("lan0").complete_frames(true)];
+        for port in host.ports(forwarder.resolve(&interfaces).unwrap()[0].ifindex) {
             gateway.table_mut().set_port(&port).unwrap();
         }
-        while !forwarder.is_superseded() {
-            gateway.run_until(tokio::time::sleep(Duration::from_millis(10))).await.unwrap();
-            let fast: u64 = gateway.report().policies.iter().map(|(_, traffic)| traffic.packets).sum();
+        gateway.synchronise().await.unwrap();
+        forwarder.attach_pinned(pins, &interfaces).unwrap();
+        let mut superseded = std::pin::pin!(forwarder.superseded());
+        let mut error = None;
+        while error.is_none() {
+            let pause = tokio::time::sleep(Duration::from_millis(10));
+            gateway
+                .run_until(async {
+                    tokio::select! {
+                        superseded = &mut superseded => error = Some(superseded),
+                        () = pause => {}
+                    }
+                })
+                .await
+                .unwrap();
+            let report = gateway.report();
+            let fast: u64 = report.policies.iter().map(|(_, traffic)| traffic.packets).sum();
+            let unknown = report.passes.iter().find(|(reason, _)| *reason == PassReason::UnknownPort);
+            println!("unknown {}", unknown.map_or(0, |(_, packets)| *packets));
             println!("fast {fast}");
         }
-        panic!("superseded");
+        panic!("{error:?}");
     });
 }
 
 /// A copy of this program that mirrors.
 struct Mirror {
     process: RefCell<Child>,
-    /// Packets that it counted, of its last report.
+    /// Packets that it counted, of its last report: fast ones, and those from a port that it did not know.
     fast: Arc<AtomicU64>,
+    unknown: Arc<AtomicU64>,
 }
 
 impl Mirror {
@@ -138,10 +191,14 @@ impl Mirror {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let fast = Arc::new(AtomicU64::new(0));
-        let (reports, counted) = (BufReader::new(process.stdout.take().unwrap()), Arc::clone(&fast));
+        let [fast, unknown] = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
+        let reports = BufReader::new(process.stdout.take().unwrap());
+        let (counted, counted_unknown) = (Arc::clone(&fast), Arc::clone(&unknown));
         thread::spawn(move || {
             for line in reports.lines().map_while(Result::ok) {
+                if let Some(now) = line.strip_prefix("unknown ") {
+                    counted_unknown.store(now.parse().unwrap(), Ordering::Relaxed);
+                }
                 if let Some(now) = line.strip_prefix("fast ") {
                     let now: u64 = now.parse().unwrap();
                     let before = counted.swap(now, Ordering::Relaxed);
@@ -149,7 +206,7 @@ impl Mirror {
                 }
             }
         });
-        Self { process: RefCell::new(process), fast }
+        Self { process: RefCell::new(process), fast, unknown }
     }
 
     fn signal(&self, signal: Signal) {
@@ -159,6 +216,10 @@ impl Mirror {
 
     fn counted(&self) -> u64 {
         self.fast.load(Ordering::Relaxed)
+    }
+
+    fn unknown(&self) -> u64 {
+        self.unknown.load(Ordering::Relaxed)
     }
 
     fn wait_for_report(&self, reached: impl Fn(u64) -> bool) {
@@ -198,7 +259,7 @@ struct Arrived {
     kernel: u64,
 }
 
-/// Numbered packets from the client to the peer, one every other millisecond.
+/// Numbered packets from the client to the peer, one after each pause.
 struct Traffic {
     stop: Arc<AtomicBool>,
     arrived: Arc<Mutex<Arrived>>,
@@ -207,7 +268,7 @@ struct Traffic {
 }
 
 impl Traffic {
-    fn start(site: &Site) -> Self {
+    fn start(site: &Site, pause: Duration) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let arrived = Arc::new(Mutex::new(Arrived::default()));
         let mut capture = Capture::open(&site.peer).unwrap();
@@ -236,7 +297,7 @@ impl Traffic {
             while !ending.load(Ordering::Relaxed) {
                 socket.send_to(&[0; 64], ("10.2.0.9", PORT)).unwrap();
                 sent += 1;
-                sleep(Duration::from_millis(2));
+                sleep(pause);
             }
             drop(sink);
             sent

@@ -52,7 +52,6 @@ use crate::{
     host::HostEvent,
     metrics::Meters,
     mirror::{Action, HoldId, Input, InputState, Mirror},
-    policy::PolicyId,
     source::{HostSource, PolicySource, SourceError},
     table::{Devices, OffloadTable, Ports, TableCounters, TableError, TableUpdate, Traffic},
 };
@@ -265,6 +264,15 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     #[must_use]
     pub fn mirror(&self) -> &Mirror {
         &self.mirror
+    }
+
+    /// What it does, and why, while it is not run: looks at all policies at once. While it runs, a [`GatewayHandle`] tells.
+    #[must_use]
+    pub fn status(&mut self) -> Status {
+        let policies = collection::all(&self.mirror, self.table.get());
+        let mut status = self.complete(policies);
+        status.sort();
+        status
     }
 
     /// Whether a packet is fast, via which policy and association, or why not.
@@ -594,39 +602,46 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     fn collect(&mut self) {
         if let Some(policies) = self.collection.go_on(&self.mirror, self.table.get()) {
             #[cfg(feature = "metrics")]
-            self.meters.look(&crate::metrics::Moment {
-                policies: policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
-                passes: self.table.passes(),
-                associations: self.mirror.database().sas().count(),
-                queued: self.source.source.queued(),
-            });
+            self.record(&policies);
             if self.collection.is_asked_for() {
-                let status = Status {
-                    state: self.state(),
-                    removed: self.removed.drain(..).collect(),
-                    removed_unnamed: std::mem::take(&mut self.removed_unnamed),
-                    passes: self
-                        .table
-                        .passes()
-                        .into_iter()
-                        .map(|(reason, count)| (reason.name(), count))
-                        .collect(),
-                    interfaces: self
-                        .mirror
-                        .interfaces()
-                        .map(|(name, ifindex, state)| InterfaceStatus {
-                            name: name.to_owned(),
-                            ifindex,
-                            state,
-                        })
-                        .collect(),
-                    holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),
-                    lag: self.lag.lag(),
-                    statistics: self.mirror.statistics().clone(),
-                    ..Status::of(policies)
-                };
+                let status = self.complete(policies);
                 self.collection.answer(status);
             }
+        }
+    }
+
+    #[cfg(all(test, feature = "metrics"))]
+    pub(crate) fn record_now(&mut self) {
+        let policies = collection::all(&self.mirror, self.table.get());
+        self.meters.switched(self.mirror.is_enabled());
+        self.record(&policies);
+    }
+
+    /// Records the metrics that are looked at and not counted.
+    #[cfg(feature = "metrics")]
+    fn record(&mut self, policies: &[PolicyStatus]) {
+        self.meters.look(&crate::metrics::Moment {
+            policies: policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
+            passes: self.table.passes(),
+            associations: self.mirror.database().sas().count(),
+            queued: self.source.source.queued(),
+        });
+    }
+
+    /// Adds all but the policies to a status.
+    fn complete(&mut self, policies: Vec<PolicyStatus>) -> Status {
+        let interface =
+            |(name, ifindex, state): (&str, _, _)| InterfaceStatus { name: name.to_owned(), ifindex, state };
+        Status {
+            state: self.state(),
+            removed: self.removed.drain(..).collect(),
+            removed_unnamed: std::mem::take(&mut self.removed_unnamed),
+            passes: self.table.passes().into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
+            interfaces: self.mirror.interfaces().map(interface).collect(),
+            holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),
+            lag: self.lag.lag(),
+            statistics: self.mirror.statistics().clone(),
+            ..Status::of(policies)
         }
     }
 
@@ -671,13 +686,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             return look.min(record);
         }
         look
-    }
-}
-
-impl<S, H, T: OffloadTable> Gateway<S, H, T> {
-    /// The policies that were removed since the last [`status`](GatewayHandle::status), without ending that.
-    pub fn removed(&self) -> impl Iterator<Item = (&PolicyId, Traffic)> {
-        self.removed.iter().map(|policy| (&policy.id, policy.traffic))
     }
 }
 
