@@ -19,6 +19,7 @@
 //! `cargo testkit oracle --seed N` repeats a run exactly; `--mutant N` shows that the judge notices a
 //! [broken rule](BrokenRule).
 
+mod addresses;
 mod chains;
 mod judge;
 mod mirror;
