@@ -27,6 +27,9 @@ fn any_socket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::UNIX, SocketType::DGRAM, None)?)
 }
 
+/// The type differs between C libraries.
+#[allow(clippy::unnecessary_cast, reason = "musl's is another type")]
+const ETHTOOL: libc::Ioctl = libc::SIOCETHTOOL as libc::Ioctl;
 /// `linux/ethtool.h`
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GSSET_INFO: u32 = 0x37;
@@ -88,7 +91,7 @@ fn ethtool(interface: &str, request: &mut [u32]) -> io::Result<()> {
     let socket = any_socket()?;
     // SAFETY: `ifreq` is terminated by a zero, since the name is shorter than the field, and points to a
     // structure of the size that the kernel writes for its command; both live through the call.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), ETHTOOL, &raw mut ifreq) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
