@@ -592,14 +592,14 @@ mod tests {
 
     /// A gateway of one tunnel with a guard that has just been attached.
     async fn gateway() -> (Gateway<Kernel, Guarded>, Guard) {
-        let mut source = StaticSource::new(&[StaticPolicy {
-            selector: Selector::between("10.1.0.0/16".parse().unwrap(), "10.2.0.0/16".parse().unwrap())
-                .unwrap(),
-            device: 7,
-            tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
-            priority: 100,
-            egress: Egress { next_hop: NextHop::Device, max_length: Some(1400) },
-        }]);
+        let mut source = StaticSource::new(&[StaticPolicy::new(
+            Selector::between("10.1.0.0/16".parse().unwrap(), "10.2.0.0/16".parse().unwrap()).unwrap(),
+            7,
+            "192.0.2.1".parse().unwrap(),
+            "192.0.2.2".parse().unwrap(),
+        )
+        .priority(100)
+        .egress(Egress { next_hop: NextHop::Device, max_length: Some(1400) })]);
         let told = source.next_event().await.unwrap().into_iter().collect();
         let guard = Guard::default();
         guard.begin_removal();

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, OffloadTable as _, Policy, PolicySourceExt as _, XdpForwarder,
-    forwarder::AttachConfig, policy::NextHop, table::TableConfig,
+    Gateway, HostFacts, NetlinkSource, OffloadTable as _, PolicySourceExt as _, XdpForwarder,
+    forwarder::AttachConfig,
+    policy::{Egress, NextHop},
+    table::TableConfig,
 };
 use tokio::time::sleep;
 
@@ -32,11 +34,8 @@ async fn main() -> anyhow::Result<()> {
     // of the next router, and one customer's traffic is to stay in the kernel.
     let customer = "10.99.0.0/16".parse().context("a prefix")?;
     let source = NetlinkSource::open()?
-        .map(|mut policy: Policy| {
-            policy.egress.next_hop = NextHop::Neighbour;
-            policy
-        })
-        .filter(move |policy| policy.id.selector.source != customer);
+        .with_egress(|policy| Egress { next_hop: NextHop::Neighbour, ..policy.egress })
+        .withhold(move |policy| policy.id.selector.source == customer);
 
     let mut gateway = Gateway::new(source, table, &host);
     loop {

@@ -67,12 +67,12 @@ impl Paths {
             return None;
         }
         let (gateway, route_mtu) = self.outer_route(template.destination, device.ifindex)?;
-        let max_length = policy.egress.max_length.or_else(|| {
-            let link = link?;
+        let longest = link.and_then(|link| {
             let outer_mtu = bytes(route_mtu.unwrap_or(u32::MAX).min(link.mtu(family)));
             // A rekey is no reason for a packet that is too long for one of the two associations.
             overheads.map(|overhead| Some(overhead?.longest_inner_packet(outer_mtu))).min()?
-        })?;
+        });
+        let max_length = [policy.egress.max_length, longest].into_iter().flatten().min()?;
         let rewrite = match policy.egress.next_hop {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),
