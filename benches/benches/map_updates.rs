@@ -9,7 +9,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use fastswan::{
     MemoryTable, OffloadTable, XdpForwarder,
     policy::PortMatch,
-    table::{Cell, Exception, Probes, Slot, TableConfig, TableUpdate, Verdict},
+    table::{Cell, Change, Exception, Probes, Slot, TableConfig, TableUpdate, Verdict},
 };
 use fastswan_benches::sys::{KernelMap, Kind};
 use ipnet::{IpNet, Ipv4Net};
@@ -26,7 +26,7 @@ fn site(number: u32, network: u8) -> Ipv4Net {
 fn update(numbers: impl Iterator<Item = u32>, slot: u32) -> TableUpdate {
     let verdict = Verdict::Fast { slot: Slot(slot), probes: Probes::default() };
     let cell = |number| Cell { destination: IpNet::V4(site(number, 1)), source: IpNet::V4(site(number, 2)) };
-    TableUpdate { cells: numbers.map(|n| (cell(n), Some(verdict))).collect(), ..TableUpdate::default() }
+    numbers.map(|n| Change::Cell(cell(n), Some(verdict))).collect()
 }
 
 fn table<T: OffloadTable>(criterion: &mut Criterion, name: &str, make: impl Fn(&TableConfig) -> T) {
@@ -68,7 +68,7 @@ fn exceptions<T: OffloadTable>(criterion: &mut Criterion, name: &str, make: impl
             source_port: PortMatch::default(),
             destination_port: PortMatch::exactly(4500),
         };
-        TableUpdate { exceptions: vec![(exception, there)], ..TableUpdate::default() }
+        TableUpdate::from(Change::Exception(exception, there))
     };
     let updates: [Vec<TableUpdate>; 2] =
         [true, false].map(|there| (0..WRITES).map(|number| update(number, there)).collect());

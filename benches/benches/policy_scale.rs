@@ -6,8 +6,9 @@
 use std::time::{Duration, Instant};
 
 use fastswan::{
-    Compiler, Database, HostFacts, MemoryTable, Policy, PolicyEvent, Selector, Snapshot, policy::Family,
-    table::TableConfig,
+    Compiler, Database, HostFacts, MemoryTable, Policy, PolicyEvent, Selector, Snapshot,
+    policy::Family,
+    table::{Change, TableConfig},
 };
 use fastswan_benches::mixes::{Mirror, Mix, association};
 use peak_alloc::PeakAlloc;
@@ -101,16 +102,21 @@ fn measure(mix: Mix, size: u32) {
     let mut compiler = Compiler::new(Mirror::config(size).capacity());
     compiler.set_host(&HostFacts::vouched());
     let all = compiler.compile(&database);
-    let of = |family| {
-        let cells = all.cells.iter().filter(|(cell, _)| Family::of(&cell.destination) == family);
-        let guards = all.guards.iter().filter(|(guard, _)| Family::of(guard) == family);
-        u32::try_from(cells.count() + guards.count()).unwrap_or(u32::MAX)
+    let count_of = |counts: &dyn Fn(&Change) -> bool| {
+        u32::try_from(all.changes().filter(counts).count()).unwrap_or(u32::MAX)
+    };
+    let cells = |family| {
+        count_of(&|change| match change {
+            Change::Cell(cell, _) => Family::of(&cell.destination) == family,
+            Change::Guard(guard, _) => Family::of(guard) == family,
+            _ => false,
+        })
     };
     let config = TableConfig {
-        cells_v4: of(Family::V4),
-        cells_v6: of(Family::V6),
-        exceptions: u32::try_from(all.exceptions.len()).unwrap_or(u32::MAX),
-        slots: u32::try_from(all.slots.len()).unwrap_or(u32::MAX),
+        cells_v4: cells(Family::V4),
+        cells_v6: cells(Family::V6),
+        exceptions: count_of(&|change| matches!(change, Change::Exception(..))),
+        slots: count_of(&|change| matches!(change, Change::Slot(..))),
     };
     let before = ALLOCATED.current_usage();
     let table = MemoryTable::new(&config);

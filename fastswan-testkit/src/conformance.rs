@@ -1,9 +1,6 @@
 //! The XDP program against the [model](crate::model): random tables, and frames that reach deep into them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::Ipv4Header;
 use fastswan::{
@@ -11,8 +8,8 @@ use fastswan::{
     forwarder::{ForwarderError, RunAction},
     policy::{Family, MacAddr, PortMatch},
     table::{
-        Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, Standing,
-        TableConfig, TableUpdate, Traffic, Verdict,
+        Cell, Contents, Exception, Fact, Forwarding, Forwards, Port, Ports as _, Probes, ReversePath, Side,
+        Slot, TableConfig, Traffic, Verdict,
     },
 };
 use ipnet::IpNet;
@@ -20,7 +17,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _}
 
 use crate::{
     frames::{Frame, Tag},
-    model::{Model, additions_and_removals, changes},
+    model::Model,
     prog_run::ProgRun,
 };
 
@@ -62,8 +59,8 @@ impl Conformance {
             slots: SLOTS,
         })?;
         let mut model = Model::default();
-        let [first, second] = [(); 2].map(|()| Table::random(&mut rng, egress.unwrap_or(NOWHERE)));
-        for update in [first.replacing(&Table::default()), second.replacing(&first)] {
+        let [first, second] = [(); 2].map(|()| random_contents(&mut rng, egress.unwrap_or(NOWHERE)));
+        for update in [first.replacing(&Contents::default()), second.replacing(&first)] {
             model.apply(&update);
             let mut parts = update.clone().split(rng.random_range(1..400));
             if parts.try_for_each(|part| program.table.apply(&part)).is_err() {
@@ -178,70 +175,46 @@ fn prefix(rng: &mut StdRng, family: Family) -> IpNet {
     IpNet::new(address, length).expect("a length of the family").trunc()
 }
 
-/// What a table holds.
-#[derive(Default)]
-struct Table {
-    cells: BTreeMap<Cell, Verdict>,
-    facts: BTreeMap<(Side, IpNet), Fact>,
-    guards: BTreeSet<IpNet>,
-    exceptions: BTreeSet<Exception>,
-    slots: BTreeMap<Slot, Standing>,
-}
-
-impl Table {
-    fn random(rng: &mut StdRng, egress: u32) -> Self {
-        let mut table = Self::default();
-        for family in [Family::V4, Family::V6] {
-            for _ in 0..60 {
-                let probes = Probes {
-                    destination: rng.random_bool(0.3),
-                    source: rng.random_bool(0.3),
-                    guards: rng.random_bool(0.3),
-                };
-                let verdict = if rng.random_bool(0.2) {
-                    Verdict::Pass(PassReason::Shadowed)
-                } else {
-                    Verdict::Fast { slot: Slot(rng.random_range(0..SLOTS)), probes }
-                };
-                let cell = Cell { source: prefix(rng, family), destination: prefix(rng, family) };
-                table.cells.insert(cell, verdict);
-            }
-            for _ in 0..20 {
-                let side = if rng.random() { Side::Source } else { Side::Destination };
-                let fact = *[Fact::Denied, Fact::Via(INGRESS), Fact::Via(egress)].choose(rng).expect("facts");
-                table.facts.insert((side, prefix(rng, family)), fact);
-            }
-            for _ in 0..rng.random_range(0..6) {
-                table.guards.insert(narrow(prefix(rng, family)));
-            }
-            // In half of all tables: without exceptions the program does not look at ports.
-            if rng.random() {
-                table.exceptions.extend(exceptions(rng, family));
-            }
-        }
-        for slot in 0..SLOTS - 1 {
-            let forwarding = Forwarding {
-                ifindex: *[INGRESS, egress].choose(rng).expect("devices"),
-                max_length: *[100, 576, 1400, 1500].choose(rng).expect("lengths"),
-                rewrite: rng.random_bool(0.5).then_some((PORT, SENDER)),
+fn random_contents(rng: &mut StdRng, egress: u32) -> Contents {
+    let mut table = Contents::default();
+    for family in [Family::V4, Family::V6] {
+        for _ in 0..60 {
+            let probes = Probes {
+                destination: rng.random_bool(0.3),
+                source: rng.random_bool(0.3),
+                guards: rng.random_bool(0.3),
             };
-            let reason = *[PassReason::NoSa, PassReason::NoPath].choose(rng).expect("reasons");
-            table.slots.insert(Slot(slot), if rng.random_bool(0.2) { Err(reason) } else { Ok(forwarding) });
+            let verdict = if rng.random_bool(0.2) {
+                Verdict::Pass(PassReason::Shadowed)
+            } else {
+                Verdict::Fast { slot: Slot(rng.random_range(0..SLOTS)), probes }
+            };
+            let cell = Cell { source: prefix(rng, family), destination: prefix(rng, family) };
+            table.cells.insert(cell, verdict);
         }
-        table
-    }
-
-    /// What makes this table of an older one.
-    fn replacing(&self, old: &Self) -> TableUpdate {
-        TableUpdate {
-            cells: changes(&old.cells, &self.cells),
-            facts: changes(&old.facts, &self.facts),
-            guards: additions_and_removals(&old.guards, &self.guards),
-            exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
-            slots: changes(&old.slots, &self.slots),
-            ..TableUpdate::default()
+        for _ in 0..20 {
+            let side = if rng.random() { Side::Source } else { Side::Destination };
+            let fact = *[Fact::Denied, Fact::Via(INGRESS), Fact::Via(egress)].choose(rng).expect("facts");
+            table.facts.insert((side, prefix(rng, family)), fact);
+        }
+        for _ in 0..rng.random_range(0..6) {
+            table.guards.insert(narrow(prefix(rng, family)));
+        }
+        // In half of all tables: without exceptions the program does not look at ports.
+        if rng.random() {
+            table.exceptions.extend(exceptions(rng, family));
         }
     }
+    for slot in 0..SLOTS - 1 {
+        let forwarding = Forwarding {
+            ifindex: *[INGRESS, egress].choose(rng).expect("devices"),
+            max_length: *[100, 576, 1400, 1500].choose(rng).expect("lengths"),
+            rewrite: rng.random_bool(0.5).then_some((PORT, SENDER)),
+        };
+        let reason = *[PassReason::NoSa, PassReason::NoPath].choose(rng).expect("reasons");
+        table.slots.insert(Slot(slot), if rng.random_bool(0.2) { Err(reason) } else { Ok(forwarding) });
+    }
+    table
 }
 
 /// The first addresses of a prefix that is wider than most, so that not everything lies in it.

@@ -1,7 +1,7 @@
 //! What the XDP program should do with a frame, written a second time and without regard to speed.
 //!
 //! The model takes the same [`TableUpdate`]s as a table. It keeps them as they come and scans them, so that it
-//! shares neither layout nor lookup with the program.
+//! shares neither layout nor lookup with the program ([`Contents`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,21 +12,13 @@ use fastswan::{
     PassReason,
     forwarder::RunAction,
     policy::{Family, MacAddr},
-    table::{
-        Cell, Exception, Fact, Forwarding, Port, Probes, ReversePath, Side, Slot, Standing, TableUpdate,
-        Traffic, Verdict,
-    },
+    table::{self, Contents, Port, Slot, TableUpdate, Traffic},
 };
-use ipnet::IpNet;
 
 /// A table that is switched on and always has a lease.
 #[derive(Clone, Debug, Default)]
 pub struct Model {
-    cells: BTreeMap<Cell, Verdict>,
-    facts: BTreeMap<(Side, IpNet), Fact>,
-    guards: BTreeSet<IpNet>,
-    exceptions: BTreeSet<Exception>,
-    slots: BTreeMap<Slot, Standing>,
+    contents: Contents,
     ports: BTreeMap<(u32, u16), Port>,
     /// Devices that cannot be redirected to.
     unavailable: BTreeSet<u32>,
@@ -48,11 +40,7 @@ pub struct Forwarded {
 impl Model {
     /// Applies a batch of changes.
     pub fn apply(&mut self, update: &TableUpdate) {
-        set(&mut self.cells, &update.cells);
-        set(&mut self.facts, &update.facts);
-        add_or_remove(&mut self.guards, &update.guards);
-        add_or_remove(&mut self.exceptions, &update.exceptions);
-        set(&mut self.slots, &update.slots);
+        self.contents.apply(update);
     }
 
     /// Makes a device one that cannot be redirected to.
@@ -87,14 +75,11 @@ impl Model {
             Family::V6 if port.forwards.v6 => Packet::v6(packet)?,
             _ => return Err(PassReason::NotForwarding),
         };
-        if self.exceptions.iter().any(|exception| packet.is_exception(exception)) {
-            return Err(PassReason::Exception);
-        }
         // Only a table without exceptions for the family lets ports go unread.
-        if self.exceptions.iter().any(|e| Family::of(&e.cell.destination) == family) {
+        if self.contents.exceptions.iter().any(|e| Family::of(&e.cell.destination) == family) {
             packet.ports_are_in_the_frame()?;
         }
-        let (slot, forwarding) = self.choose(&packet, port)?;
+        let (slot, forwarding) = self.contents.decide(&packet.to_decide(), Some(port))?;
         if self.unavailable.contains(&forwarding.ifindex) {
             return Err(PassReason::EgressUnavailable);
         }
@@ -111,94 +96,6 @@ impl Model {
         let action = if forwarding.ifindex == ifindex { RunAction::Transmit } else { RunAction::Redirect };
         let traffic = Traffic { packets: 1, bytes: packet.bytes.len() as u64 };
         Ok(Forwarded { action, frame: forwarded, slot, traffic })
-    }
-
-    fn choose(&self, packet: &Packet<'_>, port: &Port) -> Result<(Slot, Forwarding), PassReason> {
-        let cell = self
-            .cells
-            .iter()
-            .filter(|(cell, _)| packet.is_in(cell))
-            .max_by_key(|(cell, _)| (cell.destination.prefix_len(), cell.source.prefix_len()));
-        let (slot, probes) = match cell {
-            None => return Err(PassReason::NoPolicy),
-            Some((_, Verdict::Pass(reason))) => return Err(*reason),
-            Some((_, Verdict::Fast { slot, probes })) => (*slot, *probes),
-        };
-        let Probes { destination, source, guards } = probes;
-        let forwarding = (*self.slots.get(&slot).ok_or(PassReason::EgressUnavailable)?)?;
-        if guards && self.guards.iter().any(|guard| guard.contains(&packet.source)) {
-            return Err(PassReason::Guarded);
-        }
-        if destination {
-            match self.fact(Side::Destination, packet.destination) {
-                None | Some(Fact::Denied) => return Err(PassReason::DeniedDestination),
-                Some(Fact::Via(device)) if device != forwarding.ifindex => {
-                    return Err(PassReason::RouteElsewhere);
-                }
-                Some(Fact::Via(_)) => {}
-            }
-        }
-        let reverse_path = if packet.source.is_ipv4() { port.reverse_path } else { ReversePath::Off };
-        if source || reverse_path != ReversePath::Off {
-            match (self.fact(Side::Source, packet.source), reverse_path) {
-                (None, ReversePath::Off) => {}
-                (None, _) => return Err(PassReason::ReversePath),
-                (Some(Fact::Denied), _) => return Err(PassReason::DeniedSource),
-                (Some(Fact::Via(device)), ReversePath::Strict) if device != port.receiver => {
-                    return Err(PassReason::ReversePath);
-                }
-                (Some(Fact::Via(_)), _) => {}
-            }
-        }
-        if packet.bytes.len() > usize::from(forwarding.max_length) {
-            return Err(PassReason::TooLong);
-        }
-        Ok((slot, forwarding))
-    }
-
-    fn fact(&self, wanted: Side, address: IpAddr) -> Option<Fact> {
-        self.facts
-            .iter()
-            .filter(|((side, prefix), _)| *side == wanted && prefix.contains(&address))
-            .max_by_key(|((_, prefix), _)| prefix.prefix_len())
-            .map(|(_, fact)| *fact)
-    }
-}
-
-/// What makes a map of an older one: removals, then what is new or different.
-#[must_use]
-pub fn changes<K: Copy + Ord, V: Copy + PartialEq>(
-    old: &BTreeMap<K, V>,
-    new: &BTreeMap<K, V>,
-) -> Vec<(K, Option<V>)> {
-    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| (*key, None));
-    let set = new.iter().filter(|(key, value)| old.get(key) != Some(value));
-    removed.chain(set.map(|(key, value)| (*key, Some(*value)))).collect()
-}
-
-/// What makes a set of an older one: removals (`false`), then additions.
-#[must_use]
-pub fn additions_and_removals<T: Copy + Ord>(old: &BTreeSet<T>, new: &BTreeSet<T>) -> Vec<(T, bool)> {
-    let removed = old.difference(new).map(|item| (*item, false));
-    removed.chain(new.difference(old).map(|item| (*item, true))).collect()
-}
-
-fn set<K: Copy + Ord, V: Copy>(map: &mut BTreeMap<K, V>, changes: &[(K, Option<V>)]) {
-    for (key, value) in changes {
-        match value {
-            Some(value) => map.insert(*key, *value),
-            None => map.remove(key),
-        };
-    }
-}
-
-fn add_or_remove<T: Copy + Ord>(to: &mut BTreeSet<T>, changes: &[(T, bool)]) {
-    for (item, add) in changes {
-        if *add {
-            to.insert(*item);
-        } else {
-            to.remove(item);
-        }
     }
 }
 
@@ -330,10 +227,6 @@ impl<'a> Packet<'a> {
         })
     }
 
-    fn is_in(&self, cell: &Cell) -> bool {
-        cell.source.contains(&self.source) && cell.destination.contains(&self.destination)
-    }
-
     /// How many bytes after the header the kernel reads ports from.
     fn port_bytes(&self) -> usize {
         match self.protocol {
@@ -360,14 +253,11 @@ impl<'a> Packet<'a> {
         }
     }
 
-    fn is_exception(&self, exception: &Exception) -> bool {
-        let ports_match = self.ports().is_none_or(|(source, destination)| {
-            exception.source_port.matches(source) && exception.destination_port.matches(destination)
-        });
-        self.ports_are_in_the_frame().is_ok()
-            && self.is_in(&exception.cell)
-            && (exception.protocol == 0 || exception.protocol == self.protocol)
-            && ports_match
+    /// What the table looks at.
+    fn to_decide(&self) -> table::Packet {
+        table::Packet::new(self.source, self.destination)
+            .with_protocol(self.protocol, self.ports())
+            .with_length(self.bytes.len())
     }
 
     fn with_ttl_decremented(&self, family: Family) -> Vec<u8> {

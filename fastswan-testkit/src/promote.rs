@@ -16,7 +16,7 @@ use fastswan::{
 /// The first two bytes of addresses that name a policy; its index follows.
 const NAME: [u8; 2] = [2, 6];
 
-/// A next hop that names a policy: a frame that was forwarded tells which policy it was for.
+/// A next hop that names a policy, or a tunnel: a frame that was forwarded tells which it was for.
 pub(crate) fn naming(index: u32) -> NextHop {
     let mut address = [0; 6];
     address[..2].copy_from_slice(&NAME);
@@ -24,11 +24,14 @@ pub(crate) fn naming(index: u32) -> NextHop {
     NextHop::Fixed { source: MacAddr::default(), destination: MacAddr(address) }
 }
 
-/// The index of the policy that a frame's destination address names.
+/// The number of the policy or the tunnel that a frame's destination address names.
 pub(crate) fn named(frame: &[u8]) -> Option<u32> {
     let index = frame.strip_prefix(&NAME)?.first_chunk()?;
     Some(u32::from_be_bytes(*index))
 }
+
+/// Ends, reqid, interface id and device.
+type Tunnel = (IpAddr, IpAddr, u32, u32, Option<u32>);
 
 /// A source whose chosen outbound policies are promoted to packet offload, each with an assumed association.
 #[derive(Debug)]

@@ -11,8 +11,8 @@ use fastswan::{
     OffloadTable, PassReason,
     policy::{Family, MacAddr, PortMatch},
     table::{
-        Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, TableConfig,
-        TableError, TableUpdate, Verdict,
+        Cell, Change, Exception, Fact, Forwarding, Forwards, Port, Ports, Probes, ReadBack, ReversePath,
+        Side, Slot, TableConfig, TableError, TableUpdate, Verdict,
     },
 };
 use ipnet::IpNet;
@@ -23,7 +23,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 /// # Panics
 ///
 /// If a table does something else than what the trait says.
-pub fn check<T: OffloadTable>(mut make: impl FnMut(&TableConfig) -> T) {
+pub fn check<T: OffloadTable + Ports + ReadBack>(mut make: impl FnMut(&TableConfig) -> T) {
     the_longest_destination_then_the_longest_source_decides(make(&TableConfig::default()));
     a_removed_cell_uncovers_the_one_behind_it(make(&TableConfig::default()));
     the_longest_fact_decides(make(&TableConfig::default()));
@@ -58,14 +58,14 @@ fn fast(slot: u32) -> Verdict {
 }
 
 fn set(table: &mut impl OffloadTable, cells: Vec<(Cell, Option<Verdict>)>) -> Result<(), TableError> {
-    table.apply(&TableUpdate { cells, ..TableUpdate::default() })
+    table.apply(&cells.into_iter().map(|(cell, verdict)| Change::Cell(cell, verdict)).collect())
 }
 
-fn verdict(table: &impl OffloadTable, source: &str, destination: &str) -> Option<Verdict> {
+fn verdict(table: &impl ReadBack, source: &str, destination: &str) -> Option<Verdict> {
     table.verdict(source.parse().expect("an address"), destination.parse().expect("an address"))
 }
 
-fn the_longest_destination_then_the_longest_source_decides(mut table: impl OffloadTable) {
+fn the_longest_destination_then_the_longest_source_decides(mut table: impl OffloadTable + ReadBack) {
     let shadowed = Verdict::Pass(PassReason::Shadowed);
     set(
         &mut table,
@@ -89,7 +89,7 @@ fn the_longest_destination_then_the_longest_source_decides(mut table: impl Offlo
     assert_eq!(verdict(&table, "2001:db8:3::1", "2001:db8:2::1"), None);
 }
 
-fn a_removed_cell_uncovers_the_one_behind_it(mut table: impl OffloadTable) {
+fn a_removed_cell_uncovers_the_one_behind_it(mut table: impl OffloadTable + ReadBack) {
     let (wide, narrow) = (cell("0.0.0.0/0", "0.0.0.0/0"), cell("10.1.0.0/16", "10.2.0.0/16"));
     set(&mut table, vec![(wide, Some(fast(1))), (narrow, Some(fast(2)))]).expect("room");
     assert_eq!(verdict(&table, "10.1.0.1", "10.2.0.1"), Some(fast(2)));
@@ -99,15 +99,16 @@ fn a_removed_cell_uncovers_the_one_behind_it(mut table: impl OffloadTable) {
     assert_eq!(verdict(&table, "10.1.0.1", "10.2.0.1"), None);
 }
 
-fn the_longest_fact_decides(mut table: impl OffloadTable) {
-    let facts = vec![
+fn the_longest_fact_decides(mut table: impl OffloadTable + ReadBack) {
+    let facts = [
         ((Side::Destination, net("0.0.0.0/0")), Some(Fact::Via(2))),
         ((Side::Destination, net("10.2.0.0/16")), Some(Fact::Denied)),
         ((Side::Destination, net("10.2.0.0/24")), Some(Fact::Via(3))),
         ((Side::Source, net("10.2.0.0/24")), Some(Fact::Denied)),
         ((Side::Source, net("2001:db8::1/128")), Some(Fact::Denied)),
     ];
-    table.apply(&TableUpdate { facts, ..TableUpdate::default() }).expect("room");
+    let facts = facts.map(|((side, prefix), fact)| Change::Fact(side, prefix, fact));
+    table.apply(&facts.into_iter().collect()).expect("room");
     let fact = |side, address: &str| table.fact(side, address.parse().expect("an address"));
     assert_eq!(fact(Side::Destination, "10.2.0.9"), Some(Fact::Via(3)));
     assert_eq!(fact(Side::Destination, "10.2.9.9"), Some(Fact::Denied));
@@ -138,7 +139,7 @@ fn random_address(random: &mut SmallRng, family: Family) -> IpAddr {
 }
 
 /// After any sequence of changes a lookup gives what the best of all cells that contain the packet says.
-fn lookups_agree_with_a_scan_of_all_cells(mut table: impl OffloadTable, family: Family) {
+fn lookups_agree_with_a_scan_of_all_cells(mut table: impl OffloadTable + ReadBack, family: Family) {
     let mut random = SmallRng::seed_from_u64(7);
     let mut model: BTreeMap<Cell, Verdict> = BTreeMap::new();
     for round in 0..400 {
@@ -179,7 +180,7 @@ fn host_cell(family: Family, number: u32) -> Cell {
     Cell { destination: address.into(), source: family.everything() }
 }
 
-fn as_many_cells_as_were_asked_for_fit(mut table: impl OffloadTable, family: Family) {
+fn as_many_cells_as_were_asked_for_fit(mut table: impl OffloadTable + ReadBack, family: Family) {
     let cells = u32::try_from(table.capacity().cells_v4).expect("a small table");
     let all = (0..cells).map(|n| (host_cell(family, n), Some(fast(n % 64)))).collect();
     set(&mut table, all).expect("as many as were asked for");
@@ -193,13 +194,13 @@ fn as_many_cells_as_were_asked_for_fit(mut table: impl OffloadTable, family: Fam
     }
 }
 
-fn too_many_cells_are_an_error(mut table: impl OffloadTable, family: Family) {
+fn too_many_cells_are_an_error(mut table: impl OffloadTable + ReadBack, family: Family) {
     let all = (0..1000).map(|n| (host_cell(family, n), Some(fast(0)))).collect();
     let error = set(&mut table, all).expect_err("1,000 cells do not fit into 16");
     assert!(matches!(error, TableError::Full { .. }), "{error}");
 }
 
-fn too_many_tuples_are_an_error(mut table: impl OffloadTable, family: Family) {
+fn too_many_tuples_are_an_error(mut table: impl OffloadTable + ReadBack, family: Family) {
     let everything = family.everything();
     let lengths = (0..=31).flat_map(|destination| (0..=31).map(move |source| (destination, source)));
     let cells = lengths.map(|(destination, source)| {
@@ -210,12 +211,9 @@ fn too_many_tuples_are_an_error(mut table: impl OffloadTable, family: Family) {
     assert!(matches!(error, TableError::Full { .. }), "{error}");
 }
 
-fn too_many_exceptions_are_an_error(mut table: impl OffloadTable, family: Family) {
-    let exception = |number| (exception(host_cell(family, number), 17, 0, 500), true);
-    let with = |numbers: std::ops::Range<u32>| TableUpdate {
-        exceptions: numbers.map(exception).collect(),
-        ..TableUpdate::default()
-    };
+fn too_many_exceptions_are_an_error(mut table: impl OffloadTable + ReadBack, family: Family) {
+    let exception = |number| Change::Exception(exception(host_cell(family, number), 17, 0, 500), true);
+    let with = |numbers: std::ops::Range<u32>| numbers.map(exception).collect::<TableUpdate>();
     let limit = u32::try_from(table.capacity().exceptions).expect("a small table");
     table.apply(&with(0..limit)).expect("as many as it says");
     for Cell { destination, .. } in (0..limit).map(|number| host_cell(family, number)) {
@@ -227,18 +225,16 @@ fn too_many_exceptions_are_an_error(mut table: impl OffloadTable, family: Family
     assert!(matches!(error, TableError::Full { .. }), "{error}");
 }
 
-fn too_many_tuples_of_exceptions_are_an_error(mut table: impl OffloadTable, family: Family) {
+fn too_many_tuples_of_exceptions_are_an_error(mut table: impl OffloadTable + ReadBack, family: Family) {
     let everything = Cell { source: family.everything(), destination: family.everything() };
-    let with = |shifts: std::ops::Range<u32>| TableUpdate {
-        exceptions: shifts
-            .map(|shift| {
-                let destination_port = PortMatch { port: 0, mask: u16::MAX << (shift % 16) };
-                let source_port = PortMatch { port: 0, mask: u16::MAX << (shift / 16) };
-                let protocol = 17;
-                (Exception { cell: everything, protocol, source_port, destination_port }, true)
-            })
-            .collect(),
-        ..TableUpdate::default()
+    let with = |shifts: std::ops::Range<u32>| {
+        let exceptions = shifts.map(|shift| {
+            let destination_port = PortMatch { port: 0, mask: u16::MAX << (shift % 16) };
+            let source_port = PortMatch { port: 0, mask: u16::MAX << (shift / 16) };
+            let protocol = 17;
+            Change::Exception(Exception { cell: everything, protocol, source_port, destination_port }, true)
+        });
+        exceptions.collect::<TableUpdate>()
     };
     let limit = u32::try_from(table.capacity().exception_tuples).expect("not many");
     table.apply(&with(0..limit)).expect("as many as it says");
@@ -253,7 +249,7 @@ fn exception(cell: Cell, protocol: u8, source_port: u16, destination_port: u16) 
 
 /// Different exceptions may share an entry: by bits of ports that do not count, or, for packets whose ports
 /// cannot be read, by everything but ports.
-fn an_exception_stays_while_another_one_needs_its_entry(mut table: impl OffloadTable) {
+fn an_exception_stays_while_another_one_needs_its_entry(mut table: impl OffloadTable + ReadBack) {
     let (source, destination) = ("10.1.0.1".parse().expect("v4"), "10.2.0.1".parse().expect("v4"));
     let like = |port, mask| Exception {
         source_port: PortMatch { port, mask },
@@ -261,7 +257,8 @@ fn an_exception_stays_while_another_one_needs_its_entry(mut table: impl OffloadT
     };
     let all = [like(0x1201, 0xff00), like(0x1202, 0xff00), like(0x1300, 0xff00)];
     let mut apply = |changes: &[(Exception, bool)]| {
-        table.apply(&TableUpdate { exceptions: changes.to_vec(), ..TableUpdate::default() }).expect("room");
+        let changes = changes.iter().map(|(exception, there)| Change::Exception(*exception, *there));
+        table.apply(&changes.collect()).expect("room");
         let is = |protocol, ports| table.is_exception(source, destination, protocol, ports);
         assert!(
             !is(17, None) && !is(6, Some((0x1400, 1))) && !table.is_exception(destination, source, 6, None)
@@ -278,7 +275,7 @@ fn an_exception_stays_while_another_one_needs_its_entry(mut table: impl OffloadT
 }
 
 /// After any sequence of changes a packet is an exception if and only if one of them matches it.
-fn exceptions_agree_with_a_scan_of_all(mut table: impl OffloadTable, family: Family) {
+fn exceptions_agree_with_a_scan_of_all(mut table: impl OffloadTable + ReadBack, family: Family) {
     let mut random = SmallRng::seed_from_u64(11);
     let mut model: BTreeSet<Exception> = BTreeSet::new();
     let protocols = [0, 6, 17, 50];
@@ -300,14 +297,13 @@ fn exceptions_agree_with_a_scan_of_all(mut table: impl OffloadTable, family: Fam
         // Few enough that most packets are none.
         let change = if model.len() < 4 || model.len() < 24 && random.random() {
             model.insert(exception);
-            (exception, true)
+            Change::Exception(exception, true)
         } else {
             let gone = *model.iter().nth(random.random_range(0..model.len())).expect("in range");
             model.remove(&gone);
-            (gone, false)
+            Change::Exception(gone, false)
         };
-        let update = TableUpdate { exceptions: vec![change], ..TableUpdate::default() };
-        table.apply(&update).expect("room");
+        table.apply(&change.into()).expect("room");
         for _ in 0..50 {
             let source = random_address(&mut random, family);
             let destination = random_address(&mut random, family);
@@ -338,11 +334,11 @@ fn exceptions_agree_with_a_scan_of_all(mut table: impl OffloadTable, family: Fam
     }
 }
 
-fn a_guard_is_about_all_sources_inside_it(mut table: impl OffloadTable) {
+fn a_guard_is_about_all_sources_inside_it(mut table: impl OffloadTable + ReadBack) {
     let guards = ["10.1.0.0/16", "10.1.2.0/24", "2001:db8:1::/48"];
     let mut apply = |changes: &[(&str, bool)]| {
-        let guards = changes.iter().map(|(guard, there)| (net(guard), *there)).collect();
-        table.apply(&TableUpdate { guards, ..TableUpdate::default() }).expect("room");
+        let guards = changes.iter().map(|(guard, there)| Change::Guard(net(guard), *there));
+        table.apply(&guards.collect()).expect("room");
         ["10.1.2.1", "10.1.3.1", "10.2.0.1", "2001:db8:1::1", "2001:db8:2::1"]
             .map(|source| table.is_guarded(source.parse().expect("an address")))
     };
@@ -353,11 +349,9 @@ fn a_guard_is_about_all_sources_inside_it(mut table: impl OffloadTable) {
     assert_eq!(apply(&[(guards[1], false)]), [false, false, false, true, false]);
 }
 
-fn a_slot_tells_how_its_packets_leave_or_why_not(mut table: impl OffloadTable) {
+fn a_slot_tells_how_its_packets_leave_or_why_not(mut table: impl OffloadTable + ReadBack) {
     let mut set = |standing| {
-        table
-            .apply(&TableUpdate { slots: vec![(Slot(5), standing)], ..TableUpdate::default() })
-            .expect("room");
+        table.apply(&Change::Slot(Slot(5), standing).into()).expect("room");
         assert_eq!(table.standing(Slot(5)), standing);
         assert_eq!(table.standing(Slot(6)), None);
     };
@@ -373,7 +367,7 @@ fn a_slot_tells_how_its_packets_leave_or_why_not(mut table: impl OffloadTable) {
 }
 
 /// What does not fit costs nothing that was there before.
-fn a_full_table_keeps_what_it_has(mut table: impl OffloadTable, family: Family) {
+fn a_full_table_keeps_what_it_has(mut table: impl OffloadTable + ReadBack, family: Family) {
     let verdict = |number| fast(number % 64);
     let mut fitted = 0;
     let error = loop {
@@ -390,14 +384,13 @@ fn a_full_table_keeps_what_it_has(mut table: impl OffloadTable, family: Family) 
     }
 }
 
-fn a_slot_beyond_the_end_is_an_error(mut table: impl OffloadTable) {
+fn a_slot_beyond_the_end_is_an_error(mut table: impl OffloadTable + ReadBack) {
     let forwarding = Forwarding { ifindex: 1, max_length: 1500, rewrite: None };
-    let slots = vec![(Slot(64), Some(Ok(forwarding)))];
-    let error = table.apply(&TableUpdate { slots, ..TableUpdate::default() }).expect_err("64 slots");
+    let error = table.apply(&Change::Slot(Slot(64), Some(Ok(forwarding))).into()).expect_err("64 slots");
     assert!(matches!(error, TableError::NoSuchSlot { limit: 64, .. }), "{error}");
 }
 
-fn ports_come_and_go(mut table: impl OffloadTable) {
+fn ports_come_and_go(mut table: impl Ports) {
     let port = |ifindex| Port {
         ifindex,
         vlan: 0,

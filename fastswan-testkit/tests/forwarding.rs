@@ -13,8 +13,8 @@ use fastswan::{
     forwarder::{AttachConfig, AttachMode},
     policy::PortMatch,
     table::{
-        Cell, Exception, Forwarding, Forwards, Port, Probes, ReversePath, Slot, TableConfig, TableUpdate,
-        Verdict,
+        Cell, Change, Exception, Forwarding, Forwards, Port, Ports as _, Probes, ReversePath, Slot,
+        TableConfig, TableCounters as _, TableUpdate, Verdict,
     },
 };
 use fastswan_testkit::{
@@ -64,27 +64,25 @@ fn fast_path_between(lan: u32, out: u32, mode: AttachMode) -> FastPath {
     }
     let fast = |source: &str, destination: &str, slot| {
         let cell = Cell { source: source.parse().unwrap(), destination: destination.parse().unwrap() };
-        (cell, Some(Verdict::Fast { slot, probes: Probes::default() }))
+        Change::Cell(cell, Some(Verdict::Fast { slot, probes: Probes::default() }))
     };
     let leave = |slot, ifindex, source, destination| {
-        (slot, Some(Ok(Forwarding { ifindex, max_length: 1500, rewrite: Some((source, destination)) })))
+        Change::Slot(
+            slot,
+            Some(Ok(Forwarding { ifindex, max_length: 1500, rewrite: Some((source, destination)) })),
+        )
     };
     table
-        .apply(&TableUpdate {
-            cells: vec![
-                fast("10.1.0.0/16", "10.2.0.0/16", TO_PEER),
-                fast("2001:db8:1::/48", "2001:db8:2::/48", TO_PEER),
-                fast("10.2.0.0/16", "10.1.0.0/16", TO_CLIENT),
-                fast("2001:db8:2::/48", "2001:db8:1::/48", TO_CLIENT),
-                fast("10.1.0.0/16", "10.3.0.0/16", HAIRPIN),
-            ],
-            slots: vec![
-                leave(TO_PEER, out, OUT, PEER),
-                leave(TO_CLIENT, lan, LAN, CLIENT),
-                leave(HAIRPIN, lan, LAN, CLIENT),
-            ],
-            ..TableUpdate::default()
-        })
+        .apply(&TableUpdate::from_iter([
+            fast("10.1.0.0/16", "10.2.0.0/16", TO_PEER),
+            fast("2001:db8:1::/48", "2001:db8:2::/48", TO_PEER),
+            fast("10.2.0.0/16", "10.1.0.0/16", TO_CLIENT),
+            fast("2001:db8:2::/48", "2001:db8:1::/48", TO_CLIENT),
+            fast("10.1.0.0/16", "10.3.0.0/16", HAIRPIN),
+            leave(TO_PEER, out, OUT, PEER),
+            leave(TO_CLIENT, lan, LAN, CLIENT),
+            leave(HAIRPIN, lan, LAN, CLIENT),
+        ]))
         .unwrap();
     table.set_enabled(true);
     table.renew_lease(Duration::from_secs(3600));
@@ -242,7 +240,7 @@ fn what_is_not_fast_is_the_kernels_to_forward() {
             source_port: PortMatch::default(),
             destination_port: PortMatch::exactly(2001),
         };
-        let update = TableUpdate { exceptions: vec![(exception, true)], ..TableUpdate::default() };
+        let update = Change::Exception(exception, true).into();
         fast_path.table.apply(&update).unwrap();
         let client = socket(&site.client, "10.1.0.5:1000");
         for (to, by_kernel) in [("10.2.0.9:2000", 0), ("10.2.0.9:2001", 1)] {

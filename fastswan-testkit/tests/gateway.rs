@@ -8,12 +8,12 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicyEvent,
-    PolicySource, SecurityAssociation, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
+    BpfTable, ChannelSource, Gateway, HostEvent, HostFacts, HostSource as _, NetlinkHost, NetlinkSource,
+    OffloadTable as _, PassReason, PolicyEvent, PolicySource, SecurityAssociation, Selector, Snapshot,
+    SourceError, StaticSource, XdpForwarder,
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::GatewayError,
-    netlink::HostWatch,
     policy::{Egress, NextHop},
     source::{StaleCause, fixed::StaticPolicy},
     table::TableConfig,
@@ -399,7 +399,7 @@ fn a_link_that_goes_down_takes_the_fast_path_with_it_and_brings_it_back() {
         let (program, mut gateway) = host.gateway(source);
         gateway.run_until(yield_now()).await.unwrap();
         assert_eq!(program.fate(INSIDE), RunAction::Redirect);
-        let mut watch = HostWatch::open().unwrap();
+        let mut watch = NetlinkHost::open().unwrap();
         for (change, fate) in [
             ("link set out0 down", RunAction::Pass),
             ("link set out0 up", RunAction::Redirect),
@@ -414,8 +414,11 @@ fn a_link_that_goes_down_takes_the_fast_path_with_it_and_brings_it_back() {
             }
             let settled = async {
                 loop {
-                    watch.changed().await.unwrap();
-                    gateway.set_host(&HostFacts::read().unwrap()).unwrap();
+                    match watch.next_event().await.unwrap().unwrap() {
+                        HostEvent::Snapshot(facts) => gateway.set_host(&facts).unwrap(),
+                        _ => gateway.forget_host(),
+                    }
+                    gateway.run_until(yield_now()).await.unwrap();
                     if program.fate(INSIDE) == fate {
                         break;
                     }

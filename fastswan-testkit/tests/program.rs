@@ -7,8 +7,8 @@ use fastswan::{
     forwarder::RunAction,
     policy::{MacAddr, PortMatch},
     table::{
-        Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, Standing,
-        TableConfig, TableUpdate, Verdict,
+        Cell, Change, Contents, Exception, Fact, Forwarding, Forwards, Port, Ports as _, Probes,
+        ReadBack as _, ReversePath, Side, Slot, Standing, TableConfig, Verdict,
     },
 };
 use fastswan_testkit::{
@@ -79,56 +79,57 @@ fn with_policies(egress: u32) -> ProgRun {
     }
     program
         .table
-        .apply(&TableUpdate {
-            cells: cells.into_iter().map(|(cell, verdict)| (cell, Some(verdict))).collect(),
-            facts: [
-                (Side::Destination, "10.6.0.0/16", Fact::Via(INGRESS)),
-                (Side::Destination, "10.6.9.0/24", Fact::Denied),
-                (Side::Destination, "10.6.8.0/24", Fact::Via(egress)),
-                (Side::Source, "10.1.0.0/16", Fact::Via(INGRESS)),
-                (Side::Source, "10.1.9.0/24", Fact::Denied),
-            ]
-            .map(|(side, prefix, fact)| ((side, prefix.parse().unwrap()), Some(fact)))
-            .to_vec(),
-            guards: [("10.1.7.0/24", true), ("2001:db8:1:7::/64", true)]
-                .map(|(guard, there)| (guard.parse().unwrap(), there))
-                .to_vec(),
-            slots: vec![
-                (TRANSMIT, Some(Ok(Forwarding { rewrite: None, ..forwarding(INGRESS) }))),
-                (REDIRECT, Some(Ok(forwarding(egress)))),
-                (NO_DEVICE, Some(Ok(forwarding(egress)))),
-                (NO_ASSOCIATION, Some(Err(PassReason::NoSa))),
-            ],
-            exceptions: [
-                Exception {
-                    cell: cell("0.0.0.0/0", "0.0.0.0/0"),
-                    protocol: 17,
-                    source_port: PortMatch::default(),
-                    destination_port: PortMatch::exactly(4500),
-                },
-                Exception {
-                    cell: cell("10.1.0.0/16", "10.2.1.0/24"),
-                    protocol: 1,
-                    source_port: PortMatch::exactly(8),
-                    destination_port: PortMatch::default(),
-                },
-                Exception {
-                    cell: cell("10.1.0.0/16", "10.2.2.0/24"),
-                    protocol: 0,
-                    source_port: PortMatch { port: 0x1234, mask: 0xff00 },
-                    destination_port: PortMatch::default(),
-                },
-                Exception {
-                    cell: cell("2001:db8:1::/48", "2001:db8:2::8/128"),
-                    protocol: 17,
-                    source_port: PortMatch::default(),
-                    destination_port: PortMatch::exactly(4500),
-                },
-            ]
-            .map(|exception| (exception, true))
-            .to_vec(),
-            ..TableUpdate::default()
-        })
+        .apply(
+            &Contents {
+                cells: cells.into_iter().collect(),
+                facts: [
+                    (Side::Destination, "10.6.0.0/16", Fact::Via(INGRESS)),
+                    (Side::Destination, "10.6.9.0/24", Fact::Denied),
+                    (Side::Destination, "10.6.8.0/24", Fact::Via(egress)),
+                    (Side::Source, "10.1.0.0/16", Fact::Via(INGRESS)),
+                    (Side::Source, "10.1.9.0/24", Fact::Denied),
+                ]
+                .map(|(side, prefix, fact)| ((side, prefix.parse().unwrap()), fact))
+                .into(),
+                guards: ["10.1.7.0/24", "2001:db8:1:7::/64"].map(|guard| guard.parse().unwrap()).into(),
+                slots: [
+                    (TRANSMIT, Ok(Forwarding { rewrite: None, ..forwarding(INGRESS) })),
+                    (REDIRECT, Ok(forwarding(egress))),
+                    (NO_DEVICE, Ok(forwarding(egress))),
+                    (NO_ASSOCIATION, Err(PassReason::NoSa)),
+                ]
+                .into(),
+                exceptions: [
+                    Exception {
+                        cell: cell("0.0.0.0/0", "0.0.0.0/0"),
+                        protocol: 17,
+                        source_port: PortMatch::default(),
+                        destination_port: PortMatch::exactly(4500),
+                    },
+                    Exception {
+                        cell: cell("10.1.0.0/16", "10.2.1.0/24"),
+                        protocol: 1,
+                        source_port: PortMatch::exactly(8),
+                        destination_port: PortMatch::default(),
+                    },
+                    Exception {
+                        cell: cell("10.1.0.0/16", "10.2.2.0/24"),
+                        protocol: 0,
+                        source_port: PortMatch { port: 0x1234, mask: 0xff00 },
+                        destination_port: PortMatch::default(),
+                    },
+                    Exception {
+                        cell: cell("2001:db8:1::/48", "2001:db8:2::8/128"),
+                        protocol: 17,
+                        source_port: PortMatch::default(),
+                        destination_port: PortMatch::exactly(4500),
+                    },
+                ]
+                .into(),
+                ..Contents::default()
+            }
+            .replacing(&Contents::default()),
+        )
         .unwrap();
     program.table.set_port(&port()).unwrap();
     let vlan = Port { vlan: VLAN, forwards: Forwards { v4: true, v6: false }, ..port() };
@@ -322,16 +323,16 @@ fn a_slot_that_gets_another_policy_counts_from_zero() {
         run(program, v4());
         let forwarding = Forwarding { ifindex: INGRESS, max_length: 1400, rewrite: None };
         let mut set = |standings: &[Option<Standing>]| {
-            let slots = standings.iter().map(|standing| (TRANSMIT, *standing)).collect();
-            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+            let slots = standings.iter().map(|standing| Change::Slot(TRANSMIT, *standing));
+            program.table.apply(&slots.collect()).unwrap();
             program.traffic(TRANSMIT).packets
         };
         assert_eq!(set(&[None]), 1);
         assert_eq!(set(&[Some(Ok(forwarding))]), 0);
         run(program, v4());
         let mut set = |standings: &[Option<Standing>]| {
-            let slots = standings.iter().map(|standing| (TRANSMIT, *standing)).collect();
-            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+            let slots = standings.iter().map(|standing| Change::Slot(TRANSMIT, *standing));
+            program.table.apply(&slots.collect()).unwrap();
             program.traffic(TRANSMIT).packets
         };
         assert_eq!(set(&[Some(Err(PassReason::NoSa))]), 1, "it is still the same policy's");
@@ -345,15 +346,13 @@ fn a_slot_that_gets_another_policy_counts_from_zero() {
 fn a_slot_that_passes_for_a_reason_does_so_for_all_of_its_cells() {
     with_program(|program, _| {
         for reason in PassReason::ALL {
-            let slots = vec![(TRANSMIT, Some(Err(*reason)))];
-            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+            program.table.apply(&Change::Slot(TRANSMIT, Some(Err(*reason))).into()).unwrap();
             assert_eq!(program.table.standing(TRANSMIT), Some(Err(*reason)));
             passes(program, v4(), *reason);
             passes(program, v6(), *reason);
         }
         let forwarding = Forwarding { ifindex: INGRESS, max_length: 1400, rewrite: Some((OWN, PEER)) };
-        let slots = vec![(TRANSMIT, Some(Ok(forwarding)))];
-        program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+        program.table.apply(&Change::Slot(TRANSMIT, Some(Ok(forwarding))).into()).unwrap();
         assert_eq!(program.table.standing(TRANSMIT), Some(Ok(forwarding)));
         assert_eq!(run(program, v4()).action, RunAction::Transmit);
     });
@@ -374,8 +373,7 @@ fn packets_from_a_guard_pass_where_a_cell_is_guarded_and_nowhere_else() {
         ] {
             assert_eq!(run(program, frame).action, RunAction::Transmit);
         }
-        let guards = vec![("10.1.7.0/24".parse().unwrap(), false)];
-        program.table.apply(&TableUpdate { guards, ..TableUpdate::default() }).unwrap();
+        program.table.apply(&Change::Guard("10.1.7.0/24".parse().unwrap(), false).into()).unwrap();
         assert_eq!(run(program, v4("10.1.7.1", "10.8.0.1")).action, RunAction::Transmit);
     });
 }
@@ -391,8 +389,8 @@ fn a_device_that_went_away_is_reachable_again_when_its_slots_say_so() {
         let end = |device, mac| End { namespace, device, mac, addresses: &[] };
         lab::join_with_index(Some(index), end("out0", OWN), end("out1", PEER), 1500).unwrap();
         let mut set = |standing| {
-            let slots = vec![(REDIRECT, Some(standing)), (NO_DEVICE, Some(standing))];
-            program.table.apply(&TableUpdate { slots, ..TableUpdate::default() }).unwrap();
+            let slots = [REDIRECT, NO_DEVICE].map(|slot| Change::Slot(slot, Some(standing)));
+            program.table.apply(&slots.into_iter().collect()).unwrap();
         };
         set(Err(PassReason::NoPath));
         set(Ok(Forwarding { ifindex: index, max_length: 1400, rewrite: None }));

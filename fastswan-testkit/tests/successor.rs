@@ -15,10 +15,10 @@ use std::{
 };
 
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, OffloadTable as _, XdpForwarder,
+    Gateway, HostFacts, NetlinkSource, XdpForwarder,
     forwarder::AttachConfig,
     policy::{MacAddr, NextHop},
-    table::TableConfig,
+    table::{Ports as _, TableConfig},
 };
 use fastswan_testkit::{
     capture::Capture,

@@ -1,7 +1,7 @@
 //! A packet that meets a change of the table is decided as before it, as after it, or passes.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{
         Mutex,
@@ -16,14 +16,14 @@ use fastswan::{
     forwarder::RunAction,
     policy::{Family, MacAddr, PortMatch},
     table::{
-        Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, ReversePath, Side, Slot, Standing,
-        TableConfig, TableUpdate, Verdict,
+        Cell, Change, Contents, Exception, Fact, Forwarding, Forwards, Port, Ports as _, Probes, ReversePath,
+        Side, Slot, TableConfig, TableCounters as _, TableUpdate, Verdict,
     },
 };
 use fastswan_testkit::{
     frames::Frame,
     lab::{self, Namespace},
-    model::{Model, additions_and_removals, changes},
+    model::Model,
     prog_run,
 };
 use ipnet::IpNet;
@@ -97,18 +97,21 @@ fn port() -> Port {
     }
 }
 
-/// What a table holds.
-#[derive(Clone, Default)]
-struct Contents {
-    cells: BTreeMap<Cell, Verdict>,
-    facts: BTreeMap<(Side, IpNet), Fact>,
-    guards: BTreeSet<IpNet>,
-    exceptions: BTreeSet<Exception>,
-    slots: BTreeMap<Slot, Standing>,
+/// Contents of a table that change all the time.
+trait Changing: Sized {
+    /// Enough that the hash is nearly full.
+    fn first(rng: &mut SmallRng) -> Self;
+    /// The same after some changes.
+    fn next(&self, rng: &mut SmallRng, number: usize) -> Self;
+    /// Gives every cell another slot and every slot another way to leave: who reads only one of them as it is
+    /// now gives an answer that no table gives.
+    fn rotate_slots(&mut self, rng: &mut SmallRng, number: usize);
+    fn add_cell(&mut self, rng: &mut SmallRng, family: Family);
+    /// Gives a slot a way to leave that no other slot has, nor itself at another time.
+    fn fill_slot(&mut self, rng: &mut SmallRng, slot: Slot, number: usize);
 }
 
-impl Contents {
-    /// Enough that the hash is nearly full.
+impl Changing for Contents {
     fn first(rng: &mut SmallRng) -> Self {
         let mut contents = Self::default();
         for family in [Family::V4, Family::V6] {
@@ -123,7 +126,6 @@ impl Contents {
         contents
     }
 
-    /// The same after some changes.
     fn next(&self, rng: &mut SmallRng, number: usize) -> Self {
         let mut next = self.clone();
         if rng.random_ratio(1, 3) {
@@ -173,8 +175,6 @@ impl Contents {
         next
     }
 
-    /// Gives every cell another slot and every slot another way to leave: who reads only one of them as it is
-    /// now gives an answer that no table gives.
     fn rotate_slots(&mut self, rng: &mut SmallRng, number: usize) {
         for verdict in self.cells.values_mut() {
             if let Verdict::Fast { slot, .. } = verdict {
@@ -205,25 +205,12 @@ impl Contents {
         self.cells.insert(cell, verdict);
     }
 
-    /// Gives a slot a way to leave that no other slot has, nor itself at another time.
     fn fill_slot(&mut self, rng: &mut SmallRng, slot: Slot, number: usize) {
         let [.., high, low] = number.to_be_bytes();
         let mac = MacAddr([2, 1, 0, slot.0.to_be_bytes()[3], high, low]);
         let forwarding = Forwarding { ifindex: INGRESS, max_length: 1500, rewrite: Some((PORT, mac)) };
         let standing = if rng.random_bool(0.2) { Err(PassReason::NoSa) } else { Ok(forwarding) };
         self.slots.insert(slot, standing);
-    }
-
-    /// What makes these contents of older ones.
-    fn replacing(&self, old: &Self) -> TableUpdate {
-        TableUpdate {
-            cells: changes(&old.cells, &self.cells),
-            facts: changes(&old.facts, &self.facts),
-            guards: additions_and_removals(&old.guards, &self.guards),
-            exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
-            slots: changes(&old.slots, &self.slots),
-            ..TableUpdate::default()
-        }
     }
 }
 
@@ -380,10 +367,8 @@ fn what_passes_before_and_after_a_change_passes_during_it() {
         source_port: PortMatch::default(),
         destination_port: PortMatch::default(),
     };
-    let change = |guard, exceptions| TableUpdate {
-        guards: vec![(everything, guard)],
-        exceptions: vec![(exception, exceptions)],
-        ..TableUpdate::default()
+    let change = |guard, is_exception| {
+        TableUpdate::from_iter([Change::Guard(everything, guard), Change::Exception(exception, is_exception)])
     };
     let changes = [change(false, true), change(true, false)];
     let frame = &frames()[0];
@@ -393,9 +378,9 @@ fn what_passes_before_and_after_a_change_passes_during_it() {
         let (forwarder, mut table) = XdpForwarder::load(&config).unwrap();
         table.set_port(&port()).unwrap();
         let fast = Verdict::Fast { slot: Slot(0), probes };
-        let mut first =
-            TableUpdate { cells: cells.chain([(all, Some(fast))]).collect(), ..change(true, false) };
-        first.slots.push((Slot(0), Some(Ok(forwarding))));
+        let mut first = change(true, false);
+        first.extend(cells.chain([(all, Some(fast))]).map(|(cell, verdict)| Change::Cell(cell, verdict)));
+        first.push(Change::Slot(Slot(0), Some(Ok(forwarding))));
         table.apply(&first).unwrap();
         table.set_enabled(true);
         table.renew_lease(Duration::from_secs(3600));

@@ -8,7 +8,7 @@ use fastswan::{
     SourceError, StaticSource,
     policy::{Egress, NextHop},
     source::fixed::StaticPolicy,
-    table::TableConfig,
+    table::{ReadBack as _, TableConfig},
 };
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines, Stdin};
 

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, OffloadTable as _, PolicySourceExt as _, XdpForwarder,
+    Gateway, HostFacts, NetlinkSource, PolicySourceExt as _, XdpForwarder,
     forwarder::AttachConfig,
     policy::{Egress, NextHop},
-    table::TableConfig,
+    table::{Ports as _, TableConfig},
 };
 use tokio::time::sleep;
 

@@ -8,11 +8,11 @@ use std::{collections::BTreeMap, future::Future, io, net::SocketAddr, path::Path
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use fastswan::{
-    BpfTable, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PolicySource, XdpForwarder,
+    BpfTable, Gateway, HostEvent, HostFacts, HostSource as _, NetlinkHost, NetlinkSource, OffloadTable as _,
+    PolicySource, XdpForwarder,
     compiler::{Flow, PolicyState},
     forwarder::{AttachConfig, AttachMode, Guard},
     gateway::Report,
-    netlink::HostWatch,
     table::{Port, TableConfig, TableError},
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
@@ -20,15 +20,10 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep, sleep_until},
 };
-use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 /// Seconds between two looks at what metrics do not count by themselves.
 const LOOK: u64 = 5;
-
-/// What the host does is read at most this often, and this long after that has failed.
-const HOST_PAUSE: Duration = Duration::from_millis(100);
-const HOST_RETRY: Duration = Duration::from_secs(1);
 
 /// Upper bounds of the histograms.
 const SECONDS: [f64; 9] = [1e-5, 1e-4, 1e-3, 5e-3, 2e-2, 5e-2, 2e-1, 1.0, 5.0];
@@ -121,13 +116,11 @@ async fn main() -> anyhow::Result<()> {
     if let Some(address) = arguments.metrics {
         serve_metrics(address)?;
     }
-    let mut watch = HostWatch::open()?;
+    let mut watch = NetlinkHost::open()?;
     let host = loop {
-        match watch.read() {
-            Ok(host) => break host,
-            Err(error) => warn!(%error, "cannot read what the host does, trying again"),
+        if let Some(HostEvent::Snapshot(host)) = watch.next_event().await? {
+            break host;
         }
-        sleep(HOST_RETRY).await;
     };
     let config = TableConfig {
         cells_v4: arguments.cells_v4,
@@ -151,7 +144,7 @@ async fn main() -> anyhow::Result<()> {
         None => configs.iter().map(|config| forwarder.attach(config)).collect::<Result<_, _>>()?,
     };
     let interfaces = attachments.iter().map(|attachment| attachment.ifindex).collect();
-    let mut follower = Host { watch, interfaces, ports: Vec::new(), last: Instant::now(), due: None };
+    let mut follower = Host { source: watch, interfaces, ports: Vec::new() };
     follower.set_ports(gateway.table_mut(), &host)?;
 
     let mut stopped = std::pin::pin!(stop_signal()?);
@@ -165,19 +158,20 @@ async fn main() -> anyhow::Result<()> {
                 None => std::future::pending().await,
             }
         };
-        let mut watched = Ok(());
+        let mut host_event = None;
         gateway
             .run_until(async {
                 tokio::select! {
                     () = &mut stopped => ended = true,
                     () = superseded(&forwarder) => ended = true,
-                    result = follower.changed() => watched = result,
+                    event = follower.source.next_event() => host_event = Some(event),
                     () = pause => {}
                 }
             })
             .await?;
-        watched.context("watching links, addresses, routes, rules and neighbours")?;
-        follower.follow(&mut gateway)?;
+        if let Some(event) = host_event.transpose()?.flatten() {
+            follower.follow(&mut gateway, event)?;
+        }
         // It looks at all policies, which is of no use to anybody if nobody is served.
         if arguments.metrics.is_some() {
             gateway.record_metrics();
@@ -204,48 +198,25 @@ async fn main() -> anyhow::Result<()> {
 
 /// Takes up what the host does with addresses whenever that changes.
 struct Host {
-    watch: HostWatch,
+    source: NetlinkHost,
     /// Packets come in on these.
     interfaces: Vec<u32>,
     /// As they are in the table.
     ports: Vec<Port>,
-    /// When it was read last.
-    last: Instant,
-    /// When it is to be read again.
-    due: Option<Instant>,
 }
 
 impl Host {
-    /// Waits until there is something to [follow](Self::follow).
-    async fn changed(&mut self) -> io::Result<()> {
-        if let Some(due) = self.due {
-            sleep_until(due).await;
-        } else {
-            self.watch.changed().await?;
-            self.due = Some(self.last + HOST_PAUSE);
-        }
-        Ok(())
-    }
-
-    /// Reads again, if it is time to. Until then what has changed must not be relied on.
-    fn follow<S: PolicySource>(&mut self, gateway: &mut Gateway<S, BpfTable>) -> anyhow::Result<()> {
-        let Some(due) = self.due else { return Ok(()) };
-        if Instant::now() < due {
-            gateway.forget_host();
-            return Ok(());
-        }
-        match self.watch.read() {
-            Ok(host) => {
+    fn follow<S: PolicySource>(
+        &mut self,
+        gateway: &mut Gateway<S, BpfTable>,
+        event: HostEvent,
+    ) -> anyhow::Result<()> {
+        match event {
+            HostEvent::Snapshot(host) => {
                 self.set_ports(gateway.table_mut(), &host)?;
                 gateway.set_host(&host)?;
-                self.last = Instant::now();
-                self.due = None;
             }
-            Err(error) => {
-                warn!(%error, "cannot read what the host does: everything passes, trying again");
-                gateway.forget_host();
-                self.due = Some(Instant::now() + HOST_RETRY);
-            }
+            _ => gateway.forget_host(),
         }
         Ok(())
     }

@@ -4,8 +4,9 @@
 
 use anyhow::Context as _;
 use fastswan::{
-    Gateway, HostFacts, OffloadTable as _, StaticSource, XdpForwarder, forwarder::AttachConfig,
-    table::TableConfig,
+    Gateway, HostFacts, StaticSource, XdpForwarder,
+    forwarder::AttachConfig,
+    table::{Ports as _, TableConfig},
 };
 
 #[tokio::main(flavor = "current_thread")]

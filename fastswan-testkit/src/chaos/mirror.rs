@@ -10,9 +10,8 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, Database, Gateway, NetlinkSource, OffloadTable, PassReason, PolicyEvent, PolicySource,
-    Snapshot, SourceError,
-    netlink::HostWatch,
+    BpfTable, Database, Gateway, HostEvent, HostFacts, HostSource as _, NetlinkHost, NetlinkSource,
+    OffloadTable, PassReason, PolicyEvent, PolicySource, Snapshot, SourceError,
     policy::OffloadDev,
     source::{BoxFuture, NetlinkConfig},
     table::{Capacity, Fact, Port, Side, Slot, Standing, TableError, TableUpdate, Traffic, Verdict},
@@ -61,8 +60,7 @@ async fn follow(
     notes: &mpsc::Sender<Note>,
     drops: Option<u64>,
 ) -> anyhow::Result<Life> {
-    let mut watch = HostWatch::open()?;
-    let facts = watch.read()?;
+    let mut watch = NetlinkHost::open()?;
     let config = NetlinkConfig::default()
         .receive_buffer(RECEIVE_BUFFER)
         .audit(Some(AUDIT))
@@ -78,19 +76,20 @@ async fn follow(
         removals: 0,
     };
     let table = Timed::new(table, notes.clone());
-    let mut gateway = Gateway::new(source, table, &facts).with_lease(LEASE);
+    let mut gateway = Gateway::new(source, table, &HostFacts::default()).with_lease(LEASE);
     loop {
         let (mut question, mut change) = (None, None);
         let interrupted = async {
             tokio::select! {
                 asked = questions.recv() => question = Some(asked),
-                changed = watch.changed() => change = Some(changed),
+                event = watch.next_event() => change = Some(event),
             }
         };
         gateway.run_until(interrupted).await?;
-        if let Some(changed) = change {
-            changed?;
-            gateway.set_host(&watch.read()?)?;
+        match change.transpose()?.flatten() {
+            Some(HostEvent::Snapshot(facts)) => gateway.set_host(&facts)?,
+            Some(_) => gateway.forget_host(),
+            None => {}
         }
         match question {
             Some(Some(question)) => {

@@ -35,7 +35,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use fastswan::{HostFacts, OffloadTable as _, XdpForwarder, table::TableConfig};
+use fastswan::{
+    HostFacts, XdpForwarder,
+    table::{Ports as _, TableConfig},
+};
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::mpsc::unbounded_channel;
 

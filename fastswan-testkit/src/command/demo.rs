@@ -14,11 +14,11 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use fastswan::{
-    BpfTable, Gateway, HostFacts, NetlinkSource, OffloadTable as _, PassReason, PolicySource, XdpForwarder,
+    BpfTable, Gateway, HostFacts, NetlinkSource, PassReason, PolicySource, XdpForwarder,
     compiler::PolicyState,
     forwarder::AttachConfig,
     gateway::Report,
-    table::{TableConfig, Traffic as Forwarded},
+    table::{Ports as _, TableConfig, Traffic as Forwarded},
 };
 use fastswan_testkit::{
     lab::{clean_up_on_signals, remove_leftovers},

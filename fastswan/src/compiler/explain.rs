@@ -9,12 +9,12 @@ use ipnet::IpNet;
 
 use super::{
     Compiler, exceptions,
-    rule::{eligible, is_check},
+    rule::{Candidate, Terms, eligible, is_check, judge, same_way},
     standing,
 };
 use crate::{
     database::{Database, Freshness},
-    policy::{Direction, Family, Policy, PolicyId, SaId},
+    policy::{Direction, Family, Policy, PolicyId, SaId, Template},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
 
@@ -67,6 +67,16 @@ pub enum Explanation {
     },
 }
 
+impl Explanation {
+    pub(crate) fn killed() -> Self {
+        Self::Pass { reason: PassReason::Disabled, cause: Cause::Killed }
+    }
+
+    pub(crate) fn host_unknown() -> Self {
+        Self::Pass { reason: PassReason::Disabled, cause: Cause::HostUnknown }
+    }
+}
+
 /// Why a packet goes to the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -75,6 +85,8 @@ pub enum Cause {
     NotCurrent(Freshness),
     /// What the host does with addresses is not known at the moment.
     HostUnknown,
+    /// The embedder has turned the kill switch on.
+    Killed,
     /// The packet has a mark, so it has been in the kernel already.
     Marked,
     /// The two addresses are of different families.
@@ -112,6 +124,8 @@ pub enum Cause {
     DefaultBlock,
     /// The next hop of the policy, its device or its path's length is not known.
     NoPath(PolicyId),
+    /// The policy's tunnel begins at an address that the host no longer has: the kernel finds no route from it.
+    ForeignSource(PolicyId, IpAddr),
     /// The table has no room.
     Capacity,
     /// An address is one that the host does not forward to or from, or has no route. The prefix is the one that is
@@ -134,7 +148,7 @@ pub enum Shadow {
     Better,
     /// It has the same priority.
     Tie,
-    /// It is offloaded too.
+    /// It is offloaded too, leads another way, and may be found first.
     Offloaded,
     /// It loses, but not to the highest priority number that offloaded policies have had: the kernel may look at it
     /// first.
@@ -203,7 +217,7 @@ impl Compiler {
         let owner = matching.iter().find(|policy| self.slot(database, &policy.id) == Some(slot));
         let Some(policy) = owner else { return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)) };
         let forwarding = standing(policy, database, &self.paths)
-            .map_err(|reason| pass(reason, of_standing(policy, reason)))?;
+            .map_err(|reason| pass(reason, self.of_standing(policy, reason)))?;
         if probes.guards && compiled.is_guarded(flow.source) {
             let is_guard =
                 |policy: &&Policy| is_check(policy) && policy.id.selector.source.contains(&flow.source);
@@ -228,6 +242,17 @@ impl Compiler {
         };
         sas.sort_unstable();
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
+    }
+
+    fn of_standing(&self, policy: &Policy, reason: PassReason) -> Cause {
+        match eligible(policy) {
+            Ok(Template { source, .. })
+                if reason == PassReason::NoPath && !self.paths.may_send_from(*source) =>
+            {
+                Cause::ForeignSource(policy.id.clone(), *source)
+            }
+            _ => of_standing(policy, reason),
+        }
     }
 }
 
@@ -270,22 +295,35 @@ fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause
     found.unwrap_or(Cause::Capacity)
 }
 
+/// What keeps the packet-offloaded policy with the best priority from being certain.
 fn shadow(database: &Database, outbound: &[&Policy], policy: &Policy) -> Option<Cause> {
     let highest = database.highest_offloaded_priority(policy.id.selector.family()).unwrap_or(0);
+    let terms = Terms { highest, order: database.order(), broken: None };
+    let others = || outbound.iter().filter(|other| !same_way(policy, other, None));
     let how = |other: &Policy| {
-        if other.is_packet_offloaded() {
-            Shadow::Offloaded
-        } else if other.priority < policy.priority {
+        if other.priority < policy.priority {
             Shadow::Better
         } else if other.priority == policy.priority {
             Shadow::Tie
+        } else if other.is_packet_offloaded() {
+            Shadow::Offloaded
         } else if other.priority <= highest {
             Shadow::BelowHighest
         } else {
             Shadow::UnknownOrder
         }
     };
-    let by = outbound.iter().find(|other| other.id != policy.id)?;
+    let candidate = |policy: &Policy| Some(Candidate::of(database.key_of(&policy.id)?, policy, None));
+    let of_device = outbound.iter().filter(|policy| policy.is_packet_offloaded());
+    let of_device: Vec<Candidate> = of_device.filter_map(|policy| candidate(policy)).collect();
+    let is_certain_among_these = judge(&of_device, database, terms).choice.is_ok();
+    let hinders = |other: &&&Policy| {
+        let how = how(other);
+        // The order of what is offloaded is rather named than that of what is not, unless it is known.
+        matches!(how, Shadow::Better | Shadow::Tie | Shadow::BelowHighest)
+            || (how == Shadow::UnknownOrder) == is_certain_among_these
+    };
+    let by = others().find(hinders).or_else(|| others().next())?;
     Some(Cause::Shadowed { policy: policy.id.clone(), by: by.id.clone(), how: how(by) })
 }
 
@@ -364,6 +402,7 @@ impl fmt::Display for Cause {
                 write!(f, "the source has lost track ({cause:?}) and has not started over yet")
             }
             Self::NotCurrent(_) => f.write_str("the source has not told its policies yet"),
+            Self::Killed => f.write_str("the kill switch is on"),
             Self::HostUnknown => {
                 f.write_str("what the host does with addresses has changed and has not been read yet")
             }
@@ -380,7 +419,7 @@ impl fmt::Display for Cause {
                 let how = match how {
                     Shadow::Better => "has a better priority",
                     Shadow::Tie => "has the same priority, and which is older is not known",
-                    Shadow::Offloaded => "is packet-offloaded too",
+                    Shadow::Offloaded => "is packet-offloaded too, leads another way, and may be found first",
                     Shadow::BelowHighest => {
                         "has no higher number than all packet-offloaded policies have had, so it may come first"
                     }
@@ -403,6 +442,9 @@ impl fmt::Display for Cause {
                     f,
                     "how packets of {policy} leave is not known: device, carrier, route, next hop or length"
                 )
+            }
+            Self::ForeignSource(policy, address) => {
+                write!(f, "the tunnel of {policy} begins at {address}, which is not an address of this host")
             }
             Self::Capacity => f.write_str("the table has no room to tell it apart from others"),
             Self::Address { side, prefix, fact } => {

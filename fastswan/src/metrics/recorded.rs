@@ -9,10 +9,7 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogra
 
 use fastswan_ebpf::PassReason;
 
-use crate::{
-    compiler::PolicyState,
-    table::{Slot, TableUpdate, Traffic},
-};
+use crate::{compiler::PolicyState, table::Traffic};
 
 /// What a gateway has counted that nobody else remembers.
 #[derive(Debug)]
@@ -30,7 +27,6 @@ pub(crate) struct Moment {
     pub(crate) policies: Vec<(PolicyState, Traffic)>,
     pub(crate) passes: Vec<(PassReason, u64)>,
     pub(crate) associations: usize,
-    pub(crate) is_current: bool,
     pub(crate) queued: usize,
 }
 
@@ -41,13 +37,12 @@ impl Meters {
         Self { retired: Traffic::default(), reasons: BTreeSet::new() }
     }
 
-    pub(crate) fn lost_track(&mut self, cause: &'static str) {
-        counter!("fastswan_stale_total", "cause" => cause).increment(1);
-        gauge!("fastswan_current").set(0.0);
+    pub(crate) fn lost_track(&mut self, input: &'static str, cause: &'static str) {
+        counter!("fastswan_stale_total", "input" => input, "cause" => cause).increment(1);
     }
 
-    pub(crate) fn resynchronised(&mut self, cause: &'static str) {
-        counter!("fastswan_resyncs_total", "cause" => cause).increment(1);
+    pub(crate) fn resynchronised(&mut self, input: &'static str, cause: &'static str) {
+        counter!("fastswan_resyncs_total", "input" => input, "cause" => cause).increment(1);
     }
 
     pub(crate) fn repaired(&mut self, repairs: u64) {
@@ -65,22 +60,17 @@ impl Meters {
         histogram!("fastswan_compile_seconds").record(took);
     }
 
-    /// Remembers the traffic of slots that are about to be freed.
-    pub(crate) fn writing(&mut self, update: &TableUpdate, traffic: impl Fn(Slot) -> Traffic) {
-        for (slot, standing) in &update.slots {
-            if standing.is_none() {
-                let Traffic { packets, bytes } = traffic(*slot);
-                self.retired.packets += packets;
-                self.retired.bytes += bytes;
-            }
-        }
+    /// Remembers the traffic of a policy that is gone.
+    pub(crate) fn retired(&mut self, traffic: Traffic) {
+        self.retired = self.retired + traffic;
     }
 
-    pub(crate) fn written(&mut self, changes: usize, lag: Duration) {
-        if changes > 0 {
-            counter!("fastswan_table_writes_total").increment(1);
-            counter!("fastswan_table_changes_total").increment(changes as u64);
-        }
+    pub(crate) fn written(&mut self, changes: usize) {
+        counter!("fastswan_table_writes_total").increment(1);
+        counter!("fastswan_table_changes_total").increment(changes as u64);
+    }
+
+    pub(crate) fn caught_up(&mut self, lag: Duration) {
         histogram!("fastswan_lag_seconds").record(lag);
     }
 
@@ -89,8 +79,14 @@ impl Meters {
         histogram!("fastswan_guard_open_seconds").record(took);
     }
 
-    pub(crate) fn lease_expired(&mut self) {
-        counter!("fastswan_lease_expiries_total").increment(1);
+    pub(crate) fn lease_expired(&mut self, times: u64) {
+        if times > 0 {
+            counter!("fastswan_lease_expiries_total").increment(times);
+        }
+    }
+
+    pub(crate) fn switched(&mut self, on: bool) {
+        gauge!("fastswan_current").set(if on { 1.0 } else { 0.0 });
     }
 
     pub(crate) fn look(&mut self, moment: &Moment) {
@@ -112,7 +108,6 @@ impl Meters {
             self.reasons.insert(reason);
         }
         gauge!("fastswan_associations").set(float(moment.associations as u64));
-        gauge!("fastswan_current").set(if moment.is_current { 1.0 } else { 0.0 });
         gauge!("fastswan_queued_events").set(float(moment.queued as u64));
         counter!("fastswan_fast_packets_total").absolute(total.packets);
         counter!("fastswan_fast_bytes_total").absolute(total.bytes);
@@ -130,7 +125,10 @@ fn float(number: u64) -> f64 {
 fn describe() {
     describe_gauge!("fastswan_policies", "packet-offloaded outbound policies by state and reason");
     describe_gauge!("fastswan_associations", "security associations");
-    describe_gauge!("fastswan_current", "1 if the database is what the source has, else 0");
+    describe_gauge!(
+        "fastswan_current",
+        "1 while the fast path is on: every input is current, and no kill switch is on"
+    );
     describe_gauge!("fastswan_queued_events", "events that the source holds and the loop has not read");
     describe_counter!("fastswan_fast_packets_total", "packets forwarded at XDP");
     describe_counter!(
@@ -140,8 +138,8 @@ fn describe() {
     );
     describe_counter!("fastswan_passed_packets_total", "packets passed to the kernel by reason");
     describe_counter!("fastswan_events_total", "events applied");
-    describe_counter!("fastswan_stale_total", "times that the source lost track by cause");
-    describe_counter!("fastswan_resyncs_total", "snapshots applied by what made them necessary");
+    describe_counter!("fastswan_stale_total", "times that a source lost track by input and cause");
+    describe_counter!("fastswan_resyncs_total", "snapshots applied by input and what made them necessary");
     describe_counter!("fastswan_audit_repairs_total", "policies and associations that an audit repaired");
     describe_counter!("fastswan_lease_expiries_total", "renewals of the lease that came too late");
     describe_counter!("fastswan_guard_shut_total", "times that the guard has shut the fast path");

@@ -26,6 +26,8 @@ const XFRM_OFFLOAD_INBOUND: u8 = 2;
 const XFRM_OFFLOAD_PACKET: u8 = 4;
 const XFRM_POLICY_CPU_ACQUIRE: u8 = 4;
 const XFRM_USERPOLICY_BLOCK: u8 = 1;
+/// Moves one association (Linux 7.2).
+const XFRM_MSG_MIGRATE_STATE: u16 = 0x29;
 /// `XFRMA_SPD_INFO` and `XFRMA_SAD_CNT`: both are structures of counts only.
 const XFRMA_INFO: u16 = 1;
 const INFO_FLAGS_LENGTH: usize = 4;
@@ -66,6 +68,8 @@ pub enum Content {
     /// An association that is not complete, and none yet. Without an SPI, the kernel waits for it to be made; with one
     /// but without keys, a daemon has reserved the SPI (`XFRM_MSG_ALLOCSPI`). Dumps have these, notifications do not.
     Larval(SecurityAssociation),
+    /// Policies or associations were given other addresses. What they are now is not told.
+    Migrated,
     /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, or a kind of message that changes
     /// no policy and no association.
     Ignored,
@@ -101,7 +105,7 @@ pub fn decode(datagram: &Bytes) -> Result<Vec<Message>, DecodeError> {
 }
 
 /// The messages of a datagram, or of what is left of it. None after the first that cannot be read means anything.
-pub(super) struct Messages<'a>(pub(super) &'a [u8]);
+struct Messages<'a>(&'a [u8]);
 
 impl Iterator for Messages<'_> {
     type Item = Result<Message, DecodeError>;
@@ -122,11 +126,15 @@ impl Iterator for Messages<'_> {
     }
 }
 
-/// How many policies or associations the answer to `XFRM_MSG_GETSPDINFO` or `XFRM_MSG_GETSADINFO` counts; 0 if it
-/// is not one.
-pub(super) fn counted(answer: &[u8]) -> usize {
-    let Ok(buffer) = NetlinkBuffer::new_checked(answer) else { return 0 };
-    let mut attributes = NlasIterator::new(buffer.payload().get(INFO_FLAGS_LENGTH..).unwrap_or_default());
+/// What a message of this kind with this payload says.
+pub(super) fn read(kind: u16, payload: &[u8]) -> Result<Content, DecodeError> {
+    content(kind, payload).map_err(|reason| DecodeError { kind, reason })
+}
+
+/// How many policies or associations the payload of an answer to `XFRM_MSG_GETSPDINFO` or `XFRM_MSG_GETSADINFO` counts;
+/// 0 if it is not one.
+pub(super) fn counted(payload: &[u8]) -> usize {
+    let mut attributes = NlasIterator::new(payload.get(INFO_FLAGS_LENGTH..).unwrap_or_default());
     let Some(Ok(counts)) = attributes.find(|attribute| matches!(attribute, Ok(a) if a.kind() == XFRMA_INFO))
     else {
         return 0;
@@ -136,8 +144,7 @@ pub(super) fn counted(answer: &[u8]) -> usize {
 }
 
 fn message(buffer: &NetlinkBuffer<&[u8]>) -> Result<Message, DecodeError> {
-    let kind = buffer.message_type();
-    let content = content(kind, buffer.payload()).map_err(|reason| DecodeError { kind, reason })?;
+    let content = read(buffer.message_type(), buffer.payload())?;
     let interrupted = buffer.flags() & NLM_F_DUMP_INTR != 0;
     Ok(Message { sequence: buffer.sequence_number(), interrupted, content })
 }
@@ -201,7 +208,7 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
         }
         // What SETDEFAULT changes is told as an answer to GETDEFAULT.
         xfrm::XFRM_MSG_GETDEFAULT => Some(PolicyEvent::DefaultPolicy(default_policy(payload)?)),
-        xfrm::XFRM_MSG_MIGRATE => return Err("addresses of policies and associations were migrated".into()),
+        xfrm::XFRM_MSG_MIGRATE | XFRM_MSG_MIGRATE_STATE => return Ok(Content::Migrated),
         _ => None,
     };
     Ok(event.map_or(Content::Ignored, Content::Event))

@@ -1,8 +1,7 @@
 //! Asks the kernel for everything it has: policies, associations, the default policy.
 //!
-//! On sockets of its own: a notification on the same socket whose sequence number happens to be the
-//! request's would end a dump early. And in threads of its own: policies and associations are read side by side, and
-//! whoever waits for a [`Dump`] goes on with other things meanwhile.
+//! In threads of its own: policies and associations are read side by side, and whoever waits for a [`Dump`] goes on with
+//! other things meanwhile.
 
 use std::{
     collections::BTreeSet,
@@ -10,24 +9,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::BytesMut;
 use netlink_packet_xfrm::constants::{
     XFRM_MSG_GETDEFAULT, XFRM_MSG_GETPOLICY, XFRM_MSG_GETSA, XFRM_MSG_GETSADINFO, XFRM_MSG_GETSPDINFO,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_XFRM};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use tokio::sync::oneshot;
+use netlink_sys::protocols::NETLINK_XFRM;
 
 use super::{
-    decode::{Content, DecodeError, Messages, counted},
-    socket::{Datagram, converse, pass_through, receive, request, set_receive_buffer},
+    anchor::{Anchor, Job},
+    decode::{self, Content, DecodeError, counted},
+    request::{DUMP, RequestError, Requests},
 };
 use crate::{
     event::{PolicyEvent, Snapshot},
     policy::{DefaultPolicy, OffloadDev},
 };
-
-const NLM_F_DUMP: u16 = 0x300;
 
 /// Lengths of the requests' fixed parts in bytes (`linux/xfrm.h`).
 const POLICY_ID_LENGTH: usize = 64;
@@ -47,10 +42,8 @@ const NO_SUCH_REQUEST: i32 = libc::EINVAL;
 /// Returns when every request that the kernel had begun to handle is done and notified of: it handles one at a time in
 /// each namespace (`xfrm_cfg_mutex`), those of `PF_KEY` too.
 pub(crate) fn settle() -> io::Result<()> {
-    match pass_through(NETLINK_XFRM, XFRM_MSG_GETSPDINFO, &[0; INFO_LENGTH])? {
-        0 => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(errno)),
-    }
+    let request = (XFRM_MSG_GETSPDINFO, 0, &[0; INFO_LENGTH][..]);
+    Ok(Requests::open(NETLINK_XFRM)?.ask(request, |_, _| Ok::<_, RequestError>(()))?)
 }
 
 /// How to dump.
@@ -66,11 +59,45 @@ pub(crate) struct DumpConfig {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DumpError {
     #[error("{0}")]
-    System(#[from] io::Error),
+    System(io::Error),
     #[error("{0}")]
-    Decode(#[from] DecodeError),
+    Request(RequestError),
+    #[error("{0}")]
+    Decode(DecodeError),
     #[error("policies or associations changed while they were being read")]
     Interrupted,
+}
+
+impl From<io::Error> for DumpError {
+    fn from(error: io::Error) -> Self {
+        Self::System(error)
+    }
+}
+
+impl From<RequestError> for DumpError {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Interrupted => Self::Interrupted,
+            error => Self::Request(error),
+        }
+    }
+}
+
+impl From<DecodeError> for DumpError {
+    fn from(error: DecodeError) -> Self {
+        Self::Decode(error)
+    }
+}
+
+impl DumpError {
+    /// What a system call or the kernel answered.
+    pub(crate) fn errno(&self) -> Option<i32> {
+        match self {
+            Self::System(error) | Self::Request(RequestError::System(error)) => error.raw_os_error(),
+            Self::Request(RequestError::Refused(errno)) => Some(*errno),
+            _ => None,
+        }
+    }
 }
 
 /// Everything, and the devices that it is offloaded to.
@@ -82,17 +109,15 @@ pub(crate) struct Dumped {
 
 /// A dump in progress. If it is dropped, its threads end with the next datagram.
 #[derive(Debug)]
-pub(crate) struct Dump(oneshot::Receiver<Result<Dumped, DumpError>>);
+pub(crate) struct Dump(Job<Result<Dumped, DumpError>>);
 
 impl Dump {
-    /// Begins to read.
-    pub(crate) fn start(config: DumpConfig) -> io::Result<Self> {
-        let (policies, sas) = (Reader::open(config)?, Reader::open(config)?);
-        let (result, receiver) = oneshot::channel();
-        thread::Builder::new().name("fastswan-dump".to_owned()).spawn(move || {
+    /// Begins to read, in the namespace of the anchor.
+    pub(crate) fn start(anchor: &Anchor, config: DumpConfig) -> Self {
+        Self(anchor.run_unless_dropped("fastswan-dump", move |is_awaited| {
             let began = Instant::now();
             let go_on = || {
-                if result.is_closed() {
+                if !is_awaited() {
                     Err(DumpError::Interrupted)
                 } else if began.elapsed() > DUMP_LIMIT {
                     Err(io::Error::from(io::ErrorKind::TimedOut).into())
@@ -100,17 +125,13 @@ impl Dump {
                     Ok(())
                 }
             };
-            let dumped = read_all(policies, sas, &go_on);
-            // Nobody waits for it any longer if this fails.
-            let _ = result.send(dumped);
-        })?;
-        Ok(Self(receiver))
+            read_all(Reader::open(config)?, Reader::open(config)?, &go_on)
+        }))
     }
 
     /// Waits until everything is there. Cancel-safe.
     pub(crate) async fn finish(&mut self) -> Result<Dumped, DumpError> {
-        let gone = |_| DumpError::System(io::Error::other("the thread that reads has gone"));
-        (&mut self.0).await.map_err(gone)?
+        (&mut self.0).await.map_err(DumpError::System)?
     }
 }
 
@@ -135,30 +156,24 @@ fn read_all(
     })
 }
 
-/// A socket that is asked one thing after the other.
+/// Asks for one thing after the other.
 #[derive(Debug)]
 struct Reader {
-    socket: Socket,
-    buffer: BytesMut,
-    /// Of the latest request.
-    sequence: u32,
+    kernel: Requests,
     count_larval: bool,
 }
 
 impl Reader {
     fn open(config: DumpConfig) -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_XFRM)?;
-        set_receive_buffer(&socket, config.receive_buffer)?;
-        // The kernel has answered before the call returns that asks. Should it not, the thread ends all the same.
-        set_socket_timeout(&socket, Timeout::Recv, Some(DUMP_LIMIT))?;
-        socket.bind_auto()?;
-        Ok(Self { socket, buffer: BytesMut::new(), sequence: 0, count_larval: config.count_larval })
+        let kernel = Requests::open(NETLINK_XFRM)?;
+        kernel.set_receive_buffer(config.receive_buffer)?;
+        Ok(Self { kernel, count_larval: config.count_larval })
     }
 
     fn associations(&mut self, go_on: &impl Fn() -> Result<(), DumpError>) -> Result<Dumped, DumpError> {
         let mut dumped = Dumped::default();
-        dumped.snapshot.sas.reserve_exact(expected(XFRM_MSG_GETSADINFO));
-        self.ask((XFRM_MSG_GETSA, NLM_F_DUMP, SA_ID_LENGTH), go_on, |event| {
+        dumped.snapshot.sas.reserve_exact(self.expected(XFRM_MSG_GETSADINFO));
+        self.ask((XFRM_MSG_GETSA, DUMP, &[0; SA_ID_LENGTH]), go_on, |event| {
             if let PolicyEvent::Sa(sa) = event {
                 dumped.devices.extend(sa.offload.map(index));
                 dumped.snapshot.sas.push(sa);
@@ -169,8 +184,8 @@ impl Reader {
 
     fn policies(&mut self, go_on: &impl Fn() -> Result<(), DumpError>) -> Result<Dumped, DumpError> {
         let mut dumped = Dumped::default();
-        dumped.snapshot.policies.reserve_exact(expected(XFRM_MSG_GETSPDINFO));
-        self.ask((XFRM_MSG_GETPOLICY, NLM_F_DUMP, POLICY_ID_LENGTH), go_on, |event| {
+        dumped.snapshot.policies.reserve_exact(self.expected(XFRM_MSG_GETSPDINFO));
+        self.ask((XFRM_MSG_GETPOLICY, DUMP, &[0; POLICY_ID_LENGTH]), go_on, |event| {
             if let PolicyEvent::Policy(policy) = event {
                 dumped.devices.extend(policy.offload.map(index));
                 dumped.snapshot.policies.push(policy);
@@ -184,82 +199,51 @@ impl Reader {
         go_on: &impl Fn() -> Result<(), DumpError>,
     ) -> Result<DefaultPolicy, DumpError> {
         let mut answer = DefaultPolicy::default();
-        self.ask((XFRM_MSG_GETDEFAULT, 0, DEFAULT_LENGTH), go_on, |event| {
+        let asked = self.ask((XFRM_MSG_GETDEFAULT, 0, &[0; DEFAULT_LENGTH]), go_on, |event| {
             if let PolicyEvent::DefaultPolicy(default_policy) = event {
                 answer = default_policy;
             }
-        })?;
-        Ok(answer)
+        });
+        match asked {
+            Ok(()) | Err(DumpError::Request(RequestError::Refused(NO_SUCH_REQUEST))) => Ok(answer),
+            Err(error) => Err(error),
+        }
     }
 
-    /// Sends a request of this kind, with these flags and a fixed part of zeros of this length, and passes on what is
-    /// answered.
+    /// Passes on what is answered to a request of this kind, with these flags and this fixed part.
     fn ask(
         &mut self,
-        (kind, flags, fixed): (u16, u16, usize),
+        (kind, flags, fixed): (u16, u16, &[u8]),
         go_on: &impl Fn() -> Result<(), DumpError>,
         mut take: impl FnMut(PolicyEvent),
     ) -> Result<(), DumpError> {
-        self.sequence += 1;
-        let request = request(kind, flags, self.sequence, &vec![0; fixed]);
-        self.socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+        self.kernel.send(kind, flags, fixed).map_err(RequestError::System)?;
         loop {
             go_on()?;
-            let datagram = receive(&self.socket, &mut self.buffer, 0)?;
-            if self.take(&datagram, kind, &mut take)? {
+            let last = self.kernel.read(|kind, payload| {
+                if let Content::Event(event) = decode::read(kind, payload)?.counting_larval(self.count_larval)
+                {
+                    take(event);
+                }
+                Ok::<_, DumpError>(())
+            })?;
+            if last {
                 return Ok(());
             }
         }
     }
 
-    /// Passes on what a datagram says; true if it is the last one.
-    fn take(
-        &self,
-        datagram: &Datagram,
-        asked: u16,
-        take: &mut impl FnMut(PolicyEvent),
-    ) -> Result<bool, DumpError> {
-        if datagram.sender != 0 {
-            return Ok(false);
-        }
-        if datagram.truncated {
-            return Err(DumpError::Interrupted);
-        }
-        let mut done = false;
-        for message in Messages(&datagram.bytes) {
-            let message = message?;
-            if message.sequence != self.sequence {
-                continue;
-            }
-            if message.interrupted {
-                return Err(DumpError::Interrupted);
-            }
-            match message.content {
-                Content::Larval(sa) if self.count_larval && sa.id.spi != 0 => take(PolicyEvent::Sa(sa)),
-                Content::Event(event) => {
-                    // This answer is not a dump.
-                    done |= matches!(event, PolicyEvent::DefaultPolicy(_));
-                    take(event);
-                }
-                Content::Done(0) => done = true,
-                Content::Error(NO_SUCH_REQUEST) if asked == XFRM_MSG_GETDEFAULT => done = true,
-                Content::Done(errno) | Content::Error(errno) if errno != 0 => {
-                    return Err(io::Error::from_raw_os_error(errno).into());
-                }
-                Content::Overrun => return Err(DumpError::Interrupted),
-                _ => {}
-            }
-        }
-        Ok(done)
+    /// About how many the kernel has, for room to be made at once. It may not say.
+    fn expected(&mut self, request: u16) -> usize {
+        let mut expected = 0;
+        let asked = self.kernel.ask((request, 0, &[0; INFO_LENGTH]), |_, payload| {
+            expected = counted(payload).min(MOST_EXPECTED);
+            Ok::<_, RequestError>(())
+        });
+        asked.map_or(0, |()| expected)
     }
 }
 
 fn index(device: OffloadDev) -> u32 {
     device.ifindex
-}
-
-/// About how many the kernel has, for room to be made at once. It may not say.
-fn expected(request: u16) -> usize {
-    let answer = converse(NETLINK_XFRM, request, &[0; INFO_LENGTH]);
-    answer.map_or(0, |answer| counted(&answer.bytes)).min(MOST_EXPECTED)
 }

@@ -6,7 +6,10 @@ use std::io;
 use netlink_packet_core::NetlinkBuffer;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::socket::{Datagram, NetlinkSocket, pass_through};
+use super::{
+    request::{RequestError, Requests},
+    socket::{Datagram, NetlinkSocket},
+};
 
 const RTNLGRP_LINK: u32 = 1;
 const RTM_NEWLINK: u16 = 16;
@@ -47,9 +50,9 @@ impl Links {
 pub(crate) fn settle() -> io::Result<()> {
     let mut link = [0; LINK_LENGTH];
     link[4..8].copy_from_slice(&i32::MAX.to_ne_bytes());
-    match pass_through(NETLINK_ROUTE, RTM_SETLINK, &link)? {
-        0 | libc::ENODEV => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(errno)),
+    match Requests::open(NETLINK_ROUTE)?.ask((RTM_SETLINK, 0, &link), |_, _| Ok(())) {
+        Ok(()) | Err(RequestError::Refused(libc::ENODEV)) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

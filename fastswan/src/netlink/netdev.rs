@@ -1,23 +1,30 @@
 //! Whether a device takes frames that XDP redirects to it: the kernel drops them, after the program has said
 //! where they go, if it does not. The `netdev` family of generic netlink tells (Linux 6.3).
 
-use std::{error::Error, io};
+use std::{error::Error, fmt::Debug, io};
 
 use netlink_packet_core::{
-    DecodeError, DefaultNla, Emitable, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, NetlinkSerializable, Nla as _, NlasIterator, Parseable as _, ParseableParametrized,
+    DecodeError, DefaultNla, Emitable, NetlinkDeserializable, NetlinkSerializable, Nla as _, NlasIterator,
+    Parseable as _, ParseableParametrized,
 };
 use netlink_packet_generic::{
     GenlFamily, GenlHeader, GenlMessage,
-    ctrl::{GenlCtrl, GenlCtrlCmd, nlas::GenlCtrlAttrs},
+    ctrl::{
+        GenlCtrl, GenlCtrlCmd,
+        nlas::{GenlCtrlAttrs, McastGrpAttrs},
+    },
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_GENERIC};
+use netlink_sys::protocols::NETLINK_GENERIC;
+
+use super::request::Requests;
 
 /// `linux/netdev.h`
 const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
 const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
+/// `NETDEV_MCGRP_MGMT`
+const MANAGEMENT: &str = "mgmt";
 
 /// Whether a device of this thread's network namespace takes redirected frames at the moment.
 ///
@@ -25,22 +32,17 @@ const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
 ///
 /// The errno of a system call; `ENODEV` without such a device, `ENOENT` before Linux 6.3.
 pub(crate) fn takes_redirected_frames(ifindex: u32) -> io::Result<bool> {
-    let socket = Socket::new(NETLINK_GENERIC)?;
-    // From now on nobody but the kernel can send to it.
-    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut kernel = Requests::open(NETLINK_GENERIC)?;
 
-    let name = GenlCtrlAttrs::FamilyName(Netdev::family_name().to_owned());
-    let family = GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] };
-    let family = request(&socket, GenlMessage::from_payload(family))?;
-    let id = family.nlas.iter().find_map(|attribute| match attribute {
-        GenlCtrlAttrs::FamilyId(id) => Some(*id),
+    let id = family(&mut kernel)?.into_iter().find_map(|attribute| match attribute {
+        GenlCtrlAttrs::FamilyId(id) => Some(id),
         _ => None,
     });
 
     let ifindex = DefaultNla::new(NETDEV_A_DEV_IFINDEX, ifindex.to_ne_bytes().to_vec());
     let mut get = GenlMessage::from_payload(Netdev(vec![ifindex]));
     get.set_resolved_family_id(id.ok_or_else(|| invalid("the netdev family has no number"))?);
-    let Netdev(attributes) = request(&socket, get)?;
+    let Netdev(attributes) = request(&mut kernel, &get)?;
     let features = attributes.iter().find(|attribute| attribute.kind() == NETDEV_A_DEV_XDP_FEATURES);
     let features = features.and_then(|attribute| {
         let mut value = vec![0; attribute.value_len()];
@@ -48,6 +50,35 @@ pub(crate) fn takes_redirected_frames(ifindex: u32) -> io::Result<bool> {
         value.try_into().ok().map(u64::from_ne_bytes)
     });
     Ok(features.is_some_and(|features| features & NETDEV_XDP_ACT_NDO_XMIT != 0))
+}
+
+/// The multicast group that hears when what a device can do changes.
+///
+/// # Errors
+///
+/// The errno of a system call; `ENOENT` before Linux 6.3.
+pub(super) fn management_group() -> io::Result<u32> {
+    let attributes = family(&mut Requests::open(NETLINK_GENERIC)?)?;
+    let groups = attributes.into_iter().find_map(|attribute| match attribute {
+        GenlCtrlAttrs::McastGroups(groups) => Some(groups),
+        _ => None,
+    });
+    let is_named = |group: &Vec<McastGrpAttrs>| {
+        group.iter().any(|attribute| matches!(attribute, McastGrpAttrs::Name(name) if name == MANAGEMENT))
+    };
+    let group = groups.into_iter().flatten().find(is_named);
+    let id = group.into_iter().flatten().find_map(|attribute| match attribute {
+        McastGrpAttrs::Id(id) => Some(id),
+        McastGrpAttrs::Name(_) => None,
+    });
+    id.ok_or_else(|| invalid("the netdev family has no group that tells of devices"))
+}
+
+/// What there is to know about the `netdev` family.
+fn family(kernel: &mut Requests) -> io::Result<Vec<GenlCtrlAttrs>> {
+    let name = GenlCtrlAttrs::FamilyName(Netdev::family_name().to_owned());
+    let family = GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] };
+    Ok(request(kernel, &GenlMessage::from_payload(family))?.nlas)
 }
 
 /// A message of the `netdev` family: its attributes.
@@ -88,24 +119,13 @@ impl ParseableParametrized<[u8], GenlHeader> for Netdev {
 }
 
 /// Sends a request and returns what its answer holds.
-fn request<F>(socket: &Socket, message: GenlMessage<F>) -> io::Result<F>
+fn request<F>(kernel: &mut Requests, message: &GenlMessage<F>) -> io::Result<F>
 where
-    F: std::fmt::Debug,
-    GenlMessage<F>: NetlinkSerializable + NetlinkDeserializable,
+    F: Debug,
+    GenlMessage<F>: NetlinkSerializable + NetlinkDeserializable<Error = DecodeError>,
 {
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST;
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    socket.send(&bytes, 0)?;
-    let (answer, _) = socket.recv_from_full()?;
-    match NetlinkMessage::<GenlMessage<F>>::deserialize(&answer).map_err(invalid)?.payload {
-        NetlinkPayload::InnerMessage(message) => Ok(message.payload),
-        NetlinkPayload::Error(error) => Err(error.to_io()),
-        _ => Err(invalid("no answer to a request")),
-    }
+    let answer = kernel.ask_for(0, message)?.pop();
+    answer.map(|message| message.payload).ok_or_else(|| invalid("no answer to a request"))
 }
 
 fn invalid(reason: impl Into<Box<dyn Error + Send + Sync>>) -> io::Error {

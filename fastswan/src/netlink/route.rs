@@ -1,20 +1,12 @@
 //! Reads host facts from the kernel: rtnetlink dumps and sysctls.
-//!
-//! The dumps are asked for on a plain socket, not through a netlink library's connection: a message that
-//! cannot be decoded, an interrupted dump or an error at its end must not be mistaken for "there is no such
-//! route".
 
 use std::{
     collections::HashMap,
-    ffi::c_int,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
-use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     link::{
@@ -24,8 +16,13 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia},
     rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::NETLINK_ROUTE;
 
+use super::{
+    links::settle as settle_links,
+    remedy,
+    request::{DUMP, RequestError, Requests},
+};
 use crate::{
     host::{HostError, HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{Family, MacAddr},
@@ -35,54 +32,55 @@ use crate::{
 /// How often a dump is asked for that changes keep interrupting.
 const ATTEMPTS: u32 = 16;
 
-/// The kernel sends a dump in pieces of at most 32 KiB.
-const RECEIVE_BUFFER: usize = 1 << 16;
-
 impl HostFacts {
     /// Reads them from the kernel, in the network namespace of the calling thread.
-    ///
-    /// The kernel answers at once, so this does not wait for anything; it takes a few microseconds for each
-    /// route and neighbour. It needs no privilege. A change while it reads may be seen in part: read again
-    /// after a change.
     ///
     /// # Errors
     ///
     /// [`HostError`].
     pub fn read() -> Result<Self, HostError> {
-        let mut dumps = Dumps::open()?;
-        let sysctls = Sysctls::default();
-        let links = dumps.links()?.iter().map(|message| link(message, &sysctls)).collect();
-        let mut facts = Self { links, ..Self::default() };
-        for family in [Family::V4, Family::V6] {
-            facts.rules.extend(dumps.rules(family)?.iter().filter_map(|message| rule(message, family)));
-            for message in dumps.routes(family)? {
-                facts.routes.extend(route(&message, family)?);
-            }
-        }
-        facts.neighbours = dumps.neighbours()?.iter().filter_map(neighbour).collect();
-        Ok(facts)
+        read_host()
     }
 }
 
-/// A socket that answers one dump after the other.
-struct Dumps {
-    socket: Socket,
-    sequence: u32,
+/// Reads the facts from the kernel, in the network namespace of this thread.
+///
+/// The kernel answers at once, so this waits for nothing but what is being done to links; it takes a few microseconds for
+/// each route and neighbour. A change while it reads may be seen in part: read again after a change.
+pub(crate) fn read_host() -> Result<HostFacts, HostError> {
+    // A link's notification comes before the routes go that it takes along, which are not notified of.
+    match settle_links() {
+        // Whoever lacks privilege for that cannot forward either.
+        Err(error) if error.raw_os_error() != Some(libc::EPERM) => {
+            return Err(system("waiting for changes of links", error));
+        }
+        _ => {}
+    }
+    let mut dumps = Dumps::open()?;
+    let sysctls = Sysctls::default();
+    let links = dumps.links()?.iter().map(|message| link(message, &sysctls)).collect();
+    let mut facts = HostFacts { links, ..HostFacts::default() };
+    for family in [Family::V4, Family::V6] {
+        facts.rules.extend(dumps.rules(family)?.iter().filter_map(|message| rule(message, family)));
+        for message in dumps.routes(family)? {
+            facts.routes.extend(route(&message, family)?);
+        }
+    }
+    facts.neighbours = dumps.neighbours()?.iter().filter_map(neighbour).collect();
+    Ok(facts)
 }
+
+fn system(attempt: &str, error: io::Error) -> HostError {
+    HostError::System { attempt: attempt.to_owned(), remedy: remedy(&error), error }
+}
+
+/// Asks for one list after the other.
+struct Dumps(Requests);
 
 impl Dumps {
     fn open() -> Result<Self, HostError> {
-        let open = || {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind_auto()?;
-            socket.connect(&SocketAddr::new(0, 0))?;
-            Ok(socket)
-        };
-        let socket = open().map_err(|error| HostError::System {
-            attempt: "opening a NETLINK_ROUTE socket".to_owned(),
-            error,
-        })?;
-        Ok(Self { socket, sequence: 0 })
+        let kernel = Requests::open(NETLINK_ROUTE);
+        kernel.map(Self).map_err(|error| system("opening a NETLINK_ROUTE socket", error))
     }
 
     fn links(&mut self) -> Result<Vec<LinkMessage>, HostError> {
@@ -127,70 +125,21 @@ impl Dumps {
         select: impl Fn(RouteNetlinkMessage) -> Option<T>,
     ) -> Result<Vec<T>, HostError> {
         for _ in 0..ATTEMPTS {
-            if let Some(messages) = self.attempt(object, request.clone())? {
-                return Ok(messages.into_iter().filter_map(select).collect());
+            let failed = |error| system(&format!("listing {object}"), error);
+            match self.0.ask_for(DUMP, request) {
+                Ok(messages) => return Ok(messages.into_iter().filter_map(select).collect()),
+                // The kernel was built without it.
+                Err(RequestError::Refused(libc::EOPNOTSUPP | libc::EAFNOSUPPORT)) => return Ok(Vec::new()),
+                Err(RequestError::Interrupted) => {}
+                Err(RequestError::Undecodable(reason)) => {
+                    return Err(HostError::Undecodable { object, reason });
+                }
+                Err(error @ (RequestError::System(_) | RequestError::Refused(_))) => {
+                    return Err(failed(error.into()));
+                }
             }
         }
         Err(HostError::Changing { object })
-    }
-
-    /// One dump, or `None` if a change interrupted it.
-    fn attempt(
-        &mut self,
-        object: &'static str,
-        request: RouteNetlinkMessage,
-    ) -> Result<Option<Vec<RouteNetlinkMessage>>, HostError> {
-        let failed = |error| HostError::System { attempt: format!("listing {object}"), error };
-        let undecodable = |reason| HostError::Undecodable { object, reason };
-
-        self.sequence = self.sequence.wrapping_add(1);
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        header.sequence_number = self.sequence;
-        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(request));
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        self.socket.send(&bytes, 0).map_err(failed)?;
-
-        let mut interrupted = false;
-        let mut messages = Vec::new();
-        let mut datagram = Vec::with_capacity(RECEIVE_BUFFER);
-        loop {
-            datagram.clear();
-            // The kernel queues the next piece before it hands out this one: nothing to wait for.
-            let flags: c_int = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
-            let length = self.socket.recv(&mut datagram, flags).map_err(failed)?;
-            if length > datagram.len() {
-                return Err(undecodable(format!("a datagram of {length} bytes was cut off")));
-            }
-            let mut rest = datagram.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                    .map_err(|error| undecodable(error.to_string()))?;
-                let length = (message.header.length as usize).next_multiple_of(4).min(rest.len());
-                rest = &rest[length..];
-                if message.header.sequence_number != self.sequence {
-                    continue;
-                }
-                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
-                match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => messages.push(inner),
-                    NetlinkPayload::Done(done) if done.code < 0 => {
-                        return Err(failed(io::Error::from_raw_os_error(-done.code)));
-                    }
-                    NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(messages)),
-                    NetlinkPayload::Error(error) => {
-                        return match -error.raw_code() {
-                            // The kernel was built without it.
-                            libc::EOPNOTSUPP | libc::EAFNOSUPPORT => Ok(Some(Vec::new())),
-                            errno => Err(failed(io::Error::from_raw_os_error(errno))),
-                        };
-                    }
-                    other => return Err(undecodable(format!("unexpected {other:?}"))),
-                }
-            }
-        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io;
 
 use bytes::{Bytes, BytesMut};
-use netlink_sys::{Socket, SocketAddr};
+use netlink_sys::Socket;
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::io::unix::AsyncFd;
 
@@ -11,11 +11,6 @@ use crate::sys::watch;
 
 /// The kernel never makes a datagram of a dump longer, and a notification is a few hundred bytes.
 const LONGEST_DATAGRAM: usize = 64 * 1024;
-
-/// Length of a message's header in bytes (`linux/netlink.h`).
-const HEADER_LENGTH: usize = 16;
-const NLM_F_REQUEST: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
 
 /// A datagram and where it came from.
 #[derive(Debug)]
@@ -72,36 +67,6 @@ impl NetlinkSocket {
             }
         }
     }
-}
-
-/// A request of this kind with this fixed part.
-pub(super) fn request(kind: u16, flags: u16, sequence: u32, fixed: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(HEADER_LENGTH + fixed.len()).unwrap_or(u32::MAX);
-    let mut request = Vec::from(length.to_ne_bytes());
-    request.extend(kind.to_ne_bytes());
-    request.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-    request.extend(sequence.to_ne_bytes());
-    // Our port number; the kernel knows it.
-    request.extend(0_u32.to_ne_bytes());
-    request.extend(fixed);
-    request
-}
-
-/// Sends a request with this fixed part, and returns the first datagram of the answer. At the return the kernel has
-/// handled the request, and so has taken the locks that it handles such requests under.
-pub(super) fn converse(protocol: isize, kind: u16, fixed: &[u8]) -> io::Result<Datagram> {
-    let socket = Socket::new(protocol)?;
-    socket.send_to(&request(kind, 0, 0, fixed), &SocketAddr::new(0, 0), 0)?;
-    // It is there already: the kernel handles a request before the call that sends it returns.
-    receive(&socket, &mut BytesMut::new(), libc::MSG_DONTWAIT)
-}
-
-/// The same, but returns the errno of the answer, 0 if it is no error.
-pub(super) fn pass_through(protocol: isize, kind: u16, fixed: &[u8]) -> io::Result<i32> {
-    let Datagram { bytes, .. } = converse(protocol, kind, fixed)?;
-    let is_error = bytes.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes());
-    let code = bytes.get(HEADER_LENGTH..).and_then(|payload| payload.first_chunk()).filter(|_| is_error);
-    Ok(code.map_or(0, |code| i32::from_ne_bytes(*code).saturating_neg()))
 }
 
 /// The next datagram. `flags` are those of `recv(2)`.

@@ -44,6 +44,8 @@ pub struct Policy {
     pub asks_per_cpu: bool,
     /// When the kernel deletes it for its age, in seconds since 1970 by the wall clock; `None` is never.
     pub expires: Option<u64>,
+    /// A [`Mirror`](crate::mirror::Mirror) that has been told to hold it keeps it from being fast. Sources leave it as it is.
+    pub held: bool,
     /// How its packets leave the device when they take the fast path.
     pub egress: Egress,
     /// An association that its author vouches for, by what it adds to a packet: the device encrypts all that it is
@@ -78,6 +80,7 @@ impl Policy {
             use_limited: false,
             asks_per_cpu: false,
             expires: None,
+            held: false,
             egress: Egress::default(),
             assumed: None,
             withheld: false,

@@ -135,7 +135,7 @@ impl StaticSource {
     /// # Errors
     ///
     /// [`StaticSourceError`] with the line, the field and what is allowed there.
-    #[cfg(feature = "serde")]
+    #[cfg(all(feature = "netlink", feature = "serde"))]
     pub fn from_toml(text: &str) -> Result<Self, StaticSourceError> {
         let file: written::File = toml::from_str(text).map_err(|error| not_understood(text, &error))?;
         let policies: Result<Vec<_>, _> = file.policy.into_iter().map(TryInto::try_into).collect();
@@ -155,7 +155,7 @@ impl PolicySource for StaticSource {
 }
 
 /// A TOML text does not describe policies.
-#[cfg(feature = "serde")]
+#[cfg(all(feature = "netlink", feature = "serde"))]
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StaticSourceError {
@@ -213,7 +213,7 @@ fn not_understood(text: &str, error: &toml::de::Error) -> StaticSourceError {
 }
 
 /// What a file looks like.
-#[cfg(feature = "serde")]
+#[cfg(all(feature = "netlink", feature = "serde"))]
 mod written {
     use super::{Egress, Family, IpAddr, Selector, StaticPolicy, StaticSourceError};
     use crate::{
@@ -293,7 +293,7 @@ mod written {
     }
 }
 
-#[cfg(all(test, feature = "serde"))]
+#[cfg(all(test, feature = "netlink", feature = "serde"))]
 mod tests {
     use super::*;
     use crate::policy::NextHop;

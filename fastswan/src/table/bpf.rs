@@ -13,15 +13,17 @@ use aya::{
 #[cfg(feature = "guard")]
 use fastswan_ebpf::Control;
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, Shared};
-use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
-    OffloadTable, Removals, TableConfig, TableError, TableUpdate, delegate_lookups,
+    Capacity, OffloadTable, Removals, TableConfig, TableError, TableUpdate,
     devices::Devices,
     mmap::Region,
-    store::{Regions, Store},
+    store::{Regions, Store, of_store},
 };
-use crate::{policy::Family, sys::monotonic_coarse_nanoseconds};
+use crate::{
+    policy::Family,
+    sys::{grace_period, monotonic_coarse_nanoseconds},
+};
 
 /// The table that the XDP program of an [`XdpForwarder`](crate::XdpForwarder) reads.
 ///
@@ -127,16 +129,6 @@ fn map<T: Shared>(ebpf: &Ebpf, name: &'static str, length: usize) -> Result<Regi
     Region::map(fd, length).map_err(|error| MapsError::Mmap { name, error })
 }
 
-/// Returns when every packet that was in a program at the call has left it.
-///
-/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
-pub(crate) fn grace_period() {
-    if membarrier(MembarrierCommand::Global).is_err() {
-        // Not available with nohz_full. A packet is in the program for microseconds.
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 impl OffloadTable for BpfTable {
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
         let reachable = self.devices.enter(&update.slots);
@@ -157,6 +149,10 @@ impl OffloadTable for BpfTable {
         self.store.renew_lease(now, lease);
     }
 
+    fn capacity(&self) -> Capacity {
+        self.store.capacity()
+    }
+
     fn removals(&self) -> Removals {
         self.store.removals()
     }
@@ -164,6 +160,8 @@ impl OffloadTable for BpfTable {
     fn acknowledge(&mut self, removals: u64) {
         self.store.acknowledge(removals);
     }
-
-    delegate_lookups!(store);
 }
+
+of_store!(BpfTable);
+
+impl super::Devices for BpfTable {}

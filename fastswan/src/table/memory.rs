@@ -5,9 +5,9 @@ use std::time::Duration;
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS};
 
 use super::{
-    OffloadTable, Removals, TableConfig, TableError, TableUpdate, delegate_lookups,
+    Capacity, OffloadTable, Removals, TableConfig, TableError, TableUpdate,
     mmap::Region,
-    store::{Regions, Store},
+    store::{Regions, Store, of_store},
 };
 use crate::policy::Family;
 
@@ -56,6 +56,10 @@ impl OffloadTable for MemoryTable {
 
     fn renew_lease(&mut self, _: Duration) {}
 
+    fn capacity(&self) -> Capacity {
+        self.store.capacity()
+    }
+
     fn removals(&self) -> Removals {
         self.store.removals()
     }
@@ -63,6 +67,8 @@ impl OffloadTable for MemoryTable {
     fn acknowledge(&mut self, removals: u64) {
         self.store.acknowledge(removals);
     }
-
-    delegate_lookups!(store);
 }
+
+of_store!(MemoryTable);
+
+impl super::Devices for MemoryTable {}

@@ -50,10 +50,7 @@ impl TableUpdate {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::{BTreeMap, BTreeSet},
-        net::IpAddr,
-    };
+    use std::net::IpAddr;
 
     use ipnet::IpNet;
     use proptest::{
@@ -67,130 +64,15 @@ mod tests {
     use super::*;
     use crate::{
         policy::PortMatch,
-        table::{Cell, Exception, Fact, Forwarding, Probes, Side, Slot, Standing},
+        table::{Cell, Contents, Exception, Fact, Forwarding, Packet, Probes, Side, Slot, Standing},
     };
-
-    /// A table as plain maps.
-    #[derive(Clone, Debug, Default, PartialEq)]
-    struct Table {
-        cells: BTreeMap<Cell, Verdict>,
-        facts: BTreeMap<(Side, IpNet), Fact>,
-        guards: BTreeSet<IpNet>,
-        exceptions: BTreeSet<Exception>,
-        slots: BTreeMap<Slot, Standing>,
-    }
-
-    impl Table {
-        fn apply(&mut self, update: &TableUpdate) {
-            set(&mut self.cells, &update.cells);
-            set(&mut self.facts, &update.facts);
-            set(&mut self.slots, &update.slots);
-            add_or_remove(&mut self.guards, &update.guards);
-            add_or_remove(&mut self.exceptions, &update.exceptions);
-        }
-
-        /// What makes this table of an older one.
-        fn replacing(&self, old: &Self) -> TableUpdate {
-            TableUpdate {
-                cells: changes(&old.cells, &self.cells),
-                facts: changes(&old.facts, &self.facts),
-                guards: additions_and_removals(&old.guards, &self.guards),
-                exceptions: additions_and_removals(&old.exceptions, &self.exceptions),
-                slots: changes(&old.slots, &self.slots),
-                ..TableUpdate::default()
-            }
-        }
-
-        /// How a packet leaves, and whose it is, or why it passes.
-        fn decide(&self, packet: &Packet) -> Result<(Slot, Forwarding), PassReason> {
-            let Packet { source, destination, protocol } = *packet;
-            let holds =
-                |cell: &Cell| cell.source.contains(&source) && cell.destination.contains(&destination);
-            if self.exceptions.iter().any(|other| holds(&other.cell) && other.protocol == protocol) {
-                return Err(PassReason::Exception);
-            }
-            let cells = self.cells.iter().filter(|(cell, _)| holds(cell));
-            let lengths = |cell: &Cell| (cell.destination.prefix_len(), cell.source.prefix_len());
-            let (_, verdict) = cells.max_by_key(|(cell, _)| lengths(cell)).ok_or(PassReason::NoPolicy)?;
-            let (slot, probes) = match verdict {
-                Verdict::Pass(reason) => return Err(*reason),
-                Verdict::Fast { slot, probes } => (*slot, *probes),
-            };
-            let forwarding = (*self.slots.get(&slot).ok_or(PassReason::EgressUnavailable)?)?;
-            if probes.guards && self.guards.iter().any(|guard| guard.contains(&source)) {
-                return Err(PassReason::Guarded);
-            }
-            match self.fact(Side::Destination, destination) {
-                _ if !probes.destination => {}
-                Some(Fact::Via(device)) if device == forwarding.ifindex => {}
-                Some(Fact::Via(_)) => return Err(PassReason::RouteElsewhere),
-                Some(Fact::Denied) | None => return Err(PassReason::DeniedDestination),
-            }
-            if probes.source && self.fact(Side::Source, source) == Some(Fact::Denied) {
-                return Err(PassReason::DeniedSource);
-            }
-            Ok((slot, forwarding))
-        }
-
-        fn fact(&self, wanted: Side, address: IpAddr) -> Option<Fact> {
-            let facts = self.facts.iter();
-            facts
-                .filter(|((side, prefix), _)| *side == wanted && prefix.contains(&address))
-                .max_by_key(|((_, prefix), _)| prefix.prefix_len())
-                .map(|(_, fact)| *fact)
-        }
-    }
-
-    fn set<K: Copy + Ord, V: Copy>(map: &mut BTreeMap<K, V>, changes: &[(K, Option<V>)]) {
-        for (key, value) in changes {
-            match value {
-                Some(value) => map.insert(*key, *value),
-                None => map.remove(key),
-            };
-        }
-    }
-
-    fn add_or_remove<T: Copy + Ord>(to: &mut BTreeSet<T>, changes: &[(T, bool)]) {
-        for (item, add) in changes {
-            if *add {
-                to.insert(*item);
-            } else {
-                to.remove(item);
-            }
-        }
-    }
-
-    fn changes<K: Copy + Ord, V: Copy + PartialEq>(
-        old: &BTreeMap<K, V>,
-        new: &BTreeMap<K, V>,
-    ) -> Vec<(K, Option<V>)> {
-        let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| (*key, None));
-        let set = new.iter().filter(|(key, value)| old.get(key) != Some(value));
-        removed.chain(set.map(|(key, value)| (*key, Some(*value)))).collect()
-    }
-
-    fn additions_and_removals<T: Copy + Ord>(old: &BTreeSet<T>, new: &BTreeSet<T>) -> Vec<(T, bool)> {
-        let removed = old.difference(new).map(|item| (*item, false));
-        removed.chain(new.difference(old).map(|item| (*item, true))).collect()
-    }
-
-    #[derive(Clone, Copy, Debug)]
-    struct Packet {
-        source: IpAddr,
-        destination: IpAddr,
-        protocol: u8,
-    }
 
     fn packets() -> impl Iterator<Item = Packet> {
         let address = |last| IpAddr::from([10, 0, 0, last]);
         (0..4).flat_map(move |source| {
             (0..4).flat_map(move |destination| {
-                let packet = move |protocol| Packet {
-                    source: address(source),
-                    destination: address(destination),
-                    protocol,
-                };
-                [packet(6), packet(17)]
+                let packet = Packet::new(address(source), address(destination));
+                [6, 17].map(|protocol| packet.with_protocol(protocol, Some((1, 2))))
             })
         })
     }
@@ -238,7 +120,7 @@ mod tests {
         })
     }
 
-    fn table() -> impl Strategy<Value = Table> {
+    fn table() -> impl Strategy<Value = Contents> {
         let side = prop_oneof![Just(Side::Source), Just(Side::Destination)];
         let cells = btree_map(cell(), verdict(), 0..12);
         let facts = btree_map((side, prefix()), fact(), 0..8);
@@ -246,12 +128,12 @@ mod tests {
         let exceptions = btree_set(exception(), 0..3);
         let slots = btree_map((0..4_u32).prop_map(Slot), standing(), 0..5);
         (cells, facts, guards, exceptions, slots).prop_map(|(cells, facts, guards, exceptions, slots)| {
-            Table { cells, facts, guards, exceptions, slots }
+            Contents { cells, facts, guards, exceptions, slots, ..Contents::default() }
         })
     }
 
     /// Two tables, the second of which has much of the first.
-    fn tables() -> impl Strategy<Value = (Table, Table)> {
+    fn tables() -> impl Strategy<Value = (Contents, Contents)> {
         (table(), table(), option::of(any::<u8>())).prop_map(|(old, mut new, kept)| {
             if let Some(kept) = kept {
                 // Differences in few things, so that one of them alone decides.
@@ -278,14 +160,14 @@ mod tests {
     }
 
     /// Packets that are fast as neither table says, after one of the parts.
-    fn wrong(old: &Table, new: &Table, parts: impl Iterator<Item = TableUpdate>) -> Vec<Packet> {
+    fn wrong(old: &Contents, new: &Contents, parts: impl Iterator<Item = TableUpdate>) -> Vec<Packet> {
         let mut table = old.clone();
         let mut wrong = Vec::new();
         for part in parts {
             table.apply(&part);
             wrong.extend(packets().filter(|packet| {
-                let decided = table.decide(packet);
-                decided.is_ok() && decided != old.decide(packet) && decided != new.decide(packet)
+                let decided = table.decide(packet, None);
+                decided.is_ok() && decided != old.decide(packet, None) && decided != new.decide(packet, None)
             }));
         }
         assert_eq!(&table, new, "all parts together make the new table");
@@ -326,7 +208,7 @@ mod tests {
             if parts.len() > 1 {
                 reversed += wrong(&old, &new, parts.iter().rev().chain(&parts).cloned()).len();
             }
-            fast += packets().filter(|packet| old.decide(packet).is_ok()).count();
+            fast += packets().filter(|packet| old.decide(packet, None).is_ok()).count();
         }
         assert!(one_by_one > 100 && reversed > 100 && fast > 1000, "{one_by_one}, {reversed}, {fast}");
     }

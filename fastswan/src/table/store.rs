@@ -11,8 +11,10 @@ use std::{
     collections::HashSet,
     net::IpAddr,
     sync::atomic::{Ordering, fence},
-    time::Duration,
 };
+
+#[cfg(feature = "bpf")]
+use std::time::Duration;
 
 use fastswan_ebpf::{
     Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
@@ -125,54 +127,55 @@ impl Store {
     }
 
     fn write(&mut self, update: &TableUpdate) -> Result<(), TableError> {
-        // Removals first: what they free may be needed.
-        for (cell, verdict) in &update.cells {
+        let TableUpdate { cells, facts, guards, exceptions, slots, owners } = update;
+        // The order of `TableUpdate::changes`. Removals first: what they free may be needed.
+        for (cell, verdict) in cells {
             if verdict.is_none() {
                 self.set_cell(cell, None)?;
             }
         }
-        for ((side, prefix), fact) in &update.facts {
+        for ((side, prefix), fact) in facts {
             if fact.is_none() {
                 self.set_fact(*side, prefix, None)?;
             }
         }
-        for (guard, there) in &update.guards {
+        for (guard, there) in guards {
             if !there {
                 self.set_guard(guard, false)?;
             }
         }
-        for (exception, there) in &update.exceptions {
+        for (exception, there) in exceptions {
             if !there {
                 self.set_exception(exception, false)?;
             }
         }
-        for (slot, standing) in &update.slots {
+        for (slot, standing) in slots {
             self.set_slot(*slot, standing.as_ref())?;
         }
-        for (slot, policy) in &update.owners {
+        for (slot, policy) in owners {
             self.record(*slot)?.policy.store(u64::from(*policy));
         }
-        for cells in update.cells.chunks(AT_ONCE) {
-            for (cell, _) in cells {
+        for chunk in cells.chunks(AT_ONCE) {
+            for (cell, _) in chunk {
                 self.approach(cell);
             }
-            for (cell, verdict) in cells {
+            for (cell, verdict) in chunk {
                 if let Some(verdict) = verdict {
                     self.set_cell(cell, Some(stored_verdict(*verdict)))?;
                 }
             }
         }
-        for ((side, prefix), fact) in &update.facts {
+        for ((side, prefix), fact) in facts {
             if let Some(fact) = fact {
                 self.set_fact(*side, prefix, Some(stored_fact(*fact)))?;
             }
         }
-        for (guard, there) in &update.guards {
+        for (guard, there) in guards {
             if *there {
                 self.set_guard(guard, true)?;
             }
         }
-        for (exception, there) in &update.exceptions {
+        for (exception, there) in exceptions {
             if *there {
                 self.set_exception(exception, true)?;
             }
@@ -350,6 +353,7 @@ impl Store {
     }
 
     /// `now` is in nanoseconds of the program's clock.
+    #[cfg(feature = "bpf")]
     pub(super) fn renew_lease(&self, now: u64, lease: Duration) {
         let lease = u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX / 2);
         let control = &self.control[0];
@@ -603,3 +607,69 @@ impl AnyPattern {
 fn halves(bits: u128) -> [u64; 2] {
     [(bits >> 64) as u64, bits as u64]
 }
+
+/// What is the same for every table over a [`Store`], which it has in a field `store`.
+macro_rules! of_store {
+    ($table:ty) => {
+        impl $crate::table::Ports for $table {
+            fn set_port(&mut self, port: &$crate::table::Port) -> Result<(), $crate::table::TableError> {
+                self.store.set_port(port)
+            }
+
+            fn remove_port(&mut self, ifindex: u32, vlan: u16) {
+                self.store.remove_port(ifindex, vlan);
+            }
+
+            fn port(&self, ifindex: u32, vlan: u16) -> Option<$crate::table::Port> {
+                self.store.port(ifindex, vlan)
+            }
+        }
+
+        impl $crate::table::TableCounters for $table {
+            fn traffic(&self, slot: $crate::table::Slot) -> $crate::table::Traffic {
+                self.store.traffic(slot)
+            }
+
+            fn passes(&self) -> Vec<(fastswan_ebpf::PassReason, u64)> {
+                self.store.passes()
+            }
+        }
+
+        impl $crate::table::ReadBack for $table {
+            fn verdict(
+                &self,
+                source: std::net::IpAddr,
+                destination: std::net::IpAddr,
+            ) -> Option<$crate::table::Verdict> {
+                self.store.verdict(source, destination)
+            }
+
+            fn fact(
+                &self,
+                side: $crate::table::Side,
+                address: std::net::IpAddr,
+            ) -> Option<$crate::table::Fact> {
+                self.store.fact(side, address)
+            }
+
+            fn is_guarded(&self, source: std::net::IpAddr) -> bool {
+                self.store.is_guarded(source)
+            }
+
+            fn is_exception(
+                &self,
+                source: std::net::IpAddr,
+                destination: std::net::IpAddr,
+                protocol: u8,
+                ports: Option<(u16, u16)>,
+            ) -> bool {
+                self.store.is_exception(source, destination, protocol, ports)
+            }
+
+            fn standing(&self, slot: $crate::table::Slot) -> Option<$crate::table::Standing> {
+                self.store.standing(slot)
+            }
+        }
+    };
+}
+pub(super) use of_store;

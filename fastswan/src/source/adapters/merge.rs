@@ -10,7 +10,7 @@ use futures::{
 
 use crate::{
     database::Database,
-    event::{PolicyEvent, Snapshot},
+    event::{PolicyEvent, PolicyOrder, Snapshot},
     policy::{Action, DefaultPolicy, Origin, Policy, PolicyId, SaId, SecurityAssociation},
     source::{BoxFuture, PolicySource, SourceError},
 };
@@ -37,8 +37,9 @@ struct Part<'a> {
 ///
 /// When two sources say different things about one policy, packets that it matches pass
 /// ([`disputed`](Policy::disputed)): nobody knows which of them the kernel has. One association of which they say
-/// different things serves none. The default policy blocks if any source says so. In which order the kernel has a policy
-/// is known if all sources that tell of it know. The whole is stale as long as one source is, and ends when all have.
+/// different things serves none. The default policy blocks if any source says so. Priority alone decides if that is so in
+/// each source ([`PolicyOrder`]). A change of a policy that several sources tell of costs a snapshot, since the order in the
+/// kernel is not known then. The whole is stale as long as one source is, and ends when all have.
 ///
 /// ```
 /// use fastswan::policy::Direction;
@@ -98,10 +99,6 @@ impl Merge<'_> {
             PolicyEvent::Audit(_) => Touched::Audited,
             _ => Touched::Everything,
         };
-        let before = match &touched {
-            Touched::Policy(id) => self.policy(id).map(|(policy, _)| policy),
-            _ => None,
-        };
         let repairs = self.sources[index].database.audit_repairs();
         self.sources[index].database.apply(event);
         // What is not said now is part of the snapshot that ends the staleness.
@@ -109,13 +106,14 @@ impl Merge<'_> {
             return;
         }
         match touched {
-            Touched::Policy(id) => match self.policy(&id) {
-                None => self.ready.push_back(PolicyEvent::PolicyRemoved(id)),
-                Some((policy, true)) => self.ready.push_back(PolicyEvent::Policy(policy)),
-                Some((policy, false)) if before.as_ref() == Some(&policy) => {}
-                // Only a snapshot does not claim that the kernel has put it at the head of its chain.
-                Some(_) => self.ready.push_back(PolicyEvent::Snapshot(self.snapshot())),
-            },
+            // Which telling came last in the kernel is not known, and only a snapshot claims nothing about that.
+            Touched::Policy(id) if self.others_have(index, &id) => {
+                self.ready.push_back(PolicyEvent::Snapshot(self.snapshot()));
+            }
+            Touched::Policy(id) => self.ready.push_back(match self.policy(&id) {
+                Some(policy) => PolicyEvent::Policy(policy),
+                None => PolicyEvent::PolicyRemoved(id),
+            }),
             Touched::Sa(id) => {
                 if self.sources[index].database.sa(&id).is_none() {
                     self.ready.push_back(PolicyEvent::SaRemoved(id));
@@ -142,15 +140,13 @@ impl Merge<'_> {
     fn rename(&mut self, index: usize, event: &mut PolicyEvent) {
         let (part, origins) = (&mut self.sources[index], &mut self.origins);
         let mut rename = |origin: &mut Origin| {
-            let known = part.origins.iter().find(|(own, _)| own == origin);
-            *origin = known.map_or_else(
-                || {
-                    *origins += 1;
-                    part.origins.push((*origin, Origin(*origins)));
-                    Origin(*origins)
-                },
-                |(_, here)| *here,
-            );
+            let known = part.origins.iter().find(|(own, _)| own == origin).map(|(_, here)| *here);
+            let here = known.unwrap_or_else(|| {
+                *origins += 1;
+                part.origins.push((*origin, Origin(*origins)));
+                Origin(*origins)
+            });
+            *origin = here;
         };
         match event {
             PolicyEvent::Policy(policy) => rename(&mut policy.origin),
@@ -164,26 +160,26 @@ impl Merge<'_> {
         }
     }
 
-    /// A policy as the whole says it, and whether all sources that tell of it know its place in the kernel's order.
-    fn policy(&self, id: &PolicyId) -> Option<(Policy, bool)> {
-        let said = self.sources.iter().filter_map(|part| {
-            let key = part.database.key_of(id)?;
-            Some((part.database.policy_with_key(key)?, part.database.is_order_known(key)))
-        });
-        let said: Vec<(&Policy, bool)> = said.collect();
-        let (first, others) = said.split_first()?;
-        let mut policy = first.0.clone();
-        let is_same = |other: &Policy| Policy { origin: first.0.origin, ..other.clone() } == *first.0;
-        if !others.iter().all(|(other, _)| is_same(other)) {
-            policy.disputed = true;
+    fn others_have(&self, index: usize, id: &PolicyId) -> bool {
+        let others = self.sources.iter().enumerate().filter(|(other, _)| *other != index);
+        others.map(|(_, part)| &part.database).any(|database| database.policy(id).is_some())
+    }
+
+    /// A policy as the whole says it.
+    fn policy(&self, id: &PolicyId) -> Option<Policy> {
+        let mut said = self.sources.iter().filter_map(|part| part.database.policy(id));
+        let first = said.next()?;
+        let mut policy = first.clone();
+        for other in said {
+            policy.disputed |= Policy { origin: first.origin, ..other.clone() } != *first;
             // To the order of the others, the highest number counts that it may have as an offloaded one.
-            let offloaded =
-                said.iter().map(|(policy, _)| *policy).filter(|policy| policy.is_packet_offloaded());
-            if let Some(highest) = offloaded.max_by_key(|policy| policy.priority) {
-                (policy.priority, policy.offload) = (highest.priority, highest.offload);
+            if other.is_packet_offloaded()
+                && (!policy.is_packet_offloaded() || other.priority > policy.priority)
+            {
+                (policy.priority, policy.offload) = (other.priority, other.offload);
             }
         }
-        Some((policy, said.iter().all(|(_, is_order_known)| *is_order_known)))
+        Some(policy)
     }
 
     /// What the sources say of the association that has this identity but for its origin.
@@ -221,10 +217,12 @@ impl Merge<'_> {
                 self.sources[..index].iter().all(|earlier| earlier.database.policy(id).is_none())
             };
             let ids = part.database.policies().map(|policy| &policy.id).filter(|id| is_first(id));
-            policies.extend(ids.filter_map(|id| Some(self.policy(id)?.0)));
+            policies.extend(ids.filter_map(|id| self.policy(id)));
         }
         let sas = self.sources.iter().flat_map(|part| part.database.sas()).map(|sa| self.told(sa)).collect();
-        Snapshot { policies, sas, default_policy: self.default_policy() }
+        let is_kernels = self.sources.iter().any(|part| part.database.order() == PolicyOrder::Kernel);
+        let order = if is_kernels { PolicyOrder::Kernel } else { PolicyOrder::ByPriority };
+        Snapshot { policies, sas, default_policy: self.default_policy(), order }
     }
 }
 
@@ -286,7 +284,7 @@ impl fmt::Debug for Merge<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "tokio"))]
 mod tests {
     use proptest::prelude::*;
 
@@ -425,9 +423,8 @@ mod tests {
                         }
                     };
                     prop_assert_eq!(whole.policy(&id).cloned().map(nowhere), expected);
-                    let is_known = |database: &Database| {
-                        database.key_of(&id).is_none_or(|key| database.is_order_known(key))
-                    };
+                    let is_known =
+                        |database: &Database| database.key_of(&id).is_none_or(|key| database.is_told(key));
                     prop_assert!(parts.iter().all(is_known) || whole.policy(&id).is_none() || !is_known(&whole));
                 }
             }

@@ -4,7 +4,7 @@
 //! source says of the kernel, since each policy has a part in the fate of the packets of others.
 
 mod merge;
-#[cfg(test)]
+#[cfg(all(test, feature = "tokio"))]
 mod properties;
 
 use std::fmt;

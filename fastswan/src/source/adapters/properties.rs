@@ -18,7 +18,7 @@ use crate::{
         PolicySource,
         channel::{ChannelSource, PolicySender},
     },
-    table::{Forwarding, TableConfig, Verdict},
+    table::{Forwarding, ReadBack as _, TableConfig, Verdict},
 };
 
 const NIC: u32 = 7;
@@ -230,7 +230,9 @@ fn check(nest: &Nest, snapshots: &[Snapshot], events: Vec<(usize, PolicyEvent)>)
             plain[index].database.apply(event);
         }
         while !source.caught_up().unwrap() {
-            let event = source.next_event().now_or_never().unwrap().unwrap().unwrap();
+            // Nothing comes of an event that is part of a snapshot to come.
+            let Some(event) = source.next_event().now_or_never() else { continue };
+            let event = event.unwrap().unwrap();
             // What a snapshot forgets of the order in which policies came, each source alone may forget then, too.
             if matches!(event, PolicyEvent::Snapshot(_)) {
                 for mirror in plain.iter_mut().filter(|mirror| mirror.database.is_current()) {

@@ -1,0 +1,94 @@
+//! How much a table holds.
+
+use fastswan_ebpf::MAX_TUPLES;
+
+use crate::policy::Family;
+
+/// How much a table holds. Beyond these limits the [`Compiler`](crate::Compiler) lets regions pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Cells, host facts and guards together, of IPv4.
+    pub cells_v4: usize,
+    /// The same of IPv6.
+    pub cells_v6: usize,
+    /// Different pairs of prefix lengths of cells, of each family.
+    pub tuples: usize,
+    /// Different prefix lengths of host facts, of each family and side.
+    pub fact_lengths: usize,
+    /// Different prefix lengths of guards, of each family.
+    pub guard_lengths: usize,
+    /// Exceptions, of each family.
+    pub exceptions: usize,
+    /// Different combinations of prefix lengths, "any protocol" or one, and port masks of exceptions, of each
+    /// family.
+    pub exception_tuples: usize,
+    /// Slots.
+    pub slots: usize,
+}
+
+impl Capacity {
+    /// Cells, host facts and guards together, of a family.
+    #[must_use]
+    pub fn cells(&self, family: Family) -> usize {
+        match family {
+            Family::V4 => self.cells_v4,
+            Family::V6 => self.cells_v6,
+        }
+    }
+}
+
+/// How large a table is made.
+///
+/// The default takes about 16 MiB, and 256 KiB for each CPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableConfig {
+    /// Cells, host facts and guards together, of IPv4. Takes 32 bytes each, after rounding up to a power of two.
+    pub cells_v4: u32,
+    /// The same of IPv6. Takes 80 bytes each, after rounding up to a power of two.
+    pub cells_v6: u32,
+    /// Exceptions, of each family. Takes 96 bytes each for IPv4 and 192 for IPv6, after rounding up to a power
+    /// of two.
+    pub exceptions: u32,
+    /// Policies that can be fast at the same time. Takes 32 bytes each, and 16 for each CPU.
+    pub slots: u32,
+}
+
+impl Default for TableConfig {
+    fn default() -> Self {
+        Self { cells_v4: 131_072, cells_v6: 131_072, exceptions: 4096, slots: 16_384 }
+    }
+}
+
+impl TableConfig {
+    /// What a table of this size holds.
+    #[must_use]
+    pub fn capacity(&self) -> Capacity {
+        Capacity {
+            cells_v4: self.cells_v4 as usize,
+            cells_v6: self.cells_v6 as usize,
+            tuples: MAX_TUPLES,
+            fact_lengths: MAX_TUPLES,
+            guard_lengths: MAX_TUPLES,
+            exceptions: self.exceptions as usize,
+            exception_tuples: MAX_TUPLES,
+            slots: self.slots as usize,
+        }
+    }
+
+    pub(super) fn cell_buckets(&self, family: Family) -> u32 {
+        buckets_for(match family {
+            Family::V4 => self.cells_v4,
+            Family::V6 => self.cells_v6,
+        })
+    }
+
+    /// Each exception has an entry in two lists.
+    pub(super) fn exception_buckets(&self) -> u32 {
+        buckets_for(self.exceptions.saturating_mul(2))
+    }
+}
+
+/// Two entries for each bucket of four, so that there is nearly always room in one of two buckets.
+fn buckets_for(entries: u32) -> u32 {
+    entries.clamp(4, 1 << 31).div_ceil(2).next_power_of_two()
+}
