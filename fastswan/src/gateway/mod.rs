@@ -24,19 +24,18 @@ mod error;
 mod handle;
 mod journal;
 mod lag;
-#[cfg(feature = "bpf")]
+#[cfg_attr(not(feature = "bpf"), path = "elsewhere.rs")]
 mod ports;
 mod status;
 #[cfg(test)]
 mod tests;
 
-#[cfg(feature = "bpf")]
-use self::ports::Attached;
 use self::{
     collection::Collection,
     handle::{Command, Ends},
     journal::Journal,
     lag::Histogram,
+    ports::Attached,
 };
 pub use self::{
     error::GatewayError,
@@ -87,7 +86,6 @@ pub struct Gateway<S, H, T: OffloadTable> {
     source: Followed<S>,
     host: Followed<H>,
     table: Switched<T>,
-    #[cfg(feature = "bpf")]
     attached: Attached,
     ends: Ends,
     /// Where the answer to a hold goes, once it is in effect.
@@ -153,7 +151,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             source: Followed { source, has_ended: false },
             host: Followed { source: host, has_ended: false },
             table: Switched(Some(table)),
-            #[cfg(feature = "bpf")]
             attached: Attached::default(),
             ends: Ends::new(),
             held: HashMap::new(),
@@ -316,8 +313,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         let mut stop = pin!(stop);
         let mut look_for_removals = interval(LOOK_FOR_REMOVALS);
         look_for_removals.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let superseded = self.superseded();
-        let mut superseded = pin!(superseded);
         loop {
             self.turn()?;
             if is_done(self) {
@@ -328,7 +323,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             tokio::select! {
                 biased;
                 () = &mut stop => return Ok(()),
-                error = &mut superseded => return Err(error),
+                error = self.attached.superseded() => return Err(error),
                 event = self.source.source.next_event(), if !self.source.has_ended => self.take_policy_event(event?)?,
                 event = self.host.source.next_event(), if !self.host.has_ended => self.take_host_event(event?)?,
                 result = settled(&mut self.settling) => {
@@ -430,7 +425,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.meters.resynchronised(Input::Host.name(), cause);
             tracing::debug!(cause, "the host is known");
             self.table.refresh_devices();
-            #[cfg(feature = "bpf")]
             self.attached.look_again(&mut self.mirror);
         }
         Ok(())
@@ -458,7 +452,9 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                 }
                 Action::Renew { until } => self.table.renew_lease(until.saturating_duration_since(now())),
                 Action::Enable => self.table.set_enabled(true),
-                Action::Attach { interfaces } => self.attach(&interfaces)?,
+                Action::Attach { interfaces } => {
+                    self.attached.attach(&interfaces, &mut self.mirror, now())?
+                }
                 Action::Settle { removals } => {
                     let done = self.source.source.settle();
                     self.settling = Some(Settling { removals, began: Instant::now(), done });
@@ -523,30 +519,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         } else {
             self.removed_unnamed = self.removed_unnamed + policy.traffic;
         }
-    }
-
-    #[cfg(feature = "bpf")]
-    fn attach(&mut self, interfaces: &[u32]) -> Result<(), GatewayError> {
-        Ok(self.attached.attach(interfaces, &mut self.mirror, now())?)
-    }
-
-    /// Somebody else attaches the program.
-    #[cfg(not(feature = "bpf"))]
-    #[expect(clippy::unnecessary_wraps, reason = "it can fail with the feature bpf")]
-    fn attach(&mut self, interfaces: &[u32]) -> Result<(), GatewayError> {
-        interfaces.iter().for_each(|ifindex| self.mirror.handle_attached(*ifindex, Ok(()), now()));
-        Ok(())
-    }
-
-    /// Waits until another process has taken over the ports.
-    #[cfg(feature = "bpf")]
-    fn superseded(&self) -> impl Future<Output = GatewayError> + use<S, H, T> {
-        self.attached.superseded()
-    }
-
-    #[cfg(not(feature = "bpf"))]
-    fn superseded(&self) -> impl Future<Output = GatewayError> + use<S, H, T> {
-        pending()
     }
 
     fn settled(&mut self) {
