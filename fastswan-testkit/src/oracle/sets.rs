@@ -1,6 +1,6 @@
 //! Policies as different systems have them, and how they change.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use fastswan::{
     Policy, PolicyId, Selector,
