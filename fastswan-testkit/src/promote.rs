@@ -4,11 +4,14 @@
 //! another source look as if the kernel had offloaded them to a device, and assumes a security association
 //! for each. What is then sent to the device is *not encrypted*, so nothing but a lab should do this.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    net::IpAddr,
+};
 
 use async_trait::async_trait;
 use fastswan::{
-    Policy, PolicyEvent, PolicyId, PolicySource, SecurityAssociation, SourceError,
+    Policy, PolicyEvent, PolicySource, SecurityAssociation, SourceError,
     policy::{
         Direction, Family, IPPROTO_ESP, MacAddr, Mode, NextHop, OffloadDev, OffloadKind, Overhead, Template,
     },
@@ -18,7 +21,7 @@ use fastswan::{
 /// The first two bytes of addresses that name a policy; its index follows.
 const NAME: [u8; 2] = [2, 6];
 
-/// A next hop that names a policy: a frame that was forwarded tells which policy it was for.
+/// A next hop that names a policy, or a tunnel: a frame that was forwarded tells which it was for.
 pub(crate) fn naming(index: u32) -> NextHop {
     let mut address = [0; 6];
     address[..2].copy_from_slice(&NAME);
@@ -26,11 +29,14 @@ pub(crate) fn naming(index: u32) -> NextHop {
     NextHop::Fixed { source: MacAddr::default(), destination: MacAddr(address) }
 }
 
-/// The index of the policy that a frame's destination address names.
+/// The number of the policy or the tunnel that a frame's destination address names.
 pub(crate) fn named(frame: &[u8]) -> Option<u32> {
     let index = frame.strip_prefix(&NAME)?.first_chunk()?;
     Some(u32::from_be_bytes(*index))
 }
+
+/// Ends, reqid, interface id and device.
+type Tunnel = (IpAddr, IpAddr, u32, u32, Option<u32>);
 
 /// A source whose chosen outbound policies are promoted to packet offload, each with an assumed association.
 #[derive(Debug)]
@@ -39,8 +45,8 @@ pub struct Promote<S, F> {
     choose: F,
     device: u32,
     next_hop: NextHop,
-    /// Assumed SPI of each policy that was ever promoted.
-    spis: HashMap<PolicyId, u32>,
+    /// Assumed SPI of each tunnel that a promoted policy ever had.
+    spis: HashMap<Tunnel, u32>,
     ready: VecDeque<PolicyEvent>,
 }
 
@@ -63,12 +69,14 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
         if policy.id.direction != Direction::Out || !esp || !(self.choose)(policy) {
             return None;
         }
-        let next = 0xfffe_0000 + u32::try_from(self.spis.len()).unwrap_or(0);
-        let spi = *self.spis.entry(policy.id.clone()).or_insert(next);
         let promoted = OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false };
         let offload = policy.offload.or(Some(promoted));
+        let Template { source, destination, reqid, .. } = template;
+        let tunnel = (source, destination, reqid, policy.id.if_id, offload.map(|device| device.ifindex));
+        let next = 0xfffe_0000 + u32::try_from(self.spis.len()).unwrap_or(0);
+        let spi = *self.spis.entry(tunnel).or_insert(next);
         let outer = Family::from(template.destination);
-        // Each promoted policy has the association that is assumed for it and no other.
+        // Promoted policies have the association that is assumed for their tunnel and no other.
         let template = Template { mode: Mode::Tunnel, optional: false, spi, ..template };
         let association = SecurityAssociation {
             if_id: policy.id.if_id,
@@ -138,7 +146,7 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fastswan::{ChannelSource, Database, Selector, Snapshot};
+    use fastswan::{ChannelSource, Database, PolicyId, Selector, Snapshot};
     use futures::FutureExt as _;
 
     const NIC: u32 = 7;

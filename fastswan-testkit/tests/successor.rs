@@ -15,10 +15,10 @@ use std::{
 };
 
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, PassReason, XdpForwarder,
+    Gateway, NetlinkHost, NetlinkSource, PassReason, XdpForwarder,
     forwarder::AttachConfig,
     policy::{MacAddr, NextHop},
-    table::{Ports as _, TableConfig},
+    table::TableConfig,
 };
 use fastswan_testkit::{
     capture::Capture,
@@ -27,6 +27,7 @@ use fastswan_testkit::{
     site::{PEER, Site},
 };
 use nix::{
+    net::if_::if_nametoindex,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -137,40 +138,27 @@ fn no_packet_is_lost_or_comes_to_an_unknown_port_while_mirrors_replace_each_othe
 fn mirror(pins: &Path) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let host = HostFacts::read().unwrap();
-        let device = host.links.iter().find(|link| link.name == "out0").unwrap().ifindex;
+        let device = if_nametoindex("out0").unwrap();
         let next_hop = NextHop::Fixed { source: FAST, destination: PEER };
         let source = Promote::new(NetlinkSource::open().unwrap(), device, next_hop, |_| true);
         let config = TableConfig { cells_v4: 256, cells_v6: 256, exceptions: 64, slots: 16 };
-        let (mut forwarder, table) = XdpForwarder::load(&config).unwrap();
-        let mut gateway = Gateway::new(source, table, &host).with_lease(Duration::from_millis(200));
-        // All that the program needs for its first packet, before it meets that.
-        let interfaces = [AttachConfig::new("lan0").complete_frames(true)];
-        for port in host.ports(forwarder.resolve(&interfaces).unwrap()[0].ifindex) {
-            gateway.table_mut().set_port(&port).unwrap();
-        }
-        gateway.synchronise().await.unwrap();
-        forwarder.attach_pinned(pins, &interfaces).unwrap();
-        let mut superseded = std::pin::pin!(forwarder.superseded());
-        let mut error = None;
-        while error.is_none() {
-            let pause = tokio::time::sleep(Duration::from_millis(10));
-            gateway
-                .run_until(async {
-                    tokio::select! {
-                        superseded = &mut superseded => error = Some(superseded),
-                        () = pause => {}
-                    }
-                })
-                .await
-                .unwrap();
-            let report = gateway.report();
-            let fast: u64 = report.policies.iter().map(|(_, traffic)| traffic.packets).sum();
-            let unknown = report.passes.iter().find(|(reason, _)| *reason == PassReason::UnknownPort);
-            println!("unknown {}", unknown.map_or(0, |(_, packets)| *packets));
-            println!("fast {fast}");
-        }
-        panic!("{error:?}");
+        let (forwarder, table) = XdpForwarder::load(&config).unwrap();
+        let mut gateway = Gateway::new(source, NetlinkHost::open().unwrap(), table)
+            .with_lease(Duration::from_millis(200))
+            .with_forwarder(forwarder, [AttachConfig::new("lan0").complete_frames(true)])
+            .unwrap()
+            .pinned_in(pins);
+        let handle = gateway.handle();
+        let reports = async {
+            loop {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                let status = handle.status().await.unwrap();
+                let unknown = status.passes.get(PassReason::UnknownPort.name()).unwrap_or(&0);
+                println!("unknown {unknown}\nfast {}", status.traffic().packets);
+            }
+        };
+        let error = gateway.run_until(reports).await.unwrap_err();
+        panic!("{error}");
     });
 }
 

@@ -4,11 +4,13 @@
 use std::{
     io,
     os::fd::{AsRawFd as _, OwnedFd},
+    time::Duration,
 };
 
 use netlink_sys::Socket;
 use rustix::{
     net::{AddressFamily, SocketType, socket},
+    thread::{MembarrierCommand, membarrier},
     time::{ClockId, clock_gettime},
 };
 use tokio::io::unix::AsyncFd;
@@ -247,6 +249,16 @@ pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
     // `AsyncFd` sees to.
     let watched = unsafe { AsyncFd::register(socket) };
     watched.map_err(io::Error::from)
+}
+
+/// Returns when every packet that was in a program at the call has left it.
+///
+/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
+pub(crate) fn grace_period() {
+    if membarrier(MembarrierCommand::Global).is_err() {
+        // Not available with nohz_full. A packet is in the program for microseconds.
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Makes a descriptor known to the tokio runtime that the caller runs in.

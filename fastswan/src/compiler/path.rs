@@ -66,6 +66,9 @@ impl Paths {
         if !(usable || link.is_none() && self.vouched) {
             return None;
         }
+        if !self.may_send_from(template.source) {
+            return None;
+        }
         let (gateway, route_mtu) = self.outer_route(template.destination, device.ifindex)?;
         let max_length = policy.egress.max_length.or_else(|| {
             let link = link?;
@@ -82,6 +85,15 @@ impl Paths {
             }
         };
         (max_length > 0).then_some(Forwarding { ifindex: device.ifindex, max_length, rewrite })
+    }
+
+    /// Whether the kernel finds a route for packets from an outer source: IPv4 asks whether it is an address of the host
+    /// (`ip_route_output_key_hash_rcu`; else XfrmOutBundleGenError), IPv6 does not.
+    pub(super) fn may_send_from(&self, source: IpAddr) -> bool {
+        let routing = self.routing(source.into());
+        source.is_ipv6()
+            || matches!(routing, Routing::Vouched)
+            || routing.route(source) == Some(RouteKind::Local)
     }
 
     /// Gateway and MTU of the route to an outer destination, if it leads through the device.

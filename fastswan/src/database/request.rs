@@ -4,7 +4,7 @@ use std::{hash::BuildHasher as _, iter, net::IpAddr};
 
 use hashbrown::{DefaultHashBuilder, HashTable, hash_table::Entry};
 
-use super::stored::Key;
+use super::key::Key;
 use crate::policy::{SecurityAssociation, Template};
 
 /// What a template asks for, and an association answers to.

@@ -81,7 +81,7 @@ impl fmt::Display for Interface {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttachConfig {
-    pub(super) interface: Interface,
+    pub(crate) interface: Interface,
     pub(super) mode: AttachMode,
     pub(super) complete_frames: bool,
 }

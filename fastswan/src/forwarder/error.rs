@@ -169,6 +169,9 @@ pub enum ForwarderError {
         /// The interface.
         interface: String,
     },
+    /// A gateway was asked to attach or detach, and has no forwarder.
+    #[error("the gateway has no forwarder to attach or detach with: build it `with_forwarder`")]
+    NoForwarder,
     /// Attaching failed for another reason.
     #[error("attaching to {interface} in {mode:?} mode failed: {error}")]
     Attach {

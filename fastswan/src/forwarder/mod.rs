@@ -48,7 +48,10 @@ use self::{
     pins::Pins,
     takeover::Takeover,
 };
-use crate::table::{BpfTable, Counters, MapsError, array, grace_period};
+use crate::{
+    sys::grace_period,
+    table::{BpfTable, Counters, MapsError, array},
+};
 
 mod attach;
 mod error;

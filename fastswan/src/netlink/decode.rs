@@ -26,6 +26,8 @@ const XFRM_OFFLOAD_INBOUND: u8 = 2;
 const XFRM_OFFLOAD_PACKET: u8 = 4;
 const XFRM_POLICY_CPU_ACQUIRE: u8 = 4;
 const XFRM_USERPOLICY_BLOCK: u8 = 1;
+/// Moves one association (Linux 7.2).
+const XFRM_MSG_MIGRATE_STATE: u16 = 0x29;
 /// `XFRMA_SPD_INFO` and `XFRMA_SAD_CNT`: both are structures of counts only.
 const XFRMA_INFO: u16 = 1;
 const INFO_FLAGS_LENGTH: usize = 4;
@@ -66,6 +68,8 @@ pub enum Content {
     /// An association that is not complete, and none yet. Without an SPI, the kernel waits for it to be made; with one
     /// but without keys, a daemon has reserved the SPI (`XFRM_MSG_ALLOCSPI`). Dumps have these, notifications do not.
     Larval(SecurityAssociation),
+    /// Policies or associations were given other addresses. What they are now is not told.
+    Migrated,
     /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, or a kind of message that changes
     /// no policy and no association.
     Ignored,
@@ -204,7 +208,7 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
         }
         // What SETDEFAULT changes is told as an answer to GETDEFAULT.
         xfrm::XFRM_MSG_GETDEFAULT => Some(PolicyEvent::DefaultPolicy(default_policy(payload)?)),
-        xfrm::XFRM_MSG_MIGRATE => return Err("addresses of policies and associations were migrated".into()),
+        xfrm::XFRM_MSG_MIGRATE | XFRM_MSG_MIGRATE_STATE => return Ok(Content::Migrated),
         _ => None,
     };
     Ok(event.map_or(Content::Ignored, Content::Event))

@@ -248,7 +248,7 @@ impl std::fmt::Debug for Merge<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "tokio"))]
 mod tests {
     use proptest::prelude::*;
 

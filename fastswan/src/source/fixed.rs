@@ -84,7 +84,7 @@ impl StaticSource {
     /// # Errors
     ///
     /// [`StaticSourceError`] with the line, the field and what is allowed there.
-    #[cfg(feature = "serde")]
+    #[cfg(all(feature = "netlink", feature = "serde"))]
     pub fn from_toml(text: &str) -> Result<Self, StaticSourceError> {
         let file: written::File = toml::from_str(text)?;
         let policies: Result<Vec<_>, _> = file.policy.into_iter().map(TryInto::try_into).collect();
@@ -104,7 +104,7 @@ impl PolicySource for StaticSource {
 }
 
 /// A TOML text does not describe policies.
-#[cfg(feature = "serde")]
+#[cfg(all(feature = "netlink", feature = "serde"))]
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StaticSourceError {
@@ -138,7 +138,7 @@ pub enum StaticSourceError {
 }
 
 /// What a file looks like.
-#[cfg(feature = "serde")]
+#[cfg(all(feature = "netlink", feature = "serde"))]
 mod written {
     use super::{Egress, Family, IpAddr, Selector, StaticPolicy, StaticSourceError};
     use crate::{
@@ -218,7 +218,7 @@ mod written {
     }
 }
 
-#[cfg(all(test, feature = "serde"))]
+#[cfg(all(test, feature = "netlink", feature = "serde"))]
 mod tests {
     use super::*;
     use crate::policy::NextHop;

@@ -10,20 +10,26 @@ use async_trait::async_trait;
 use futures::{FutureExt as _, Stream, future::ready, stream};
 
 pub mod adapters;
+#[cfg(feature = "tokio")]
 pub mod channel;
 pub mod fixed;
 mod host;
+#[cfg(feature = "netlink")]
 mod netlink;
+#[cfg(feature = "netlink")]
+mod netlink_host;
 
+pub use self::host::{HostSource, VouchedHost};
+#[cfg(feature = "netlink")]
 pub use self::{
-    host::{HostSource, VouchedHost},
     netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+    netlink_host::NetlinkHost,
 };
 
 /// What [`PolicySource::settle`] returns.
 pub use futures::future::BoxFuture;
 
-pub use crate::event::{PolicyEvent, Snapshot, StaleCause};
+pub use crate::event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause};
 use crate::policy::PolicyId;
 
 /// A source of policies.
