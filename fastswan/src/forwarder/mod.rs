@@ -91,12 +91,14 @@ struct Attached {
     config: AttachConfig,
     /// What its sender left undone when it was attached.
     excused: Vec<PortProblem>,
+    /// Where its index is one.
+    namespace: u64,
 }
 
 impl Attached {
     fn new(candidate: Candidate, (link, attachment): (Link, Attachment)) -> Self {
-        let Candidate { config, excused, .. } = candidate;
-        Self { attachment, link, config, excused }
+        let Candidate { config, excused, namespace, .. } = candidate;
+        Self { attachment, link, config, excused, namespace }
     }
 
     /// Whether its interface is meant.
