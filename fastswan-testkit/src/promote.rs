@@ -30,9 +30,6 @@ pub(crate) fn named(frame: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(*index))
 }
 
-/// Ends, reqid, interface id and device.
-type Tunnel = (IpAddr, IpAddr, u32, u32, Option<u32>);
-
 /// A source whose chosen outbound policies are promoted to packet offload, each with an assumed association.
 #[derive(Debug)]
 pub struct Promote<S, F> {

@@ -4,7 +4,6 @@ use std::{
     fmt::Write as _,
     fs,
     net::IpAddr,
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -201,14 +200,14 @@ fn only_neighbours_with_an_address_are_told() {
 }
 
 /// Within a runtime, with a host source that was opened in the gateway's namespace and has told everything.
-fn following(what: &str, tell: impl AsyncFnOnce(&Namespace, NetlinkHost) + Send) {
+fn following(what: &str, tell: impl AsyncFnOnce(&Namespace, NetlinkHost, HostFacts) + Send) {
     story(what, |gateway| {
         gateway.enter(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let mut host = NetlinkHost::open().unwrap();
-                snapshot(&mut host).await;
-                tell(gateway, host).await;
+                let facts = snapshot(&mut host).await;
+                tell(gateway, host, facts).await;
             });
         });
     });
@@ -229,10 +228,7 @@ async fn snapshot(host: &mut NetlinkHost) -> HostFacts {
 
 #[test]
 fn a_neighbour_that_is_heard_from_again_is_no_change() {
-    following("watching neighbours", async |gateway, mut host| {
-        let change = |what: &str| gateway.ip(what).unwrap();
-        change("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:bb dev out0 nud reachable");
-        let mut before = snapshot(&mut host).await;
+    following("watching neighbours", async |gateway, mut host, mut before| {
         for (what, changed) in [
             ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:bb dev out0 nud stale", false),
             ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:cc dev out0 nud stale", true),
@@ -244,7 +240,7 @@ fn a_neighbour_that_is_heard_from_again_is_no_change() {
             ("route add 10.9.0.0/16 via 192.0.2.2", true),
             ("link set lan0 mtu 1400", true),
         ] {
-            change(what);
+            gateway.ip(what).unwrap();
             assert_eq!(host.caught_up().unwrap(), !changed, "{what}");
             if changed {
                 let stale = host.next_event().await.unwrap();
@@ -260,7 +256,7 @@ fn a_neighbour_that_is_heard_from_again_is_no_change() {
 /// Each of these is told to a group of its own, or changes what is told of a device.
 #[test]
 fn what_is_no_route_but_decides_over_packets_is_a_change() {
-    following("watching next hops, sysctls and devices", async |gateway, mut host| {
+    following("watching next hops, sysctls and devices", async |gateway, mut host, _| {
         let ip = |what: &str| drop(gateway.ip(what).unwrap());
         let sysctl = |key: &str, value: &str| gateway.sysctl(key, value).unwrap();
         ip("nexthop add id 1 via 192.0.2.2 dev out0");
@@ -279,11 +275,7 @@ fn what_is_no_route_but_decides_over_packets_is_a_change() {
             ("forwarding of IPv6", &|| sysctl("net.ipv6.conf.all.forwarding", "1")),
             ("a reverse path filter", &|| sysctl("net.ipv4.conf.lan0.rp_filter", "1")),
             // A veth device takes redirected frames as long as its peer has generic receive offload.
-            ("what a device can do", &|| {
-                let toggled =
-                    peer.enter(|| Command::new("ethtool").args(["-K", "veth8", "gro", "on"]).status());
-                assert!(toggled.unwrap().success(), "ethtool");
-            }),
+            ("what a device can do", &|| peer.set_feature("veth8", "rx-gro", true).unwrap()),
         ];
         for (what, change) in changes {
             assert!(host.caught_up().unwrap(), "before: {what}");
@@ -325,7 +317,7 @@ fn a_host_source_stays_in_the_namespace_that_it_was_opened_in() {
 
 #[test]
 fn a_host_that_changes_all_the_time_is_read_ten_times_a_second() {
-    following("a host that changes all the time", async |gateway, mut host| {
+    following("a host that changes all the time", async |gateway, mut host, _| {
         let begin = Instant::now();
         let (mut snapshots, mut number) = (0, 0);
         while begin.elapsed() < Duration::from_secs(2) {
@@ -375,7 +367,7 @@ fn sysctls_are_those_of_the_namespace() {
 
 #[test]
 fn more_changes_than_a_socket_holds_are_one_change() {
-    following("a host source that overruns", async |gateway, mut host| {
+    following("a host source that overruns", async |gateway, mut host, _| {
         let batch = tempfile::NamedTempFile::new().unwrap();
         // Some 4 MiB of notifications, where 2 fit.
         let routes = (0..5000).fold(String::new(), |mut routes, number| {

@@ -2,7 +2,7 @@
 //!
 //! The answer comes from what is compiled, so it is the program's; the reasons are looked up in the database.
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use fastswan_ebpf::PassReason;
 use ipnet::IpNet;
@@ -43,6 +43,37 @@ impl Flow {
     pub fn between(source: IpAddr, destination: IpAddr) -> Self {
         Self { ingress: None, source, destination, protocol: 0, source_port: 0, destination_port: 0, mark: 0 }
     }
+}
+
+impl FromStr for Flow {
+    type Err = ParseFlowError;
+
+    /// Reads addresses, and if need be the number of the protocol, and ports: `10.1.0.5 10.2.0.9 17 1000 2000`.
+    fn from_str(text: &str) -> Result<Self, ParseFlowError> {
+        let mut words = text.split_whitespace();
+        let error = |what| ParseFlowError { text: text.to_owned(), what };
+        let mut address = || words.next()?.parse().ok();
+        let (Some(source), Some(destination)) = (address(), address()) else {
+            return Err(error("two addresses"));
+        };
+        let mut flow = Self::between(source, destination);
+        let number =
+            |word: Option<&str>, what| word.map_or(Ok(0), |word| word.parse().map_err(|_| error(what)));
+        let protocol: u16 = number(words.next(), "the protocol's number (6 is TCP, 17 is UDP)")?;
+        flow.protocol =
+            protocol.try_into().map_err(|_| error("the protocol's number (6 is TCP, 17 is UDP)"))?;
+        flow.source_port = number(words.next(), "a source port")?;
+        flow.destination_port = number(words.next(), "a destination port")?;
+        if words.next().is_some() { Err(error("nothing after the ports")) } else { Ok(flow) }
+    }
+}
+
+/// A text does not describe a [`Flow`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is no packet: {what} is needed, as in \"10.1.0.5 10.2.0.9 17 1000 2000\"")]
+pub struct ParseFlowError {
+    text: String,
+    what: &'static str,
 }
 
 /// Whether a packet is fast, and why.

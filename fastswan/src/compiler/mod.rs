@@ -55,7 +55,7 @@ use std::{collections::BTreeMap, iter};
 
 use fastswan_ebpf::PassReason;
 
-pub use self::explain::{Cause, Explanation, Flow, Shadow};
+pub use self::explain::{Cause, Explanation, Flow, ParseFlowError, Shadow};
 use self::{
     family::{Compiled, FamilyCompiler},
     path::Paths,

@@ -53,20 +53,7 @@ impl Collection {
     /// Looks at a few policies more; all of them, if those were the last.
     pub(super) fn go_on(&mut self, mirror: &Mirror, table: &impl GatewayTable) -> Option<Vec<PolicyStatus>> {
         let UnderWay { next, mut policies } = self.under_way.take()?;
-        let is_on = mirror.is_enabled();
-        let has_ports = has_ports(mirror);
-        let (some, next) = mirror.compiler().some_policies(mirror.database(), next, FEW);
-        policies.extend(some.into_iter().map(|(report, device)| {
-            let is_reachable = device.is_none_or(|device| {
-                table.takes_redirects(device.ifindex) || mirror.has_port_on(device.ifindex)
-            });
-            PolicyStatus {
-                id: report.id,
-                state: as_met(report.state, is_on, has_ports, is_reachable),
-                traffic: report.slot.map(|slot| table.traffic(slot)).unwrap_or_default(),
-            }
-        }));
-        match next {
+        match look_at(mirror, table, next, FEW, &mut policies) {
             Some(next) => {
                 self.under_way = Some(UnderWay { next, policies });
                 None
@@ -94,7 +81,44 @@ impl Collection {
     }
 }
 
+/// All policies at once.
+pub(super) fn all(mirror: &Mirror, table: &impl GatewayTable) -> Vec<PolicyStatus> {
+    let mut policies = Vec::new();
+    look_at(mirror, table, PolicyKey(0), usize::MAX, &mut policies);
+    policies
+}
+
+/// Looks at some policies, and returns where to go on.
+fn look_at(
+    mirror: &Mirror,
+    table: &impl GatewayTable,
+    first: PolicyKey,
+    limit: usize,
+    policies: &mut Vec<PolicyStatus>,
+) -> Option<PolicyKey> {
+    let (is_on, has_ports) = (mirror.is_enabled(), has_ports(mirror));
+    let (some, next) = mirror.compiler().some_policies(mirror.database(), first, limit);
+    policies.extend(some.into_iter().map(|(report, device)| {
+        let is_reachable = device
+            .is_none_or(|device| table.takes_redirects(device.ifindex) || mirror.has_port_on(device.ifindex));
+        PolicyStatus {
+            id: report.id,
+            state: as_met(report.state, is_on, has_ports, is_reachable),
+            traffic: report.slot.map(|slot| table.traffic(slot)).unwrap_or_default(),
+        }
+    }));
+    next
+}
+
 impl Status {
+    /// IPv4 first, ordered by identity.
+    pub(super) fn sort(&mut self) {
+        self.policies.sort_by(|one, other| {
+            let family = |policy: &PolicyStatus| policy.id.selector.family();
+            family(one).cmp(&family(other)).then_with(|| one.id.cmp(&other.id))
+        });
+    }
+
     pub(super) fn of(policies: Vec<PolicyStatus>) -> Self {
         let mut totals = BTreeMap::new();
         for policy in &policies {

@@ -100,10 +100,7 @@ impl GatewayHandle {
     pub async fn status(&self) -> Result<Status, HandleError> {
         let mut status = self.ask(Command::Status).await?;
         // Here, so that the gateway need not.
-        status.policies.sort_by(|one, other| {
-            let family = |id: &crate::PolicyId| id.selector.family();
-            family(&one.id).cmp(&family(&other.id)).then_with(|| one.id.cmp(&other.id))
-        });
+        status.sort();
         Ok(status)
     }
 

@@ -24,19 +24,18 @@ mod error;
 mod handle;
 mod journal;
 mod lag;
-#[cfg(feature = "bpf")]
+#[cfg_attr(not(feature = "bpf"), path = "elsewhere.rs")]
 mod ports;
 mod status;
 #[cfg(test)]
 mod tests;
 
-#[cfg(feature = "bpf")]
-use self::ports::Attached;
 use self::{
     collection::Collection,
     handle::{Command, Ends},
     journal::Journal,
     lag::Histogram,
+    ports::Attached,
 };
 pub use self::{
     error::GatewayError,
@@ -52,7 +51,6 @@ use crate::{
     host::HostEvent,
     metrics::Meters,
     mirror::{Action, HoldId, Input, InputState, Mirror},
-    policy::PolicyId,
     source::{HostSource, PolicySource, SourceError},
     table::{Devices, OffloadTable, Ports, TableCounters, TableError, TableUpdate, Traffic},
 };
@@ -88,7 +86,6 @@ pub struct Gateway<S, H, T: OffloadTable> {
     source: Followed<S>,
     host: Followed<H>,
     table: Switched<T>,
-    #[cfg(feature = "bpf")]
     attached: Attached,
     ends: Ends,
     /// Where the answer to a hold goes, once it is in effect.
@@ -154,7 +151,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             source: Followed { source, has_ended: false },
             host: Followed { source: host, has_ended: false },
             table: Switched(Some(table)),
-            #[cfg(feature = "bpf")]
             attached: Attached::default(),
             ends: Ends::new(),
             held: HashMap::new(),
@@ -267,6 +263,15 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         &self.mirror
     }
 
+    /// What it does, and why, while it is not run: looks at all policies at once. While it runs, a [`GatewayHandle`] tells.
+    #[must_use]
+    pub fn status(&mut self) -> Status {
+        let policies = collection::all(&self.mirror, self.table.get());
+        let mut status = self.complete(policies);
+        status.sort();
+        status
+    }
+
     /// Whether a packet is fast, via which policy and association, or why not.
     #[must_use]
     pub fn explain(&self, flow: &Flow) -> Explanation {
@@ -308,8 +313,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         let mut stop = pin!(stop);
         let mut look_for_removals = interval(LOOK_FOR_REMOVALS);
         look_for_removals.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let superseded = self.superseded();
-        let mut superseded = pin!(superseded);
         loop {
             self.turn()?;
             if is_done(self) {
@@ -320,7 +323,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             tokio::select! {
                 biased;
                 () = &mut stop => return Ok(()),
-                error = &mut superseded => return Err(error),
+                error = self.attached.superseded() => return Err(error),
                 event = self.source.source.next_event(), if !self.source.has_ended => self.take_policy_event(event?)?,
                 event = self.host.source.next_event(), if !self.host.has_ended => self.take_host_event(event?)?,
                 result = settled(&mut self.settling) => {
@@ -422,7 +425,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.meters.resynchronised(Input::Host.name(), cause);
             tracing::debug!(cause, "the host is known");
             self.table.refresh_devices();
-            #[cfg(feature = "bpf")]
             self.attached.look_again(&mut self.mirror);
         }
         Ok(())
@@ -450,7 +452,9 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                 }
                 Action::Renew { until } => self.table.renew_lease(until.saturating_duration_since(now())),
                 Action::Enable => self.table.set_enabled(true),
-                Action::Attach { interfaces } => self.attach(&interfaces)?,
+                Action::Attach { interfaces } => {
+                    self.attached.attach(&interfaces, &mut self.mirror, now())?
+                }
                 Action::Settle { removals } => {
                     let done = self.source.source.settle();
                     self.settling = Some(Settling { removals, began: Instant::now(), done });
@@ -517,30 +521,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         }
     }
 
-    #[cfg(feature = "bpf")]
-    fn attach(&mut self, interfaces: &[u32]) -> Result<(), GatewayError> {
-        Ok(self.attached.attach(interfaces, &mut self.mirror, now())?)
-    }
-
-    /// Somebody else attaches the program.
-    #[cfg(not(feature = "bpf"))]
-    #[expect(clippy::unnecessary_wraps, reason = "it can fail with the feature bpf")]
-    fn attach(&mut self, interfaces: &[u32]) -> Result<(), GatewayError> {
-        interfaces.iter().for_each(|ifindex| self.mirror.handle_attached(*ifindex, Ok(()), now()));
-        Ok(())
-    }
-
-    /// Waits until another process has taken over the ports.
-    #[cfg(feature = "bpf")]
-    fn superseded(&self) -> impl Future<Output = GatewayError> + use<S, H, T> {
-        self.attached.superseded()
-    }
-
-    #[cfg(not(feature = "bpf"))]
-    fn superseded(&self) -> impl Future<Output = GatewayError> + use<S, H, T> {
-        pending()
-    }
-
     fn settled(&mut self) {
         if let Some(Settling { removals, began, .. }) = self.settling.take() {
             self.settled_from = Some(began);
@@ -594,39 +574,46 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     fn collect(&mut self) {
         if let Some(policies) = self.collection.go_on(&self.mirror, self.table.get()) {
             #[cfg(feature = "metrics")]
-            self.meters.look(&crate::metrics::Moment {
-                policies: policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
-                passes: self.table.passes(),
-                associations: self.mirror.database().sas().count(),
-                queued: self.source.source.queued(),
-            });
+            self.record(&policies);
             if self.collection.is_asked_for() {
-                let status = Status {
-                    state: self.state(),
-                    removed: self.removed.drain(..).collect(),
-                    removed_unnamed: std::mem::take(&mut self.removed_unnamed),
-                    passes: self
-                        .table
-                        .passes()
-                        .into_iter()
-                        .map(|(reason, count)| (reason.name(), count))
-                        .collect(),
-                    interfaces: self
-                        .mirror
-                        .interfaces()
-                        .map(|(name, ifindex, state)| InterfaceStatus {
-                            name: name.to_owned(),
-                            ifindex,
-                            state,
-                        })
-                        .collect(),
-                    holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),
-                    lag: self.lag.lag(),
-                    statistics: self.mirror.statistics().clone(),
-                    ..Status::of(policies)
-                };
+                let status = self.complete(policies);
                 self.collection.answer(status);
             }
+        }
+    }
+
+    #[cfg(all(test, feature = "metrics"))]
+    pub(crate) fn record_now(&mut self) {
+        let policies = collection::all(&self.mirror, self.table.get());
+        self.meters.switched(self.mirror.is_enabled());
+        self.record(&policies);
+    }
+
+    /// Records the metrics that are looked at and not counted.
+    #[cfg(feature = "metrics")]
+    fn record(&mut self, policies: &[PolicyStatus]) {
+        self.meters.look(&crate::metrics::Moment {
+            policies: policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
+            passes: self.table.passes(),
+            associations: self.mirror.database().sas().count(),
+            queued: self.source.source.queued(),
+        });
+    }
+
+    /// Adds all but the policies to a status.
+    fn complete(&mut self, policies: Vec<PolicyStatus>) -> Status {
+        let interface =
+            |(name, ifindex, state): (&str, _, _)| InterfaceStatus { name: name.to_owned(), ifindex, state };
+        Status {
+            state: self.state(),
+            removed: self.removed.drain(..).collect(),
+            removed_unnamed: std::mem::take(&mut self.removed_unnamed),
+            passes: self.table.passes().into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
+            interfaces: self.mirror.interfaces().map(interface).collect(),
+            holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),
+            lag: self.lag.lag(),
+            statistics: self.mirror.statistics().clone(),
+            ..Status::of(policies)
         }
     }
 
@@ -671,13 +658,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             return look.min(record);
         }
         look
-    }
-}
-
-impl<S, H, T: OffloadTable> Gateway<S, H, T> {
-    /// The policies that were removed since the last [`status`](GatewayHandle::status), without ending that.
-    pub fn removed(&self) -> impl Iterator<Item = (&PolicyId, Traffic)> {
-        self.removed.iter().map(|policy| (&policy.id, policy.traffic))
     }
 }
 

@@ -1,10 +1,8 @@
 //! Keeps the program attached where packets come in.
 
-use std::{
-    future::{Future, pending},
-    path::PathBuf,
-    time::Instant,
-};
+use std::{fmt, future::pending, path::PathBuf, time::Instant};
+
+use futures::{FutureExt as _, future::BoxFuture};
 
 use super::GatewayError;
 use crate::{
@@ -13,7 +11,7 @@ use crate::{
 };
 
 /// A forwarder, and the interfaces that it is to be attached to.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Attached {
     forwarder: Option<XdpForwarder>,
     /// The name that each had when it was found, and how to attach to it.
@@ -21,6 +19,8 @@ pub(super) struct Attached {
     directory: Option<PathBuf>,
     /// The program was attached once: from then on a failure is no reason to end.
     has_begun: bool,
+    /// Another process has taken over from this one.
+    superseded: Option<BoxFuture<'static, ForwarderError>>,
 }
 
 impl Attached {
@@ -44,14 +44,11 @@ impl Attached {
         self.forwarder
     }
 
-    /// Waits until another process has taken over.
-    pub(super) fn superseded(&self) -> impl Future<Output = GatewayError> + use<> {
-        let superseded = self.forwarder.as_ref().map(XdpForwarder::superseded);
-        async {
-            match superseded {
-                Some(superseded) => GatewayError::Forwarder(superseded.await),
-                None => pending().await,
-            }
+    /// Waits until another process has taken over. Cancel-safe.
+    pub(super) async fn superseded(&mut self) -> GatewayError {
+        match &mut self.superseded {
+            Some(superseded) => GatewayError::Forwarder(superseded.await),
+            None => pending().await,
         }
     }
 
@@ -62,7 +59,7 @@ impl Attached {
         interfaces: &[u32],
         mirror: &mut Mirror,
         now: Instant,
-    ) -> Result<(), ForwarderError> {
+    ) -> Result<(), GatewayError> {
         let Some(forwarder) = &mut self.forwarder else {
             interfaces.iter().for_each(|ifindex| mirror.handle_attached(*ifindex, Ok(()), now));
             return Ok(());
@@ -74,6 +71,7 @@ impl Attached {
             for attachment in forwarder.attach_pinned(directory, &configs)? {
                 mirror.handle_attached(attachment.ifindex, Ok(()), now);
             }
+            self.superseded = Some(forwarder.superseded().boxed());
             return Ok(());
         }
         for ifindex in interfaces {
@@ -123,5 +121,11 @@ impl Attached {
     pub(super) fn remove(&mut self, interface: &str) -> Result<(), ForwarderError> {
         self.interfaces.retain(|(name, _)| name != interface);
         self.forwarder.as_mut().ok_or(ForwarderError::NoForwarder)?.detach(interface)
+    }
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attached").field("interfaces", &self.interfaces).finish_non_exhaustive()
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     compiler::PolicyState,
     event::StaleCause,
     mirror::HoldTarget,
-    policy::{Direction, Egress, NextHop, PolicyType},
+    policy::{Direction, Egress, NextHop, PolicyId, PolicyType},
     source::fixed::StaticPolicy,
     table::{Capacity, Port, ReadBack as _, Removals, Slot, TableConfig, Verdict},
 };

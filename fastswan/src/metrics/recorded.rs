@@ -172,8 +172,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        ChannelSource, Gateway, HostFacts, MemoryTable, PolicyEvent, PolicySource as _, SecurityAssociation,
-        Selector, StaticSource,
+        ChannelSource, Gateway, MemoryTable, PolicyEvent, PolicySource as _, SecurityAssociation, Selector,
+        StaticSource, VouchedHost,
         policy::{Egress, NextHop},
         source::{Snapshot, StaleCause, channel::PolicySender, fixed::StaticPolicy},
         table::TableConfig,
@@ -210,7 +210,7 @@ mod tests {
 
     /// A gateway of one tunnel.
     struct Host {
-        gateway: Gateway<ChannelSource, MemoryTable>,
+        gateway: Gateway<ChannelSource, VouchedHost, MemoryTable>,
         sender: PolicySender,
         snapshot: Snapshot,
     }
@@ -249,7 +249,7 @@ mod tests {
                 }
                 let (sender, source) = ChannelSource::new(snapshot.clone(), 8);
                 let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 16, slots: 8 };
-                let gateway = Gateway::new(source, MemoryTable::new(&config), &HostFacts::vouched());
+                let gateway = Gateway::new(source, VouchedHost::new(), MemoryTable::new(&config));
                 tell(Host { gateway: gateway.with_lease(LEASE), sender, snapshot }).await;
             });
         });
@@ -263,14 +263,18 @@ mod tests {
     fn what_a_gateway_does_is_counted() {
         let recorder = DebuggingRecorder::new();
         story(&recorder, async |mut host| {
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let before = Scrape::take(&recorder);
             before.expect(&[("current", 0), ("queued_events", 1), ("associations", 0)]);
 
             host.follow().await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let first = Scrape::take(&recorder);
-            first.expect(&[("resyncs_total cause=start", 1), ("events_total", 1), ("table_writes_total", 1)]);
+            first.expect(&[
+                ("resyncs_total input=policies cause=start", 1),
+                ("events_total", 1),
+                ("table_writes_total", 1),
+            ]);
             first.expect(&[("batch_events", 1), ("compile_seconds", 1), ("lag_seconds", 1)]);
             first.expect(&[("current", 1), ("queued_events", 0), ("associations", 1)]);
             first.expect(&[("policies state=fast reason=", 1)]);
@@ -278,15 +282,19 @@ mod tests {
 
             let sa = host.snapshot.sas[0].clone();
             host.hear(PolicyEvent::SaRemoved(sa.id)).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let without = Scrape::take(&recorder);
             without.expect(&[("policies state=fast reason=", 0), ("policies state=kernel reason=no_sa", 1)]);
-            without.expect(&[("associations", 0), ("resyncs_total cause=start", 0), ("lag_seconds", 1)]);
+            without.expect(&[
+                ("associations", 0),
+                ("resyncs_total input=policies cause=start", 0),
+                ("lag_seconds", 1),
+            ]);
 
             host.hear(PolicyEvent::Sa(sa)).await;
             // The recorder forgets gauges when it is looked at; a real one would still say so.
             gauge!("fastswan_policies", "state" => "kernel", "reason" => "no_sa").set(1.0);
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let again = Scrape::take(&recorder);
             again.expect(&[("policies state=fast reason=", 1), ("policies state=kernel reason=no_sa", 0)]);
         });
@@ -298,21 +306,24 @@ mod tests {
         story(&recorder, async |mut host| {
             host.follow().await;
             host.hear(PolicyEvent::Stale(StaleCause::Overrun)).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let lost = Scrape::take(&recorder);
-            lost.expect(&[("stale_total cause=overrun", 1), ("current", 0)]);
+            lost.expect(&[("stale_total input=policies cause=overrun", 1), ("current", 0)]);
             lost.expect(&[("policies state=kernel reason=disabled", 1)]);
 
             let snapshot = PolicyEvent::Snapshot(host.snapshot.clone());
             host.hear(snapshot.clone()).await;
             host.hear(snapshot).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let found = Scrape::take(&recorder);
-            found.expect(&[("resyncs_total cause=overrun", 1), ("resyncs_total cause=snapshot", 1)]);
-            found.expect(&[("stale_total cause=overrun", 0), ("current", 1)]);
-            let report = host.gateway.report();
-            assert_eq!(report.resyncs, [("overrun", 1), ("snapshot", 1), ("start", 1)].into());
-            assert!(report.to_string().contains("resynchronised, overrun: 1\n"), "{report}");
+            found.expect(&[
+                ("resyncs_total input=policies cause=overrun", 1),
+                ("resyncs_total input=policies cause=snapshot", 1),
+            ]);
+            found.expect(&[("stale_total input=policies cause=overrun", 0), ("current", 1)]);
+            let status = host.gateway.status();
+            assert_eq!(status.statistics.resyncs, [("overrun", 1), ("snapshot", 1), ("start", 1)].into());
+            assert!(status.to_string().contains("policies read, overrun: 1\n"), "{status}");
         });
     }
 
@@ -324,13 +335,13 @@ mod tests {
             host.hear(PolicyEvent::Audit(host.snapshot.clone())).await;
             assert_eq!(Scrape::take(&recorder).0.get("fastswan_audit_repairs_total"), None);
             host.hear(PolicyEvent::Audit(Snapshot::default())).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let repaired = Scrape::take(&recorder);
-            repaired.expect(&[("audit_repairs_total", 2), ("resyncs_total cause=start", 0)]);
+            repaired.expect(&[("audit_repairs_total", 2), ("resyncs_total input=policies cause=start", 0)]);
             repaired.expect(&[("associations", 0), ("policies state=fast reason=", 0)]);
-            let report = host.gateway.report();
-            assert_eq!(report.audit_repairs, 2);
-            assert!(report.to_string().contains("repaired by audits: 2\n"), "{report}");
+            let status = host.gateway.status();
+            assert_eq!(status.statistics.audit_repairs, 2);
+            assert!(status.to_string().contains("repaired by audits: 2\n"), "{status}");
         });
     }
 
@@ -347,9 +358,9 @@ mod tests {
             advance(LEASE * 2).await;
             host.follow().await;
             assert_eq!(expiries(), Some(1.0));
-            let report = host.gateway.report();
-            assert_eq!(report.lease_expiries, 1);
-            assert!(report.to_string().contains("lease expired: 1\n"), "{report}");
+            let status = host.gateway.status();
+            assert_eq!(status.statistics.lease_expiries, 1);
+            assert!(status.to_string().contains("lease expired: 1\n"), "{status}");
 
             host.hear(PolicyEvent::Stale(StaleCause::Requested)).await;
             advance(LEASE * 2).await;
@@ -367,13 +378,11 @@ mod tests {
             policies,
             passes: vec![(PassReason::Fragment, 9)],
             associations: 0,
-            is_current: true,
             queued: 0,
         };
         metrics::with_local_recorder(&recorder, || {
             let mut meters = Meters::new();
-            let freed = TableUpdate { slots: vec![(Slot(3), None)], ..TableUpdate::default() };
-            meters.writing(&freed, |slot| if slot == Slot(3) { traffic } else { panic!("{slot:?}") });
+            meters.retired(traffic);
             meters.look(&moment(vec![(PolicyState::Fast, Traffic { packets: 2, bytes: 300 })]));
         });
         let scrape = Scrape::take(&recorder);

@@ -12,9 +12,7 @@ use std::{
 
 use fastswan::{
     OffloadTable as _, PassReason, XdpForwarder,
-    forwarder::{
-        AttachConfig, AttachMode, ForwarderError, GuardError, HeldBy, Interface, LoadConfig, PortProblem,
-    },
+    forwarder::{AttachConfig, AttachMode, ForwarderError, GuardError, HeldBy, PortProblem},
     policy::MacAddr,
     table::{
         BpfTable, Cell, Change, Forwarding, Forwards, Port, Ports as _, Probes, Removals, ReversePath, Slot,
@@ -25,6 +23,9 @@ use fastswan_testkit::{
     frames::Frame,
     lab::{self, BpfFileSystem, Namespace},
 };
+
+mod ports;
+mod takeover;
 
 /// Set for the copy of this program that gives up its privileges.
 const UNPRIVILEGED: &str = "FASTSWAN_TEST_UNPRIVILEGED";
