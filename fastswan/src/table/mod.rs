@@ -38,8 +38,10 @@ mod counters;
 mod devices;
 mod entries;
 mod error;
+mod losses;
 mod memory;
 mod mmap;
+mod net_device;
 mod port;
 mod size;
 mod space;
@@ -98,6 +100,17 @@ pub trait OffloadTable: Send {
     fn acknowledge(&mut self, removals: u64) {
         let _ = removals;
     }
+
+    /// What becomes readable when a guard has counted a removal, so that nobody need look at [`Self::removals`] all the
+    /// time: [drain](Self::drain_removal_signal) it, then look. `None` if there is no such thing.
+    #[cfg(unix)]
+    fn removal_signal(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+
+    /// Makes the [signal](Self::removal_signal) unreadable until the next removal.
+    #[cfg(unix)]
+    fn drain_removal_signal(&mut self) {}
 }
 
 /// Where packets may come in. Frames of an (interface, VLAN) that is no port pass to the kernel.
@@ -123,6 +136,22 @@ pub trait TableCounters {
 
     /// Packets that were passed, by reason. Reasons without packets are left out.
     fn passes(&self) -> Vec<(PassReason, u64)>;
+
+    /// Packets that are counted as forwarded and did not leave: that could not be handed to their device, or that its
+    /// driver did not take, since its queue was full, for instance. `None` if that is not counted.
+    fn lost(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// The devices that packets are redirected to. Packets for one that takes none pass.
+pub trait Devices {
+    /// Asks the kernel again which devices take redirected packets, and from which CPUs. Call it when devices have
+    /// changed. Runs in the network namespace that the devices are in.
+    fn refresh_devices(&mut self);
+
+    /// Whether packets are redirected to a device; `false` also for one that no slot names.
+    fn takes_redirects(&self, ifindex: u32) -> bool;
 }
 
 /// What a table holds, as the data path finds it.
