@@ -125,7 +125,7 @@ fn control_record(
 
 /// The map of this name that the program has.
 fn map_of(forwarder: &XdpForwarder, name: &str) -> anyhow::Result<MapData> {
-    let program = forwarder.program_id()?;
+    let program = forwarder.program_id();
     let info = loaded_programs()
         .filter_map(Result::ok)
         .find(|info| info.id() == program)

@@ -4,11 +4,9 @@
 //! another source look as if the kernel had offloaded them to a device, and assumes a security association
 //! for each. What is then sent to the device is *not encrypted*, so nothing but a lab should do this.
 
-use std::collections::{HashMap, VecDeque};
-
 use async_trait::async_trait;
 use fastswan::{
-    Policy, PolicyEvent, PolicyId, PolicySource, SecurityAssociation, SourceError,
+    Policy, PolicyEvent, PolicySource, SourceError,
     policy::{
         Direction, Family, IPPROTO_ESP, MacAddr, Mode, NextHop, OffloadDev, OffloadKind, Overhead, Template,
     },
@@ -18,7 +16,7 @@ use fastswan::{
 /// The first two bytes of addresses that name a policy; its index follows.
 const NAME: [u8; 2] = [2, 6];
 
-/// A next hop that names a policy: a frame that was forwarded tells which policy it was for.
+/// A next hop that names a policy, or a tunnel: a frame that was forwarded tells which it was for.
 pub(crate) fn naming(index: u32) -> NextHop {
     let mut address = [0; 6];
     address[..2].copy_from_slice(&NAME);
@@ -26,7 +24,7 @@ pub(crate) fn naming(index: u32) -> NextHop {
     NextHop::Fixed { source: MacAddr::default(), destination: MacAddr(address) }
 }
 
-/// The index of the policy that a frame's destination address names.
+/// The number of the policy or the tunnel that a frame's destination address names.
 pub(crate) fn named(frame: &[u8]) -> Option<u32> {
     let index = frame.strip_prefix(&NAME)?.first_chunk()?;
     Some(u32::from_be_bytes(*index))
@@ -39,9 +37,6 @@ pub struct Promote<S, F> {
     choose: F,
     device: u32,
     next_hop: NextHop,
-    /// Assumed SPI of each policy that was ever promoted.
-    spis: HashMap<PolicyId, u32>,
-    ready: VecDeque<PolicyEvent>,
 }
 
 impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
@@ -53,77 +48,40 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
     ///
     /// A policy that is offloaded already stays on its device, and only its association is assumed.
     pub fn new(source: S, device: u32, next_hop: NextHop, choose: F) -> Self {
-        Self { source, choose, device, next_hop, spis: HashMap::new(), ready: VecDeque::new() }
+        Self { source, choose, device, next_hop }
     }
 
-    /// The policy as if it were offloaded, and its association; `None` if it stays as it is.
-    fn promote(&mut self, policy: &Policy) -> Option<(Policy, SecurityAssociation)> {
-        let [template] = policy.templates[..] else { return None };
+    /// Makes a policy look as if it were offloaded, unless it stays as it is.
+    fn promote(&mut self, policy: &mut Policy) {
+        let [template] = policy.templates[..] else { return };
         let esp = template.protocol == IPPROTO_ESP && !template.destination.is_unspecified();
         if policy.id.direction != Direction::Out || !esp || !(self.choose)(policy) {
-            return None;
+            return;
         }
-        let next = 0xfffe_0000 + u32::try_from(self.spis.len()).unwrap_or(0);
-        let spi = *self.spis.entry(policy.id.clone()).or_insert(next);
         let promoted = OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false };
-        let offload = policy.offload.or(Some(promoted));
-        let outer = Family::from(template.destination);
-        // Each promoted policy has the association that is assumed for it and no other.
-        let template = Template { mode: Mode::Tunnel, optional: false, spi, ..template };
-        let association = SecurityAssociation {
-            if_id: policy.id.if_id,
-            offload,
-            overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
-            ..SecurityAssociation::for_template(&template, spi)
-        };
-        let mut promoted = policy.clone();
-        promoted.offload = offload;
-        promoted.egress.next_hop = self.next_hop;
-        promoted.templates = [template].into();
-        Some((promoted, association))
-    }
-
-    /// What is to be said instead of an event.
-    fn replace(&mut self, event: PolicyEvent) {
-        match event {
-            PolicyEvent::Policy(policy) => match self.promote(&policy) {
-                Some((policy, association)) => {
-                    self.ready.push_back(PolicyEvent::Sa(association));
-                    self.ready.push_back(PolicyEvent::Policy(policy));
-                }
-                None => self.ready.push_back(PolicyEvent::Policy(policy)),
-            },
-            PolicyEvent::Snapshot(mut snapshot) => {
-                for policy in &mut snapshot.policies {
-                    if let Some((promoted, association)) = self.promote(policy) {
-                        *policy = promoted;
-                        snapshot.sas.push(association);
-                    }
-                }
-                self.ready.push_back(PolicyEvent::Snapshot(snapshot));
-            }
-            // Real associations come and go; assumed ones stay, and matter to none but their policies. An audit
-            // would miss them.
-            PolicyEvent::SasFlushed(_) | PolicyEvent::Audit(_) => {}
-            other => self.ready.push_back(other),
-        }
+        policy.offload = policy.offload.or(Some(promoted));
+        policy.egress.next_hop = self.next_hop;
+        policy.templates = [Template { mode: Mode::Tunnel, optional: false, ..template }].into();
+        policy.assumed = Some(Overhead::aes_gcm_tunnel(Family::from(template.destination), false, 16));
     }
 }
 
 #[async_trait]
 impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote<S, F> {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Ok(Some(event));
+        let mut event = self.source.next_event().await?;
+        match &mut event {
+            Some(PolicyEvent::Policy(policy)) => self.promote(policy),
+            Some(PolicyEvent::Snapshot(snapshot) | PolicyEvent::Audit(snapshot)) => {
+                snapshot.policies.iter_mut().for_each(|policy| self.promote(policy));
             }
-            let Some(event) = self.source.next_event().await? else { return Ok(None) };
-            self.replace(event);
+            _ => {}
         }
+        Ok(event)
     }
 
     fn caught_up(&mut self) -> Result<bool, SourceError> {
-        Ok(self.ready.is_empty() && self.source.caught_up()?)
+        self.source.caught_up()
     }
 
     fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
@@ -133,12 +91,16 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote
     fn written(&mut self) {
         self.source.written();
     }
+
+    fn queued(&self) -> usize {
+        self.source.queued()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fastswan::{ChannelSource, Database, Selector, Snapshot};
+    use fastswan::{ChannelSource, Database, PolicyId, Selector, Snapshot};
     use futures::FutureExt as _;
 
     const NIC: u32 = 7;
@@ -177,8 +139,8 @@ mod tests {
             .policies()
             .filter(|policy| policy.is_packet_offloaded())
             .inspect(|policy| {
-                let live = database.live_sas(&policy.templates[0], Family::V4, 0, NIC).count();
-                assert_eq!((live, policy.egress.next_hop), (1, NextHop::Neighbour));
+                assert!(policy.assumed.is_some());
+                assert_eq!(policy.egress.next_hop, NextHop::Neighbour);
             })
             .map(|policy| policy.id.selector.destination.to_string())
             .collect();

@@ -42,6 +42,22 @@ pub struct Snapshot {
     pub sas: Vec<SecurityAssociation>,
     /// The default policy.
     pub default_policy: DefaultPolicy,
+    /// Which of several policies a packet is for.
+    pub order: PolicyOrder,
+}
+
+/// Which policy a packet is for if several match.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PolicyOrder {
+    /// The one that the kernel finds first. Packet-offloaded policies stand in the order in which they were added or
+    /// updated, whatever their priorities; so a source must tell of these in the kernel's order.
+    #[default]
+    Kernel,
+    /// The one with the lowest priority number, and nothing else matters. For a source that has no kernel behind it, and
+    /// whose author says what packets are for. Of several with that number none is certain: their packets pass, unless
+    /// they lead the same way.
+    ByPriority,
 }
 
 /// Why a source lost track.
@@ -57,6 +73,12 @@ pub enum StaleCause {
     /// The device with this index went down, or left the namespace. The kernel then deletes what was offloaded
     /// to it and says nothing.
     DeviceLost(u32),
+    /// Policies or associations were given other addresses (`XFRM_MSG_MIGRATE`, `XFRM_MSG_MIGRATE_STATE`). The kernel
+    /// does not tell what they are now.
+    Migrated,
+    /// The kernel has sorted its policies anew, since the prefix lengths changed from which on it hashes them (`hthresh`).
+    /// The order among equal priorities may be another one.
+    Rehashed,
     /// The source asked for a resynchronisation itself.
     Requested,
 }
@@ -70,6 +92,8 @@ impl StaleCause {
             Self::Undecodable => "undecodable",
             Self::DumpInterrupted => "dump_interrupted",
             Self::DeviceLost(_) => "device_lost",
+            Self::Migrated => "migrated",
+            Self::Rehashed => "rehashed",
             Self::Requested => "requested",
         }
     }

@@ -8,7 +8,9 @@ use fastswan::{
     PolicySourceExt as _,
     compiler::BrokenRule,
     forwarder::RunAction,
-    policy::NextHop,
+    policy::{
+        Direction, {Egress, NextHop},
+    },
     source::StaleCause,
     table::{Ports as _, TableConfig},
 };
@@ -44,7 +46,7 @@ pub(super) struct Mirror {
 /// What the program does with a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
-    /// It leaves by the outer device, for the policy with this index.
+    /// It leaves by the outer device, for a policy whose tunnel has this reqid.
     Fast(u32),
     /// It leaves in a way that no policy asked for.
     Strange,
@@ -66,10 +68,13 @@ impl Mirror {
         let egress = lab.egress;
         let choose = if lab.offloads() { Policy::is_packet_offloaded } else { is_promoted };
         let mut open = move || -> anyhow::Result<Box<dyn PolicySource>> {
-            let source = Promote::new(open()?, egress, NextHop::Device, choose).map(|mut policy| {
-                // Of a frame that was forwarded, the address tells which policy it was for.
-                policy.egress.next_hop = naming(policy.index);
-                policy
+            let source = Promote::new(open()?, egress, NextHop::Device, choose).with_egress(|policy| {
+                // Of a frame that was forwarded, the address tells which tunnel it was for.
+                let next_hop = match policy.templates[..] {
+                    [template] => naming(template.reqid),
+                    _ => policy.egress.next_hop,
+                };
+                Egress { next_hop, ..policy.egress }
             });
             Ok(Box::new(source))
         };
@@ -148,13 +153,24 @@ impl Mirror {
         self.by_index.get(&index)
     }
 
+    /// A policy whose tunnel has this reqid.
+    pub(super) fn policy_of(&self, reqid: u32) -> Option<&Policy> {
+        self.by_index.values().find(|policy| is_of(policy, reqid))
+    }
+
     /// Runs the program on a packet.
     pub(super) fn run(&self, packet: &Packet) -> anyhow::Result<Fate> {
         let outcome = self.program.run(&packet.frame, self.ingress)?;
         Ok(match (outcome.action, outcome.reason, named(&outcome.frame)) {
             (RunAction::Pass, Some(reason), _) => Fate::Passed(reason),
-            (RunAction::Redirect, None, Some(index)) => Fate::Fast(index),
+            (RunAction::Redirect, None, Some(reqid)) => Fate::Fast(reqid),
             _ => Fate::Strange,
         })
     }
+}
+
+/// Whether packets of an outbound policy take the tunnel with this reqid.
+pub(super) fn is_of(policy: &Policy, reqid: u32) -> bool {
+    policy.id.direction == Direction::Out
+        && matches!(policy.templates[..], [template] if template.reqid == reqid)
 }

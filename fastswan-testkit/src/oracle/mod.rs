@@ -4,10 +4,11 @@
 //! the kernel's own notifications, is told that some of the policies are offloaded, and fills the table of the XDP
 //! program. Then packets near the borders of the policies are given to both, the program and the kernel:
 //!
-//! - the program says which policy it forwards a packet for: each has a next hop of its own;
+//! - the program says which tunnel it forwards a packet into: each has a next hop of its own, and nearly all policies have
+//!   a tunnel of their own;
 //! - the kernel says which policy it chooses: it asks for an association for it.
 //!
-//! A packet that the program forwards for another policy than the kernel's choice, or for any if the kernel has
+//! A packet that the program forwards into another tunnel than that of the kernel's choice, or for any if the kernel has
 //! none, drops the packet or delivers it, is **wrong**. One that the program passes is never wrong; how many of those
 //! that could be fast are is the [fast share](SetReport::fast_share).
 //!
@@ -39,7 +40,7 @@ pub use self::sets::Set;
 use self::{
     chains::{Chains, Story},
     judge::{Judge, Kernel, Lab},
-    mirror::{Fate, Mirror},
+    mirror::{Fate, Mirror, is_of},
     packets::Packet,
     sets::{World, is_promoted},
 };
@@ -231,7 +232,7 @@ impl<J: Judge> Trial<J> {
                 }
                 return Ok(());
             }
-            Fate::Fast(named) => chosen == Some(named),
+            Fate::Fast(reqid) => policy.is_some_and(|policy| is_of(policy, reqid)),
             Fate::Strange => false,
         };
         report.fast += 1;
@@ -242,7 +243,7 @@ impl<J: Judge> Trial<J> {
         report.wrong += 1;
         if report.examples.len() < EXAMPLES {
             let named = match fate {
-                Fate::Fast(index) => describe(mirror.policy(index)),
+                Fate::Fast(reqid) => describe(mirror.policy_of(reqid)),
                 _ => "nothing known".to_owned(),
             };
             let Packet { source, destination, protocol, ports, .. } = packet;

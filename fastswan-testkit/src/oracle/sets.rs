@@ -34,6 +34,9 @@ pub enum Set {
     Libreswan,
     /// Prefixes inside prefixes, with few different priorities.
     Nested,
+    /// Prefixes inside prefixes of one tunnel: subnets of one connection as libreswan has them, or a hub's network and the
+    /// sites of one peer inside it.
+    OneTunnel,
     /// Policies for protocols, ports and ICMP types.
     Ports,
     /// Everything that a policy may have, at random.
@@ -46,13 +49,14 @@ pub enum Set {
 
 impl Set {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::SiteToSite,
         Self::HubAndSpoke,
         Self::RoadWarrior,
         Self::StrongSwan,
         Self::Libreswan,
         Self::Nested,
+        Self::OneTunnel,
         Self::Ports,
         Self::Random,
         Self::OffloadedModel,
@@ -76,6 +80,7 @@ impl Set {
             Self::StrongSwan => "strongswan",
             Self::Libreswan => "libreswan",
             Self::Nested => "nested",
+            Self::OneTunnel => "one-tunnel",
             Self::Ports => "ports",
             Self::Random => "random",
             Self::OffloadedModel => "offloaded-model",
@@ -86,7 +91,8 @@ impl Set {
     /// The share of packets of its plain policies that must be fast, if there is one.
     #[must_use]
     pub fn least_fast_share(self) -> Option<f64> {
-        matches!(self, Self::SiteToSite | Self::RoadWarrior | Self::StrongSwan).then_some(0.95)
+        matches!(self, Self::SiteToSite | Self::RoadWarrior | Self::StrongSwan | Self::OneTunnel)
+            .then_some(0.95)
     }
 
     /// How many groups of policies there are to begin with.
@@ -94,7 +100,12 @@ impl Set {
         match self {
             Self::SiteToSite | Self::StrongSwan | Self::Libreswan | Self::HubAndSpoke => 40,
             Self::RoadWarrior => 60,
-            Self::Nested | Self::Ports | Self::Random | Self::OffloadedModel | Self::Offloaded => 20,
+            Self::OneTunnel
+            | Self::Nested
+            | Self::Ports
+            | Self::Random
+            | Self::OffloadedModel
+            | Self::Offloaded => 20,
         }
     }
 }
@@ -128,6 +139,8 @@ pub(super) struct World {
     /// How many policies and groups there were.
     made: u32,
     groups: u16,
+    /// The reqids of a hub's tunnels, if there is one: for IPv4 and for IPv6.
+    hub: Option<[u32; 2]>,
 }
 
 impl World {
@@ -140,6 +153,7 @@ impl World {
             default_policy: DefaultPolicy::default(),
             made: 0,
             groups: 0,
+            hub: None,
         }
     }
 
@@ -233,6 +247,10 @@ impl World {
     fn update(&mut self, rng: &mut StdRng) -> Option<Change> {
         let at = rng.random_range(0..self.policies.len().max(1));
         let old = self.policies.get(at)?.clone();
+        if self.set == Set::OneTunnel {
+            // As when a tunnel gets new keys.
+            return Some(Change::Update(old));
+        }
         let mut new = Policy { offload: None, ..old.clone() };
         let promoted = if rng.random_bool(0.3) { !is_promoted(&old) } else { is_promoted(&old) };
         if let [template] = &mut new.templates[..] {
@@ -242,7 +260,9 @@ impl World {
             Set::StrongSwan if is_promoted(&new) => strongswan(&new, 400_000),
             Set::StrongSwan if new.templates.is_empty() => old.priority,
             Set::StrongSwan => strongswan(&new, 600_000),
-            Set::SiteToSite | Set::HubAndSpoke | Set::RoadWarrior | Set::Libreswan => old.priority,
+            Set::SiteToSite | Set::HubAndSpoke | Set::RoadWarrior | Set::Libreswan | Set::OneTunnel => {
+                old.priority
+            }
             Set::Nested | Set::Ports | Set::Random | Set::OffloadedModel | Set::Offloaded => {
                 priority(rng, is_promoted(&new))
             }
@@ -293,6 +313,7 @@ impl World {
             }
             Set::StrongSwan => self.strongswan_group(rng, v6),
             Set::Libreswan => self.libreswan_group(rng, v6),
+            Set::OneTunnel => self.one_tunnel_group(rng, v6),
             Set::Nested => {
                 vec![self.nested(rng, v6, &[0, 8, 15, 16, 20, 24, 24, 26, 28, 29, 30, 31, 32, 32])]
             }
@@ -402,6 +423,43 @@ impl World {
             policy.priority = 2_000_000 - lengths * 4096;
         }
         policies
+    }
+
+    fn one_tunnel_group(&mut self, rng: &mut StdRng, v6: bool) -> Vec<Policy> {
+        let [zone, net] = [2 + self.groups / 200, self.groups % 200];
+        let everywhere = |v6| place(v6, 0, 0, 0, 8);
+        if self.groups == 0 {
+            self.hub = rng.random_bool(0.5).then(|| [self.reqid(true), self.reqid(true)]);
+            if let Some(reqids) = self.hub {
+                let wide = [false, true].into_iter().zip(reqids);
+                return wide
+                    .map(|(v6, reqid)| self.in_tunnel(everywhere(v6), everywhere(v6), reqid, rng))
+                    .collect();
+            }
+        }
+        if let Some(reqids) = self.hub {
+            let site = place(v6, zone, net, rng.random_range(0..250), *pick(rng, &[24, 24, 24, 28, 32]));
+            return vec![self.in_tunnel(everywhere(v6), site, reqids[usize::from(v6)], rng)];
+        }
+        let reqid = self.reqid(true);
+        let local = place(v6, 1, rng.random_range(1..5), 0, *pick(rng, &[16, 24]));
+        let mut nest = vec![self.in_tunnel(local, place(v6, zone, net, 0, 24), reqid, rng)];
+        for _ in 0..rng.random_range(1..5) {
+            let remote = place(v6, zone, net, rng.random_range(0..40), *pick(rng, &[24, 26, 28, 30, 32]));
+            let local = place(v6, 1, rng.random_range(1..5), 0, *pick(rng, &[16, 24, 28]));
+            nest.push(self.in_tunnel(local, remote, reqid, rng));
+        }
+        nest.shuffle(rng);
+        nest
+    }
+
+    /// An outbound policy of a tunnel that others have, too. The longer its prefixes, the better, or it is left to chance.
+    fn in_tunnel(&mut self, local: IpNet, remote: IpNet, reqid: u32, rng: &mut StdRng) -> Policy {
+        let lengths = u32::from(local.prefix_len()) + u32::from(remote.prefix_len());
+        let number = if rng.random_bool(0.7) { 2_000 - lengths * 4 } else { priority(rng, true) };
+        let mut policy = self.outbound(selector(local, remote), number, true);
+        policy.templates.iter_mut().for_each(|template| template.reqid = reqid);
+        policy
     }
 
     /// A policy in one of three small networks on each side.

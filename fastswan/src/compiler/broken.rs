@@ -17,12 +17,29 @@ pub enum BrokenRule {
     LongestPrefix,
     /// What lies inside the region of a deleted policy stays as it was.
     Descendants,
+    /// Tunnels to the same peer lead to the same associations, whatever their reqids.
+    Reqids,
+    /// Of offloaded policies, the best priority is chosen, though it may not be the newest.
+    Age,
+    /// The search for a policy never stops before it is found.
+    Stops,
+    /// Offloaded policies between longer prefixes are not found first.
+    ExactFirst,
 }
 
 impl BrokenRule {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Ties, Self::Shadowing, Self::HighestPriority, Self::LongestPrefix, Self::Descendants];
+    pub const ALL: [Self; 9] = [
+        Self::Ties,
+        Self::Shadowing,
+        Self::HighestPriority,
+        Self::LongestPrefix,
+        Self::Descendants,
+        Self::Reqids,
+        Self::Age,
+        Self::Stops,
+        Self::ExactFirst,
+    ];
 }
 
 /// Whether a policy is left out of account.

@@ -11,10 +11,10 @@ use super::{
 };
 use crate::{
     database::Database,
-    event::{PolicyEvent, Snapshot, StaleCause},
+    event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
     host::{HostFacts, Link, Route, RouteKind, Rule},
     policy::{
-        Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Policy, PolicyType, PortMatch,
+        Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Origin, Policy, PolicyType, PortMatch,
         SecurityAssociation, Template, Templates,
     },
     table::{Capacity, ReversePath, Slot, TableUpdate},
@@ -33,6 +33,8 @@ pub(super) enum Step {
     Flush,
     Stale,
     Resync,
+    /// The same, from a source of the other kind.
+    OtherOrder,
 }
 
 fn family(v6: bool) -> Family {
@@ -54,7 +56,7 @@ impl Choices<'_> {
     }
 
     fn prefix(&mut self, v6: bool) -> IpNet {
-        let (host, length) = (self.next() % 16, self.one_of(&[32, 31, 30, 29, 28, 30, 0]));
+        let (host, length) = (self.next() % 16, self.one_of(&[32, 31, 30, 29, 28, 12, 0]));
         let text = match (v6, length) {
             (false, _) => format!("10.0.0.{host}/{length}"),
             (true, 0) => format!("2001:db8::{host:x}/0"),
@@ -84,7 +86,8 @@ impl Choices<'_> {
             _ => vec![template(v6), template(v6)].into(),
         };
         match self.next() % 32 {
-            0..20 => {}
+            0..19 => {}
+            19 => policy.expires = Some(u64::MAX),
             20..22 => policy.id.direction = Direction::Forward,
             22 => policy.id.direction = Direction::In,
             23 => policy.id.policy_type = PolicyType::Sub,
@@ -99,13 +102,21 @@ impl Choices<'_> {
                 policy.id.selector.destination_port = PortMatch::exactly(500);
             }
         }
+        match self.next() % 24 {
+            0..19 => {}
+            19 => policy.withheld = true,
+            20 => policy.disputed = true,
+            21 => policy.origin = Origin(1),
+            _ => policy.assumed = association_of(family(v6)).overhead,
+        }
         policy
     }
 
     fn sa(&mut self) -> SecurityAssociation {
         let mut sa = association_of(family(self.next() % 2 == 1));
         sa.reqid = u32::from(self.next() % 2 + 1);
-        sa.id.spi = u32::from(self.next() % 3);
+        let which = self.next();
+        (sa.id.spi, sa.id.origin) = (u32::from(which % 3), Origin(u32::from(which / 3 % 8 == 7)));
         sa.offload = Some(to(self.one_of(&[NIC, NIC, NIC, LAN]), OffloadKind::Packet));
         sa
     }
@@ -133,7 +144,8 @@ impl Choices<'_> {
             20..22 => Step::Routes(self.routes()),
             22 => Step::Flush,
             23 => Step::Stale,
-            _ => Step::Resync,
+            24 => Step::Resync,
+            _ => Step::OtherOrder,
         }
     }
 
@@ -234,8 +246,12 @@ impl World {
                 self.database.apply(PolicyEvent::DefaultPolicy(default_policy));
             }
             Step::Routes(routes) => {
-                let outer =
-                    ["192.0.2.0/24", "2001:db8:f::/48"].map(|prefix| (prefix.parse().unwrap(), via(NIC)));
+                let outer = [
+                    ("192.0.2.0/24", via(NIC)),
+                    ("192.0.2.1/32", RouteKind::Local),
+                    ("2001:db8:f::/48", via(NIC)),
+                ]
+                .map(|(prefix, kind)| (prefix.parse().unwrap(), kind));
                 let route = |(destination, kind)| Route { table: 254, destination, metric: 0, kind };
                 self.host.routes = routes.into_iter().chain(outer).map(route).collect();
                 self.compiler.set_host(&self.host);
@@ -243,6 +259,14 @@ impl World {
             Step::Flush => self.database.apply(PolicyEvent::PoliciesFlushed(PolicyType::Sub)),
             Step::Stale => self.database.apply(PolicyEvent::Stale(StaleCause::Overrun)),
             Step::Resync => self.database.apply(PolicyEvent::Snapshot(self.database.snapshot())),
+            Step::OtherOrder => {
+                let mut snapshot = self.database.snapshot();
+                snapshot.order = match snapshot.order {
+                    PolicyOrder::Kernel => PolicyOrder::ByPriority,
+                    PolicyOrder::ByPriority => PolicyOrder::Kernel,
+                };
+                self.database.apply(PolicyEvent::Snapshot(snapshot));
+            }
         }
         let update = self.compiler.compile(&self.database);
         assert_eq!(self.compiler.compile(&self.database), TableUpdate::default(), "nothing has changed");
@@ -250,8 +274,8 @@ impl World {
     }
 
     fn judge(&self) -> Judge<'_> {
-        let Snapshot { policies, sas, default_policy } = self.database.snapshot();
-        Judge { world: self, policies, sas, default_policy }
+        let Snapshot { policies, sas, default_policy, order } = self.database.snapshot();
+        Judge { world: self, policies, sas, default_policy, order }
     }
 
     /// The kind of the longest route.
@@ -260,13 +284,19 @@ impl World {
         routes.max_by_key(|route| route.destination.prefix_len()).map(|route| route.kind)
     }
 
-    /// Whether a forward or sub policy is about the packet's source.
+    /// Whether a forward, sub or disputed policy is about the packet's source.
     pub(super) fn is_guarded(&self, packet: &Packet) -> bool {
-        self.database.policies().any(|policy| {
-            (policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub)
-                && policy.id.selector.source.contains(&packet.source)
-        })
+        self.database
+            .policies()
+            .any(|policy| is_check(policy) && policy.id.selector.source.contains(&packet.source))
     }
+}
+
+/// Whether a policy makes packets pass whatever else matches.
+fn is_check(policy: &Policy) -> bool {
+    policy.id.direction == Direction::Forward
+        || policy.id.policy_type == PolicyType::Sub
+        || policy.disputed && policy.id.direction == Direction::Out
 }
 
 /// The rule, applied to one packet at a time.
@@ -275,6 +305,7 @@ struct Judge<'a> {
     policies: Vec<Policy>,
     sas: Vec<SecurityAssociation>,
     default_policy: DefaultPolicy,
+    order: PolicyOrder,
 }
 
 impl Judge<'_> {
@@ -298,7 +329,6 @@ impl Judge<'_> {
 
     /// The policy that the kernel is certain to choose and that the fast path can stand in for.
     fn rule(&self, packet: &Packet) -> Option<&Policy> {
-        let family = family(packet.source.is_ipv6());
         if !self.world.database.is_current()
             || self.default_policy.forward == Action::Block
             || self.default_policy.outbound == Action::Block
@@ -306,41 +336,89 @@ impl Judge<'_> {
             return None;
         }
         let matching: Vec<_> = self.matching(packet).collect();
-        let passes = |policy: &&Policy| {
-            policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub
-        };
-        if matching.iter().any(passes) {
+        if matching.iter().any(|policy| is_check(policy)) {
             return None;
         }
+        let of_device = matching.iter().copied().filter(|policy| policy.is_packet_offloaded());
+        let of_device: Vec<&Policy> = of_device.collect();
         let database = &self.world.database;
-        let highest = database.highest_offloaded_priority(family)?;
-        let best = *matching.iter().min_by_key(|policy| policy.priority)?;
-        for other in matching.iter().filter(|other| other.id != best.id) {
-            let is_order_known = database.key_of(&best.id).is_some_and(|key| database.is_order_known(key));
-            let certain = other.priority > highest && is_order_known;
-            if !certain || other.priority <= best.priority || other.is_packet_offloaded() {
-                return None;
-            }
+        let best = *of_device.iter().min_by_key(|policy| (policy.priority, database.key_of(&policy.id)))?;
+        let software: Vec<&Policy> =
+            matching.iter().copied().filter(|policy| !policy.is_packet_offloaded()).collect();
+        if !self.is_plain(best, packet) || !self.is_certain(best, &of_device, &software, packet) {
+            return None;
         }
-        let plain = best.action == Action::Allow
-            && best.id.mark == Mark::default()
-            && best.id.if_id == 0
-            && best.id.selector.ifindex == 0
-            && !best.id.selector.looks_at_upper_layer()
-            && !best.use_limited
-            && best.templates.len() == 1
-            && best.templates[0].destination.is_ipv4() == packet.source.is_ipv4()
-            && !best.templates[0].optional;
         let device = best.offload.filter(|device| device.kind == OffloadKind::Packet)?.ifindex;
         let is_live = |sa: &SecurityAssociation| {
             sa.id.spi != 0
+                && sa.id.origin == best.origin
                 && sa.id.destination == best.templates[0].destination
                 && sa.reqid == best.templates[0].reqid
                 && sa.offload.is_some_and(|offload| offload.ifindex == device)
         };
         let routed = self.world.route(packet.destination) == Some(via(device))
             && matches!(self.world.route(packet.source), None | Some(RouteKind::Unicast { .. }));
-        (plain && device == NIC && self.sas.iter().any(is_live) && routed).then_some(best)
+        let is_served = best.assumed.is_some() || self.sas.iter().any(is_live);
+        (device == NIC && is_served && routed).then_some(best)
+    }
+
+    /// R8.
+    fn is_plain(&self, policy: &Policy, packet: &Packet) -> bool {
+        policy.action == Action::Allow
+            && policy.id.mark == Mark::default()
+            && policy.id.if_id == 0
+            && policy.id.selector.ifindex == 0
+            && !policy.id.selector.looks_at_upper_layer()
+            && !policy.use_limited
+            && !policy.withheld
+            && policy.templates.len() == 1
+            && policy.templates[0].destination.is_ipv4() == packet.source.is_ipv4()
+            && !policy.templates[0].optional
+    }
+
+    /// R3 to R7, for an offloaded policy with the best priority.
+    fn is_certain(
+        &self,
+        best: &Policy,
+        of_device: &[&Policy],
+        software: &[&Policy],
+        packet: &Packet,
+    ) -> bool {
+        let database = &self.world.database;
+        let is_same = |policy: &Policy| {
+            policy.id == best.id
+                || self.is_plain(policy, packet)
+                    && policy.templates == best.templates
+                    && policy.offload == best.offload
+                    && policy.expires == best.expires
+                    && (policy.assumed, policy.origin) == (best.assumed, best.origin)
+        };
+        if self.order == PolicyOrder::ByPriority {
+            return software.iter().all(|other| other.priority > best.priority)
+                && of_device.iter().all(|other| other.priority > best.priority || is_same(other));
+        }
+        let highest = database.highest_offloaded_priority(family(packet.source.is_ipv6())).unwrap_or(0);
+        if software.iter().any(|other| other.priority <= highest) {
+            return false;
+        }
+        let (same, others): (Vec<&Policy>, Vec<&Policy>) =
+            of_device.iter().partition(|policy| is_same(policy));
+        let age = |policy: &Policy| database.key_of(&policy.id).map_or(0, |key| database.age(key));
+        same.iter().any(|pivot| {
+            let (destination, source) = (pivot.id.selector.destination, pivot.id.selector.source);
+            let shortest = if packet.source.is_ipv4() { 16 } else { 48 };
+            let is_asked_first = destination.prefix_len().min(source.prefix_len()) >= shortest
+                && !destination.addr().is_unspecified()
+                && !source.addr().is_unspecified();
+            let beats = |other: &&Policy| {
+                same.iter().all(|policy| policy.priority < other.priority)
+                    && age(pivot) > age(other)
+                    && other.id.selector.destination.prefix_len() <= destination.prefix_len()
+                    && other.id.selector.source.prefix_len() <= source.prefix_len()
+                    && (is_asked_first || other.priority >= highest)
+            };
+            (software.is_empty() || age(pivot) > 0) && others.iter().all(beats)
+        })
     }
 }
 
@@ -396,7 +474,8 @@ fn assert_explained(world: &World, packet: &Packet, found: Result<Slot, PassReas
     let explanation = world.compiler.explain(&world.database, &flow, None);
     let explained = match &explanation {
         Explanation::Fast { policy, sas, .. } => {
-            assert!(!sas.is_empty(), "{packet:?}: {explanation}");
+            let is_assumed = world.database.policy(policy).is_some_and(|policy| policy.assumed.is_some());
+            assert_eq!(sas.is_empty(), is_assumed, "{packet:?}: {explanation}");
             world.compiler.slot(&world.database, policy).ok_or(PassReason::NoPolicy)
         }
         Explanation::Pass { reason, .. } => Err(*reason),

@@ -2,15 +2,19 @@
 //!
 //! The answer comes from what is compiled, so it is the program's; the reasons are looked up in the database.
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use fastswan_ebpf::PassReason;
 use ipnet::IpNet;
 
-use super::{Compiler, exceptions, rule::eligible, standing};
+use super::{
+    Compiler, exceptions,
+    rule::{Candidate, Terms, eligible, is_check, judge, same_way},
+    standing,
+};
 use crate::{
     database::{Database, Freshness},
-    policy::{Direction, Family, OffloadDev, Policy, PolicyId, PolicyType, SaId},
+    policy::{Direction, Family, Policy, PolicyId, SaId, Template},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
 
@@ -41,6 +45,37 @@ impl Flow {
     }
 }
 
+impl FromStr for Flow {
+    type Err = ParseFlowError;
+
+    /// Reads addresses, and if need be the number of the protocol, and ports: `10.1.0.5 10.2.0.9 17 1000 2000`.
+    fn from_str(text: &str) -> Result<Self, ParseFlowError> {
+        let mut words = text.split_whitespace();
+        let error = |what| ParseFlowError { text: text.to_owned(), what };
+        let mut address = || words.next()?.parse().ok();
+        let (Some(source), Some(destination)) = (address(), address()) else {
+            return Err(error("two addresses"));
+        };
+        let mut flow = Self::between(source, destination);
+        let number =
+            |word: Option<&str>, what| word.map_or(Ok(0), |word| word.parse().map_err(|_| error(what)));
+        let protocol: u16 = number(words.next(), "the protocol's number (6 is TCP, 17 is UDP)")?;
+        flow.protocol =
+            protocol.try_into().map_err(|_| error("the protocol's number (6 is TCP, 17 is UDP)"))?;
+        flow.source_port = number(words.next(), "a source port")?;
+        flow.destination_port = number(words.next(), "a destination port")?;
+        if words.next().is_some() { Err(error("nothing after the ports")) } else { Ok(flow) }
+    }
+}
+
+/// A text does not describe a [`Flow`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is no packet: {what} is needed, as in \"10.1.0.5 10.2.0.9 17 1000 2000\"")]
+pub struct ParseFlowError {
+    text: String,
+    what: &'static str,
+}
+
 /// Whether a packet is fast, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -49,7 +84,7 @@ pub enum Explanation {
     Fast {
         /// The policy that the kernel is certain to choose.
         policy: PolicyId,
-        /// The associations that the device may use.
+        /// The associations that the device may use; none if the policy is [assumed](Policy::assumed) to have one.
         sas: Vec<SaId>,
         /// How it leaves.
         forwarding: Forwarding,
@@ -108,6 +143,10 @@ pub enum Cause {
     },
     /// A forward policy or a sub policy is about the packet, or about its source.
     Check(PolicyId),
+    /// The sources that were merged disagree about a policy that is about the packet, or about its source.
+    Disputed(PolicyId),
+    /// The embedder keeps the policy from being fast.
+    Held(PolicyId),
     /// The policy asks for what the fast path does not do.
     Ineligible(PolicyId, &'static str),
     /// The policy has no live packet-offload association on its device.
@@ -116,6 +155,8 @@ pub enum Cause {
     DefaultBlock,
     /// The next hop of the policy, its device or its path's length is not known.
     NoPath(PolicyId),
+    /// The policy's tunnel begins at an address that the host no longer has: the kernel finds no route from it.
+    ForeignSource(PolicyId, IpAddr),
     /// The table has no room.
     Capacity,
     /// An address is one that the host does not forward to or from, or has no route. The prefix is the one that is
@@ -138,7 +179,7 @@ pub enum Shadow {
     Better,
     /// It has the same priority.
     Tie,
-    /// It is offloaded too.
+    /// It is offloaded too, leads another way, and may be found first.
     Offloaded,
     /// It loses, but not to the highest priority number that offloaded policies have had: the kernel may look at it
     /// first.
@@ -207,7 +248,7 @@ impl Compiler {
         let owner = matching.iter().find(|policy| self.slot(database, &policy.id) == Some(slot));
         let Some(policy) = owner else { return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)) };
         let forwarding = standing(policy, database, &self.paths)
-            .map_err(|reason| pass(reason, of_standing(policy, reason)))?;
+            .map_err(|reason| pass(reason, self.of_standing(policy, reason)))?;
         if probes.guards && compiled.is_guarded(flow.source) {
             let is_guard =
                 |policy: &&Policy| is_check(policy) && policy.id.selector.source.contains(&flow.source);
@@ -216,7 +257,7 @@ impl Compiler {
                 .policies()
                 .filter(is_guard)
                 .max_by_key(|policy| policy.id.selector.destination.contains(&flow.destination));
-            let cause = guard.map_or(Cause::Capacity, |policy| Cause::Check(policy.id.clone()));
+            let cause = guard.map_or(Cause::Capacity, of_check);
             return Err(pass(PassReason::Guarded, cause));
         }
         let addresses = (flow.source, flow.destination);
@@ -226,17 +267,23 @@ impl Compiler {
                 pass(reason, Cause::Address { side, prefix, fact })
             },
         )?;
-        let sas = eligible(policy)
-            .ok()
-            .zip(policy.offload)
-            .map(|(template, OffloadDev { ifindex, .. })| {
-                let live = database.live_sas(template, family, policy.id.if_id, ifindex);
-                let mut sas: Vec<SaId> = live.map(|sa| sa.id).collect();
-                sas.sort_unstable();
-                sas
-            })
-            .unwrap_or_default();
+        let mut sas: Vec<SaId> = match policy.assumed {
+            Some(_) => Vec::new(),
+            None => database.live_sas(policy).map(|sa| sa.id).collect(),
+        };
+        sas.sort_unstable();
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
+    }
+
+    fn of_standing(&self, policy: &Policy, reason: PassReason) -> Cause {
+        match eligible(policy) {
+            Ok(Template { source, .. })
+                if reason == PassReason::NoPath && !self.paths.may_send_from(*source) =>
+            {
+                Cause::ForeignSource(policy.id.clone(), *source)
+            }
+            _ => of_standing(policy, reason),
+        }
     }
 }
 
@@ -258,10 +305,6 @@ fn is_about(policy: &Policy, flow: &Flow) -> bool {
                 && selector.destination_port.matches(flow.destination_port))
 }
 
-fn is_check(policy: &Policy) -> bool {
-    policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub
-}
-
 /// What is behind the reason of a cell, by the policies that match a packet in it.
 fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause {
     let mut outbound: Vec<&Policy> = matching.iter().copied().filter(|policy| !is_check(policy)).collect();
@@ -271,7 +314,7 @@ fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause
         PassReason::NotOffloaded => outbound.first().map(|policy| Cause::NotOffloaded(policy.id.clone())),
         PassReason::ForwardOrSubPolicy => {
             let check = matching.iter().find(|policy| is_check(policy));
-            check.map(|policy| Cause::Check(policy.id.clone()))
+            check.copied().map(of_check)
         }
         PassReason::Shadowed => offloaded.and_then(|policy| shadow(database, &outbound, policy)),
         PassReason::DeniedDestination | PassReason::RouteElsewhere | PassReason::DeniedSource => {
@@ -283,29 +326,48 @@ fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause
     found.unwrap_or(Cause::Capacity)
 }
 
+/// What keeps the packet-offloaded policy with the best priority from being certain.
 fn shadow(database: &Database, outbound: &[&Policy], policy: &Policy) -> Option<Cause> {
     let highest = database.highest_offloaded_priority(policy.id.selector.family()).unwrap_or(0);
+    let terms = Terms { highest, order: database.order(), broken: None };
+    let others = || outbound.iter().filter(|other| !same_way(policy, other, None));
     let how = |other: &Policy| {
-        if other.is_packet_offloaded() {
-            Shadow::Offloaded
-        } else if other.priority < policy.priority {
+        if other.priority < policy.priority {
             Shadow::Better
         } else if other.priority == policy.priority {
             Shadow::Tie
+        } else if other.is_packet_offloaded() {
+            Shadow::Offloaded
         } else if other.priority <= highest {
             Shadow::BelowHighest
         } else {
             Shadow::UnknownOrder
         }
     };
-    let by = outbound.iter().find(|other| other.id != policy.id)?;
+    let candidate = |policy: &Policy| Some(Candidate::of(database.key_of(&policy.id)?, policy, None));
+    let of_device = outbound.iter().filter(|policy| policy.is_packet_offloaded());
+    let of_device: Vec<Candidate> = of_device.filter_map(|policy| candidate(policy)).collect();
+    let is_certain_among_these = judge(&of_device, database, terms).choice.is_ok();
+    let hinders = |other: &&&Policy| {
+        let how = how(other);
+        // The order of what is offloaded is rather named than that of what is not, unless it is known.
+        matches!(how, Shadow::Better | Shadow::Tie | Shadow::BelowHighest)
+            || (how == Shadow::UnknownOrder) == is_certain_among_these
+    };
+    let by = others().find(hinders).or_else(|| others().next())?;
     Some(Cause::Shadowed { policy: policy.id.clone(), by: by.id.clone(), how: how(by) })
+}
+
+fn of_check(policy: &Policy) -> Cause {
+    let id = policy.id.clone();
+    if policy.disputed { Cause::Disputed(id) } else { Cause::Check(id) }
 }
 
 fn of_standing(policy: &Policy, reason: PassReason) -> Cause {
     let id = policy.id.clone();
     match reason {
         PassReason::NotOffloaded => Cause::NotOffloaded(id),
+        PassReason::Held => Cause::Held(id),
         PassReason::Ineligible => Cause::Ineligible(id, why_ineligible(policy)),
         PassReason::NoSa => Cause::NoSa(id),
         PassReason::DefaultBlock => Cause::DefaultBlock,
@@ -388,7 +450,7 @@ impl fmt::Display for Cause {
                 let how = match how {
                     Shadow::Better => "has a better priority",
                     Shadow::Tie => "has the same priority, and which is older is not known",
-                    Shadow::Offloaded => "is packet-offloaded too",
+                    Shadow::Offloaded => "is packet-offloaded too, leads another way, and may be found first",
                     Shadow::BelowHighest => {
                         "has no higher number than all packet-offloaded policies have had, so it may come first"
                     }
@@ -399,6 +461,8 @@ impl fmt::Display for Cause {
                 write!(f, "{policy} is shadowed by {by}, which {how}")
             }
             Self::Check(policy) => write!(f, "the kernel must check {policy}"),
+            Self::Disputed(policy) => write!(f, "the sources disagree about {policy}"),
+            Self::Held(policy) => write!(f, "{policy} is kept from being fast by choice"),
             Self::Ineligible(policy, why) => write!(f, "{policy} {why}"),
             Self::NoSa(policy) => {
                 write!(f, "{policy} has no live outbound packet-offload association on its device")
@@ -409,6 +473,9 @@ impl fmt::Display for Cause {
                     f,
                     "how packets of {policy} leave is not known: device, carrier, route, next hop or length"
                 )
+            }
+            Self::ForeignSource(policy, address) => {
+                write!(f, "the tunnel of {policy} begins at {address}, which is not an address of this host")
             }
             Self::Capacity => f.write_str("the table has no room to tell it apart from others"),
             Self::Address { side, prefix, fact } => {

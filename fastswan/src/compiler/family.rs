@@ -13,7 +13,7 @@ use super::{
     plane::{Changed, Plane, State},
     prefix::{Address, Region},
     probed::Probed,
-    rule::Candidate,
+    rule::{Candidate, Choice, Terms, is_told, judge},
 };
 use crate::{
     database::{Database, PolicyKey},
@@ -133,9 +133,15 @@ impl<A: Address> FamilyCompiler<A> {
         mut slot: impl FnMut(PolicyKey, &Policy) -> Result<(Slot, u32), PassReason>,
     ) {
         let highest = database.highest_offloaded_priority(self.family).unwrap_or(0);
-        let (old, broken) = (std::mem::replace(&mut self.highest, highest), self.broken);
-        if highest != old {
-            self.plane.rule_changed(|matches| matches.chosen(old, broken) != matches.chosen(highest, broken));
+        let terms = Terms { highest, order: database.order(), broken: self.broken };
+        let old = Terms { highest: std::mem::replace(&mut self.highest, highest), ..terms };
+        if highest != old.highest {
+            // With a new order comes a new snapshot, after which every cell is looked at.
+            self.plane.rule_changed(|state| {
+                let choice = |terms| Some(state.matches()?.choice(terms));
+                let new = choice(terms);
+                new != choice(old) || new == Some(Ok(Choice::Among)) && state.depends_on_highest()
+            });
         }
         let facts = &self.facts;
         // Many cells that follow one another have the same source.
@@ -152,16 +158,13 @@ impl<A: Address> FamilyCompiler<A> {
             };
             Ok(Probes { destination, source: source?, guards: false })
         };
-        let chosen = |state: &State| {
-            let matches = state.matches().ok_or(PassReason::Capacity)?;
-            let policy = matches.chosen(highest, broken)?;
-            let is_certain = matches.is_alone()
-                || database.is_order_known(policy)
-                || broken == Some(BrokenRule::HighestPriority);
-            if is_certain { Ok(policy) } else { Err(PassReason::Shadowed) }
+        let choose = |state: &State| match state.matches().ok_or(PassReason::Capacity)?.choice(terms)? {
+            Choice::IfTold(policy) if !is_told(policy, database, terms) => Err(PassReason::Shadowed),
+            choice => Ok(choice),
         };
-        self.plane.settle(|region, state, is_guarded| {
-            match chosen(state).and_then(|policy| verdict(region, policy, database, &mut slot, &mut admit)) {
+        let judge = |all: &[Candidate]| judge(all, database, terms);
+        self.plane.settle(choose, judge, |region, chosen, is_guarded| {
+            match chosen.and_then(|policy| verdict(region, policy, database, &mut slot, &mut admit)) {
                 Ok((slot, probes)) => Verdict::Fast { slot, probes: Probes { guards: is_guarded, ..probes } },
                 Err(reason) => Verdict::Pass(reason),
             }

@@ -51,22 +51,22 @@ pub use self::broken::BrokenRule;
 #[doc(hidden)]
 pub use self::brute_force::fuzz;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, iter};
 
 use fastswan_ebpf::PassReason;
 
-pub use self::explain::{Cause, Explanation, Flow, Shadow};
+pub use self::explain::{Cause, Explanation, Flow, ParseFlowError, Shadow};
 use self::{
     family::{Compiled, FamilyCompiler},
     path::Paths,
     prefix::Halves,
-    rule::eligible,
+    rule::{eligible, same_way},
     slots::Slots,
 };
 use crate::{
     database::{Change, Database, PolicyKey, Revision},
     host::HostFacts,
-    policy::{Action, Direction, Family, Policy, PolicyId},
+    policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
     table::{Capacity, Slot, Standing, TableUpdate, Verdict},
 };
 
@@ -95,7 +95,8 @@ pub struct Compiler {
 pub struct PolicyReport {
     /// The policy.
     pub id: PolicyId,
-    /// Its slot in the table, if it is or was fast.
+    /// Its slot in the table, if it is or was fast. Packets that match several policies which lead the same way are counted
+    /// there for the one with the best priority, so others that are fast may have no slot, or count less.
     pub slot: Option<Slot>,
     /// Whether it is fast.
     pub state: PolicyState,
@@ -104,10 +105,21 @@ pub struct PolicyReport {
 /// Whether packets of a policy are fast.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PolicyState {
-    /// They are; those of a part of its region may be another policy's or pass.
+    /// They are, or those of a part of its region; the others may be another policy's or pass.
     Fast,
     /// They pass.
     Pass(PassReason),
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for PolicyState {
+    /// As the name of the reason, or `fast`.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Self::Fast => "fast",
+            Self::Pass(reason) => reason.name(),
+        })
+    }
 }
 
 /// What changes leave to be looked at again.
@@ -240,6 +252,36 @@ impl Compiler {
         reports
     }
 
+    /// The same of some policies: of those from `first` on, the first `limit`, in no particular order; and where to go on.
+    pub(crate) fn some_policies(
+        &self,
+        database: &Database,
+        first: PolicyKey,
+        limit: usize,
+    ) -> (Vec<(PolicyReport, Option<OffloadDev>)>, Option<PolicyKey>) {
+        let mut policies = database.keyed_policies_from(first);
+        let mut next = None;
+        let reports = policies.by_ref().take(limit).inspect(|(key, _)| next = Some(PolicyKey(key.0 + 1)));
+        let reports = reports.filter(|(_, policy)| is_candidate(policy)).map(|(key, policy)| {
+            let state = self.state(database, key, policy);
+            (PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state }, policy.offload)
+        });
+        let reports: Vec<_> = reports.collect();
+        let is_last = policies.next().is_none();
+        (reports, next.filter(|_| !is_last))
+    }
+
+    /// The policy that has a slot. Looks through all slots.
+    pub(crate) fn policy_of<'d>(&self, database: &'d Database, slot: Slot) -> Option<&'d PolicyId> {
+        let key = self.slots.owners().find(|key| self.slots.get(*key) == Some(slot))?;
+        database.policy_with_key(key).map(|policy| &policy.id)
+    }
+
+    /// The slot of a policy that was just removed, and is not compiled yet.
+    pub(crate) fn slot_of_key(&self, key: PolicyKey) -> Option<Slot> {
+        self.slots.get(key)
+    }
+
     /// Slots and states of the same policies, in no particular order.
     pub(crate) fn states(&self, database: &Database) -> impl Iterator<Item = (Option<Slot>, PolicyState)> {
         candidates(database).map(|(key, policy)| (self.slots.get(key), self.state(database, key, policy)))
@@ -327,9 +369,15 @@ impl Compiler {
             return PolicyState::Pass(PassReason::Exception);
         }
         let verdicts = self.family(policy.id.selector.family()).verdicts(policy);
-        let slot = self.slots.get(key);
-        let is_own =
-            |verdict: &Verdict| matches!(verdict, Verdict::Fast { slot: own, .. } if Some(*own) == slot);
+        // Packets that match several policies which lead the same way are fast for the best of these.
+        let leads_there = |holder: PolicyKey| {
+            holder == key
+                || database.policy_with_key(holder).is_some_and(|holder| same_way(holder, policy, None))
+        };
+        let is_own = |verdict: &Verdict| match verdict {
+            Verdict::Fast { slot, .. } => self.slots.holder(*slot).is_some_and(leads_there),
+            Verdict::Pass(_) => false,
+        };
         if verdicts.iter().any(is_own) {
             return match standing(policy, database, &self.paths) {
                 Ok(_) => PolicyState::Fast,
@@ -346,9 +394,11 @@ impl Compiler {
 
 /// The packet-offloaded outbound policies.
 fn candidates(database: &Database) -> impl Iterator<Item = (PolicyKey, &Policy)> {
-    database
-        .keyed_policies()
-        .filter(|(_, policy)| policy.id.direction == Direction::Out && policy.is_packet_offloaded())
+    database.keyed_policies().filter(|(_, policy)| is_candidate(policy))
+}
+
+fn is_candidate(policy: &Policy) -> bool {
+    policy.id.direction == Direction::Out && policy.is_packet_offloaded()
 }
 
 /// How a policy's packets leave, or why they must not.
@@ -362,11 +412,16 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
         return Err(PassReason::DefaultBlock);
     }
-    let associations =
-        database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex);
+    if policy.assumed.is_some() {
+        return paths
+            .forwarding(policy, device, template, iter::once(policy.assumed))
+            .ok_or(PassReason::NoPath);
+    }
+    let associations = database.live_sas(policy);
     if associations.clone().all(|sa| database.is_about_to_expire(sa.expires)) {
         return Err(PassReason::NoSa);
     }
     // The device may go on using one that is about to expire, beside another.
-    paths.forwarding(policy, device, template, associations).ok_or(PassReason::NoPath)
+    let overheads = associations.map(|sa| sa.overhead);
+    paths.forwarding(policy, device, template, overheads).ok_or(PassReason::NoPath)
 }

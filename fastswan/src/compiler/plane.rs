@@ -24,10 +24,12 @@ use std::{
     iter,
 };
 
+use fastswan_ebpf::PassReason;
+
 use super::{
     counts::Counts,
     prefix::{Address, Prefix, Region},
-    rule::{Candidate, Matches, Role},
+    rule::{Candidate, Choice, Judgement, Matches, Role},
 };
 use crate::{database::PolicyKey, table::Verdict};
 
@@ -81,6 +83,8 @@ pub(super) struct State {
     spread: Spread,
     /// There was no room for the sources inside it that other destinations' policies have: its packets pass.
     closed: bool,
+    /// When each of its policies was looked at, the answer depended on the highest priority number.
+    depends_on_highest: bool,
     /// The policies that match all of it.
     matches: Matches,
     /// What the table says, or will say after the next change of it.
@@ -111,6 +115,11 @@ impl State {
     /// apart.
     pub(super) fn matches(&self) -> Option<Matches> {
         (!self.closed).then_some(self.matches)
+    }
+
+    /// Whether another highest priority number may change what a look at each of its policies says.
+    pub(super) fn depends_on_highest(&self) -> bool {
+        self.depends_on_highest
     }
 
     pub(super) fn verdict(&self) -> Option<Verdict> {
@@ -268,8 +277,8 @@ impl<A: Address> Plane<A> {
     }
 
     /// Says that the rule tells differently of some policies that match a cell. Looks at every cell.
-    pub(super) fn rule_changed(&mut self, differs: impl Fn(Matches) -> bool) {
-        let changed = self.cells.iter().filter(|(_, state)| differs(state.matches));
+    pub(super) fn rule_changed(&mut self, differs: impl Fn(&State) -> bool) {
+        let changed = self.cells.iter().filter(|(_, state)| differs(state));
         self.dirty.extend(changed.map(|(region, _)| *region));
     }
 
@@ -284,20 +293,29 @@ impl<A: Address> Plane<A> {
         self.dirty.extend(self.cells.keys());
     }
 
-    /// Asks for the verdicts of cells that may need another.
-    pub(super) fn settle(&mut self, mut verdict: impl FnMut(Region<A>, &State, bool) -> Verdict) {
+    /// Asks for the verdicts of cells that may need another: `choose` says which policy the kernel chooses, as far as the
+    /// sum of them tells, `judge` looks at each where it does not, and `verdict` says what follows.
+    pub(super) fn settle(
+        &mut self,
+        choose: impl Fn(&State) -> Result<Choice, PassReason>,
+        judge: impl Fn(&[Candidate]) -> Judgement,
+        mut verdict: impl FnMut(Region<A>, Result<PolicyKey, PassReason>, bool) -> Verdict,
+    ) {
         let mut dirty = std::mem::take(&mut self.dirty);
         dirty.sort_unstable();
         dirty.dedup();
         let mut cells = std::mem::take(&mut self.cells);
         let mut settled = std::mem::take(&mut self.settled);
         settled.reserve(dirty.len().min(cells.len()));
+        let mut judged = Vec::new();
         let mut ask = |region, state: &mut State| {
-            let new = Some(verdict(region, state, self.is_guarded(region)));
-            let old = std::mem::replace(&mut state.verdict, new);
-            if old != new {
-                settled.push(Changed { region, old, new });
-            }
+            let chosen = match choose(state) {
+                Ok(Choice::Certain(policy) | Choice::IfTold(policy)) => Ok(policy),
+                Ok(Choice::Among) => return judged.push(region),
+                Err(reason) => Err(reason),
+            };
+            let new = verdict(region, chosen, self.is_guarded(region));
+            settled.extend(state.set_verdict(region, new));
         };
         if dirty.len() >= cells.len() {
             // Most of them, if not all. Asking for one too many does no harm, and saves a search for each.
@@ -312,6 +330,18 @@ impl<A: Address> Plane<A> {
             }
         }
         self.cells = cells;
+        let mut candidates = Vec::new();
+        for region in judged {
+            let Some(state) = self.cells.get(&region) else { continue };
+            candidates.clear();
+            self.each_match(region, state, |candidate| candidates.push(candidate));
+            let Judgement { choice, depends_on_highest } = judge(&candidates);
+            let new = verdict(region, choice, self.is_guarded(region));
+            if let Some(state) = self.cells.get_mut(&region) {
+                state.depends_on_highest = depends_on_highest;
+                settled.extend(state.set_verdict(region, new));
+            }
+        }
         self.settled = settled;
     }
 
@@ -415,20 +445,23 @@ impl<A: Address> Plane<A> {
         }
     }
 
-    /// The policies that match every packet of a cell.
+    /// The policies that match every packet of a cell, in sum.
     fn matches(&self, region: Region<A>, state: &State) -> Matches {
         let mut matches = Matches::default();
+        self.each_match(region, state, |candidate| matches = matches.and(Matches::of(candidate)));
+        matches
+    }
+
+    /// The policies that match every packet of a cell.
+    fn each_match(&self, region: Region<A>, state: &State, mut each: impl FnMut(Candidate)) {
         for (covering, state) in self.own_covering(region).chain(iter::once((region, state))) {
-            if let Some(own) = state.own {
-                matches = matches.and(Matches::of(own));
-            }
+            state.own.into_iter().for_each(&mut each);
             if !self.more.is_empty()
                 && let Some(more) = self.more.get(&covering)
             {
-                matches = more.iter().fold(matches, |all, other| all.and(Matches::of(*other)));
+                more.iter().copied().for_each(&mut each);
             }
         }
-        matches
     }
 
     /// The other regions that have policies and contain a region.
@@ -652,7 +685,20 @@ impl<A: Address> Plane<A> {
 
 impl State {
     fn new(own: Option<Candidate>, verdict: Option<Verdict>) -> Self {
-        Self { own, spread: Spread::No, closed: false, matches: Matches::default(), verdict }
+        Self {
+            own,
+            spread: Spread::No,
+            closed: false,
+            depends_on_highest: false,
+            matches: Matches::default(),
+            verdict,
+        }
+    }
+
+    /// Says what the table is to say, and returns that if it differs.
+    fn set_verdict<A>(&mut self, region: Region<A>, new: Verdict) -> Option<Changed<A>> {
+        let (old, new) = (self.verdict.replace(new), Some(new));
+        (old != new).then_some(Changed { region, old, new })
     }
 }
 

@@ -17,7 +17,7 @@ use crate::{
 };
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    vec(any::<u8>(), 0..320).prop_map(|bytes| Choices(&bytes).steps())
+    vec(any::<u8>(), 0..360).prop_map(|bytes| Choices(&bytes).steps())
 }
 
 fn capacity() -> impl Strategy<Value = Capacity> {
@@ -137,6 +137,13 @@ fn the_random_worlds_have_fast_packets_to_be_wrong_about() {
     assert!(small * 20 > fast && small < fast, "{small} of {fast} are fast in small tables");
 }
 
+/// A default route through the device, and the tunnels' own address.
+fn routes() -> Vec<Route> {
+    let route = |destination, kind| Route { table: 254, destination, metric: 0, kind };
+    let own = "192.0.2.1/32".parse().unwrap();
+    vec![route(Family::V4.everything(), via(NIC)), route(own, RouteKind::Local)]
+}
+
 #[test]
 fn peers_inside_the_local_network_need_cells_in_proportion_to_their_number() {
     let mut database = Database::default();
@@ -150,7 +157,7 @@ fn peers_inside_the_local_network_need_cells_in_proportion_to_their_number() {
     let (policies, sas) = (policies.collect(), vec![association()]);
     database.apply(PolicyEvent::Snapshot(Snapshot { policies, sas, ..Snapshot::default() }));
     let mut host = World::new(AMPLE, ReversePath::Off).host;
-    host.routes = vec![Route { table: 254, destination: Family::V4.everything(), metric: 0, kind: via(NIC) }];
+    host.routes = routes();
     let mut compiler = Compiler::new(AMPLE);
     compiler.set_host(&host);
     let update = compiler.compile(&database);
@@ -174,7 +181,7 @@ fn twenty_thousand_sites_compile_to_one_cell_each() {
     let sas = vec![association()];
     database.apply(PolicyEvent::Snapshot(Snapshot { policies, sas, ..Snapshot::default() }));
     let mut host = World::new(AMPLE, ReversePath::Off).host;
-    host.routes = vec![Route { table: 254, destination: Family::V4.everything(), metric: 0, kind: via(NIC) }];
+    host.routes = routes();
     let mut compiler = Compiler::new(AMPLE);
     compiler.set_host(&host);
     let update = compiler.compile(&database);

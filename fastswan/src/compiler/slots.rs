@@ -9,6 +9,8 @@ use crate::{database::PolicyKey, table::Slot};
 pub(super) struct Slots {
     /// By policy key.
     assigned: Vec<Option<Assigned>>,
+    /// By slot, whose it is, or was last.
+    holders: Vec<PolicyKey>,
     /// Freed slots, the oldest first.
     free: VecDeque<Slot>,
     /// The first slot that was never used.
@@ -50,6 +52,11 @@ impl Slots {
             self.assigned.resize(index + 1, None);
         }
         self.assigned[index] = Some(Assigned { slot, generation });
+        let number = slot.0 as usize;
+        if self.holders.len() <= number {
+            self.holders.resize(number + 1, policy);
+        }
+        self.holders[number] = policy;
         self.waiting.remove(&policy);
         Some(slot)
     }
@@ -65,6 +72,12 @@ impl Slots {
     #[cfg(feature = "broken-rules")]
     pub(super) fn set_hoarding(&mut self, hoarding: bool) {
         self.hoarding = hoarding;
+    }
+
+    /// Whose slot this is.
+    pub(super) fn holder(&self, slot: Slot) -> Option<PolicyKey> {
+        let holder = *self.holders.get(slot.0 as usize)?;
+        (self.get(holder) == Some(slot)).then_some(holder)
     }
 
     /// The policies that have slots.

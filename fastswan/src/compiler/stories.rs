@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     database::Database,
-    event::{PolicyEvent, Snapshot, StaleCause},
+    event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
     host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
@@ -56,7 +56,11 @@ impl Scene {
             database,
             host: HostFacts {
                 links: vec![link(NIC), link(LAN)],
-                routes: vec![route("0.0.0.0/0", via(NIC)), route("::/0", via(NIC))],
+                routes: vec![
+                    route("0.0.0.0/0", via(NIC)),
+                    route("::/0", via(NIC)),
+                    route("192.0.2.1/32", RouteKind::Local),
+                ],
                 rules: [Rule::ordinary(Family::V4), Rule::ordinary(Family::V6)].concat(),
                 ..HostFacts::default()
             },
@@ -178,7 +182,7 @@ fn host_bits_of_a_selector_do_not_matter_and_twins_shadow_each_other() {
     let policy = offloaded("10.1.0.5/16", "10.2.0.6/16");
     let mut scene = Scene::new().has(policy.clone());
     assert_eq!(scene.fate("10.1.2.3", "10.2.3.4"), Ok(policy.id));
-    let mut scene = scene.has(site());
+    let mut scene = scene.has(to_peer(2, site()));
     assert_eq!(scene.reason("10.1.2.3", "10.2.3.4"), PassReason::Shadowed);
 }
 
@@ -207,12 +211,240 @@ fn equal_priorities_are_a_tie_that_a_dump_does_not_decide() {
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
 }
 
+/// Under another reqid, so with other associations.
+fn to_peer(reqid: u32, mut policy: Policy) -> Policy {
+    policy.templates.iter_mut().for_each(|template| template.reqid = reqid);
+    policy
+}
+
 #[test]
-fn two_offloaded_policies_on_one_packet_leave_the_choice_to_the_kernel() {
-    let narrow = with_priority(10, offloaded("10.1.7.0/24", "10.2.0.0/16"));
-    let mut scene = Scene::new().has(with_priority(20, site())).has(narrow);
+fn r5_whichever_of_several_policies_of_one_tunnel_the_kernel_chooses_the_packet_is_fast() {
+    // Subnets of one connection, as libreswan orders them; the kernel finds any of them first.
+    let subnets = ["10.2.5.7/32", "10.2.5.0/24", "10.2.0.0/21", "10.2.0.0/16", "10.0.0.0/8"];
+    let policies = (0..)
+        .zip(subnets)
+        .map(|(number, subnet)| with_priority(1_753_281 + 12 * number, offloaded("10.1.0.0/16", subnet)));
+    let policies: Vec<Policy> = policies.collect();
+    let mut scene = policies.iter().cloned().fold(Scene::new(), Scene::has);
+    let fates = [("10.2.5.7", 0), ("10.2.5.8", 1), ("10.2.4.1", 2), ("10.2.9.1", 3), ("10.9.0.1", 4)];
+    for (destination, best) in fates {
+        assert_eq!(scene.fate("10.1.0.1", destination), Ok(policies[best].id.clone()), "{destination}");
+    }
+    assert_eq!(scene.compiler.fast_policies(&scene.database), 5);
+    // The order does not matter, so a snapshot does not either.
+    scene.after(PolicyEvent::Snapshot(scene.database.snapshot()));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.5.7"), Ok(policies[0].id.clone()));
+    scene.after(PolicyEvent::SaRemoved(association().id));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.5.7"), PassReason::NoSa);
+}
+
+#[test]
+fn r5_a_policy_whose_packets_are_all_fast_for_an_equivalent_one_is_fast_and_has_no_slot() {
+    let (narrow, wide) = (offloaded("10.1.7.0/24", "10.2.0.0/16"), with_priority(5, site()));
+    let narrow = with_priority(10, narrow);
+    let mut scene = Scene::new().has(narrow.clone()).has(wide.clone());
+    assert_eq!(scene.fate("10.1.7.1", "10.2.0.1"), Ok(wide.id.clone()));
+    let reports = scene.compiler.policies(&scene.database);
+    let states: Vec<_> = reports.iter().map(|report| (&report.id, report.slot, report.state)).collect();
+    assert_eq!(states, [(&wide.id, Some(Slot(0)), PolicyState::Fast), (&narrow.id, None, PolicyState::Fast)]);
+}
+
+#[test]
+fn r5_policies_that_lead_elsewhere_or_end_at_another_time_are_not_equivalent() {
+    let narrow = with_priority(20, offloaded("10.1.7.0/24", "10.2.0.0/16"));
+    let template = |change: fn(&mut Template)| {
+        let mut template = template();
+        change(&mut template);
+        Policy { templates: [template].into(), ..narrow.clone() }
+    };
+    let hop = Egress { next_hop: NextHop::Neighbour, ..Egress::default() };
+    let others = [
+        ("reqid", to_peer(2, narrow.clone())),
+        ("spi", template(|template| template.spi = 0x100)),
+        ("outer source", template(|template| template.source = [192, 0, 2, 9].into())),
+        ("outer destination", template(|template| template.destination = [192, 0, 2, 3].into())),
+        ("device", Policy { offload: Some(to(LAN, OffloadKind::Packet)), ..narrow.clone() }),
+        ("next hop", Policy { egress: hop, ..narrow.clone() }),
+        ("end", Policy { expires: Some(1_000), ..narrow.clone() }),
+        ("bypass", Policy { templates: [].into(), ..narrow.clone() }),
+        ("block", Policy { action: Action::Block, ..narrow.clone() }),
+        ("use limit", Policy { use_limited: true, ..narrow.clone() }),
+        ("interface", {
+            let mut policy = narrow.clone();
+            policy.id.selector.ifindex = NIC;
+            policy
+        }),
+    ];
+    for (why, other) in others {
+        // The newest, so that no order helps.
+        let mut scene = Scene::new().has(with_priority(10, site())).has(other);
+        assert_eq!(scene.reason("10.1.7.1", "10.2.0.1"), PassReason::Shadowed, "{why}");
+        assert_eq!(scene.fate("10.1.8.1", "10.2.0.1"), Ok(site().id), "{why}");
+    }
+}
+
+#[test]
+fn r5_equivalent_policies_take_the_speed_from_each_other_when_one_changes_and_give_it_back() {
+    let narrow = with_priority(20, offloaded("10.1.7.0/24", "10.2.0.0/16"));
+    let mut scene = Scene::new().has(with_priority(10, site())).has(narrow.clone());
+    assert_eq!(scene.fate("10.1.7.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::Policy(to_peer(2, narrow.clone())));
     assert_eq!(scene.reason("10.1.7.1", "10.2.0.1"), PassReason::Shadowed);
     assert_eq!(scene.fate("10.1.8.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::Policy(narrow));
+    assert_eq!(scene.fate("10.1.7.1", "10.2.0.1"), Ok(site().id));
+}
+
+#[test]
+fn r5_equivalent_policies_beat_software_only_in_a_known_order() {
+    let everything = with_priority(30, tunnel("0.0.0.0/0", "0.0.0.0/0"));
+    let narrow = with_priority(20, offloaded("10.1.7.0/24", "10.2.0.0/16"));
+    let mut scene = Scene::new().has(everything).has(with_priority(10, site())).has(narrow.clone());
+    assert_eq!(scene.fate("10.1.7.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::Snapshot(scene.database.snapshot()));
+    assert_eq!(scene.reason("10.1.7.1", "10.2.0.1"), PassReason::Shadowed);
+    scene.after(PolicyEvent::Policy(narrow.clone()));
+    assert_eq!(scene.fate("10.1.7.1", "10.2.0.1"), Ok(site().id), "one that is told of is enough");
+    let far_away = with_priority(30, offloaded("172.16.0.0/24", "172.16.1.0/24"));
+    scene.after(PolicyEvent::Policy(far_away));
+    assert_eq!(scene.reason("10.1.7.1", "10.2.0.1"), PassReason::Shadowed, "software may stand first");
+}
+
+#[test]
+fn r2_a_forward_policy_lets_equivalent_policies_pass_and_one_with_ports_only_its_packets() {
+    let narrow = with_priority(20, offloaded("10.1.7.0/24", "10.2.0.0/16"));
+    let mut scene = Scene::new().has(with_priority(10, site())).has(narrow).has(ike(500));
+    assert_eq!(scene.fate("10.1.7.1", "10.2.0.1"), Ok(site().id));
+    let ike = Packet { destination_port: 500, ..packet("10.1.7.1", "10.2.0.1") };
+    assert_eq!(scene.sends(&ike), Err(PassReason::Exception));
+    let check = with_direction(Direction::Forward, tunnel("10.0.0.0/8", "10.0.0.0/8"));
+    assert_eq!(scene.has(check).reason("10.1.7.1", "10.2.0.1"), PassReason::ForwardOrSubPolicy);
+}
+
+/// A default tunnel to one peer.
+fn default_tunnel(priority: u32) -> Policy {
+    to_peer(2, with_priority(priority, offloaded("10.1.0.0/16", "0.0.0.0/0")))
+}
+
+#[test]
+fn r6_a_site_that_came_after_the_default_tunnel_is_fast() {
+    let other_peer =
+        SecurityAssociation { id: SaId { spi: 0x200, ..association().id }, reqid: 2, ..association() };
+    let mut scene = Scene::new().has(default_tunnel(200)).has(with_priority(100, site()));
+    scene.after(PolicyEvent::Sa(other_peer));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    assert_eq!(scene.fate("10.1.0.1", "10.3.0.1"), Ok(default_tunnel(200).id));
+}
+
+#[test]
+fn r6b_the_newest_stands_first_and_every_update_makes_a_policy_the_newest() {
+    let mut scene = Scene::new().has(with_priority(100, site())).has(default_tunnel(200));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed, "the default tunnel is newer");
+    // A rekey that changes nothing that the fast path knows of.
+    scene.after(PolicyEvent::Policy(with_priority(100, site())));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::Policy(default_tunnel(200)));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    scene.after(PolicyEvent::Policy(with_priority(100, site())));
+    scene.after(PolicyEvent::Snapshot(scene.database.snapshot()));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed, "a snapshot tells no ages");
+    scene.after(PolicyEvent::Policy(with_priority(100, site())));
+    assert_eq!(
+        scene.fate("10.1.0.1", "10.2.0.1"),
+        Ok(site().id),
+        "what is in a snapshot is older than what is told"
+    );
+}
+
+#[test]
+fn r6a_the_newest_with_the_worse_number_or_an_equal_one_is_not_certain() {
+    for priority in [100, 50] {
+        let mut scene = Scene::new().has(default_tunnel(priority)).has(with_priority(100, site()));
+        assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    }
+    // One of its own way with a worse number may stop the search for it.
+    let mut scene = Scene::new()
+        .has(default_tunnel(200))
+        .has(with_priority(300, offloaded("10.1.0.0/16", "10.2.0.0/24")))
+        .has(with_priority(100, site()));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    assert_eq!(scene.fate("10.1.0.1", "10.2.1.1"), Ok(site().id));
+}
+
+#[test]
+fn r6c_one_between_two_hosts_hides_newer_ones_that_are_wider() {
+    let hosts = to_peer(2, with_priority(200, offloaded("10.1.0.1/32", "10.2.0.1/32")));
+    let mut scene = Scene::new().has(hosts).has(with_priority(100, site()));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.2"), Ok(site().id));
+}
+
+#[test]
+fn r6d_a_policy_whose_chain_is_asked_late_is_fast_only_if_nothing_worse_can_stop_the_search() {
+    let wide = || with_priority(100, offloaded("10.0.0.0/8", "10.2.0.0/16"));
+    let default = || to_peer(2, with_priority(200, offloaded("10.0.0.0/8", "0.0.0.0/0")));
+    let mut scene = Scene::new().has(default()).has(wide());
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(wide().id));
+    let far_away = with_priority(300, offloaded("172.16.0.0/12", "172.16.1.0/24"));
+    scene.after(PolicyEvent::Policy(far_away.clone()));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    scene.after(PolicyEvent::PolicyRemoved(far_away.id));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed, "what is gone counts");
+    // One with a chain for both prefixes is found first.
+    let mut scene = Scene::new().has(default_tunnel(200)).has(with_priority(100, site()));
+    scene.after(PolicyEvent::Policy(with_priority(300, offloaded("172.16.0.0/12", "172.16.1.0/24"))));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+}
+
+/// A snapshot of a source that has no kernel behind it.
+fn by_priority(policies: &[Policy]) -> PolicyEvent {
+    let sas = [Family::V4, Family::V6].map(association_of).into();
+    PolicyEvent::Snapshot(Snapshot {
+        policies: policies.to_vec(),
+        sas,
+        order: PolicyOrder::ByPriority,
+        ..Snapshot::default()
+    })
+}
+
+#[test]
+fn r7_where_priority_alone_decides_the_best_is_fast_whatever_its_age_and_a_tie_passes() {
+    let best = with_priority(10, site());
+    let mut scene = Scene::new();
+    scene.after(by_priority(&[
+        with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8")),
+        best.clone(),
+        default_tunnel(15),
+        with_priority(99, offloaded("172.16.0.0/24", "172.16.1.0/24")),
+    ]));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::Policy(default_tunnel(10)));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    scene.after(PolicyEvent::Policy(to_peer(1, default_tunnel(10))));
+    assert!(scene.fate("10.1.0.1", "10.2.0.1").is_ok(), "both lead the same way");
+    scene.after(PolicyEvent::Policy(with_priority(10, tunnel("10.0.0.0/8", "10.0.0.0/8"))));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    scene.after(by_priority(&[with_priority(20, tunnel("10.0.0.0/8", "10.0.0.0/8")), best]));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    // The kernel's order again.
+    let told = Snapshot { order: PolicyOrder::Kernel, ..scene.database.snapshot() };
+    scene.after(PolicyEvent::Snapshot(told));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+}
+
+#[test]
+fn a_tunnel_from_an_address_that_the_host_has_lost_is_no_path() {
+    let mut scene = Scene::new().has(site());
+    assert!(scene.fate("10.1.0.1", "10.2.0.1").is_ok());
+    scene.host.routes.retain(|route| route.kind != RouteKind::Local);
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
+    assert_eq!(
+        explanation(&mut scene, "10.1.0.1", "10.2.0.1"),
+        "kernel (no_path): the tunnel of out 10.1.0.0/16 → 10.2.0.0/16 begins at 192.0.2.1, which is not an address of \
+         this host"
+    );
+    let mut ipv6 = Scene::new().has(offloaded("2001:db8:1::/48", "2001:db8:2::/48"));
+    assert!(ipv6.fate("2001:db8:1::1", "2001:db8:2::1").is_ok(), "IPv6 does not ask");
 }
 
 #[test]
@@ -812,7 +1044,10 @@ fn an_explanation_names_the_policy_and_what_stands_in_its_way() {
             with_priority(10, bypass("10.0.0.0/8", "10.0.0.0/8")),
             "has the same priority, and which is older is not known",
         ),
-        (with_priority(20, offloaded("10.0.0.0/8", "10.0.0.0/8")), "is packet-offloaded too"),
+        (
+            to_peer(2, with_priority(20, offloaded("10.0.0.0/8", "10.0.0.0/8"))),
+            "is packet-offloaded too, leads another way, and may be found first",
+        ),
     ] {
         let mut scene = Scene::new().has(with_priority(10, site())).has(other);
         assert_eq!(

@@ -8,14 +8,15 @@ use std::{collections::BTreeSet, fmt, thread};
 
 use self::{
     journal::Journal,
-    stored::{Item, Key, Stored},
+    key::Key,
+    stored::{Item, Stored},
 };
 pub(crate) use self::{
     journal::{Change, Revision},
     request::Request,
 };
 use crate::{
-    event::{PolicyEvent, Snapshot, StaleCause},
+    event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
     policy::{
         DefaultPolicy, Direction, Family, IPPROTO_ESP, OffloadDev, OffloadKind, Policy, PolicyId, SaId,
         SecurityAssociation, Template,
@@ -23,6 +24,7 @@ use crate::{
 };
 
 mod journal;
+mod key;
 mod request;
 mod stored;
 
@@ -55,8 +57,11 @@ pub enum Freshness {
 #[derive(Clone, Debug, Default)]
 pub struct Database {
     policies: Stored<PolicyKey, Policy>,
-    /// By policy key: see [`Self::is_order_known`].
-    order_known: Vec<bool>,
+    /// By policy key: see [`Self::age`].
+    ages: Vec<u32>,
+    /// The newest age.
+    newest: u32,
+    order: PolicyOrder,
     sas: Stored<SaKey, SecurityAssociation>,
     default_policy: DefaultPolicy,
     freshness: Freshness,
@@ -69,6 +74,8 @@ pub struct Database {
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
     journal: Journal,
+    /// The packet-offloaded outbound policies that were removed since somebody asked; `None` if nobody will.
+    departed: Option<Vec<(PolicyKey, PolicyId)>>,
 }
 
 /// The number of a policy, as long as it is in the database. Afterwards another one may get it.
@@ -109,7 +116,7 @@ impl Item for Policy {
     /// What the only template of a policy that may be fast asks for.
     fn request(&self) -> Option<Request> {
         let [template] = &self.templates[..] else { return None };
-        is_candidate(self).then(|| template.into())
+        is_candidate(self).then(|| Request::of(self, template))
     }
 }
 
@@ -155,8 +162,11 @@ impl Database {
             PolicyEvent::Snapshot(snapshot) => self.replace(snapshot),
             PolicyEvent::Audit(snapshot) => self.audit(snapshot),
             PolicyEvent::Policy(policy) => {
-                let key = self.insert_policy(policy);
-                self.set_order_known(key);
+                let (key, is_noted) = self.insert_policy(policy);
+                self.renew_age(key);
+                if !is_noted {
+                    self.note_age(key);
+                }
             }
             PolicyEvent::PolicyRemoved(id) => self.remove_policy(&id),
             PolicyEvent::PoliciesFlushed(table) => {
@@ -213,7 +223,9 @@ impl Database {
 
     /// Makes this what a snapshot says. What stays keeps its key.
     fn replace(&mut self, snapshot: Snapshot) {
-        self.order_known.clear();
+        self.ages.clear();
+        self.newest = 0;
+        self.order = snapshot.order;
         self.store(snapshot.policies, snapshot.sas);
         self.recount();
         self.default_policy = snapshot.default_policy;
@@ -225,16 +237,20 @@ impl Database {
     fn store(&mut self, policies: Vec<Policy>, sas: Vec<SecurityAssociation>) {
         let is_worth_it = policies.len().min(sas.len()) >= MANY;
         let mut sas = Some(sas);
+        let mut gone = Vec::new();
         thread::scope(|scope| {
             let store_sas = || self.sas.replace(sas.take().unwrap_or_default());
             if is_worth_it {
                 // Where there can be no other thread, it is done below.
                 let _ = thread::Builder::new().spawn_scoped(scope, store_sas);
             }
-            self.policies.replace(policies);
+            gone = self.policies.replace(policies);
         });
         if let Some(sas) = sas {
             self.sas.replace(sas);
+        }
+        for (key, policy) in gone {
+            self.note_departure(key, &policy);
         }
     }
 
@@ -286,13 +302,14 @@ impl Database {
         differing
     }
 
-    fn insert_policy(&mut self, policy: Policy) -> PolicyKey {
+    /// Returns whether this is noted, too: not if it is there already, the same in everything.
+    fn insert_policy(&mut self, policy: Policy) -> (PolicyKey, bool) {
         let expires = policy.expires;
         let (family, offloaded) =
             (policy.id.selector.family(), is_candidate(&policy).then_some(policy.priority));
         let (key, before) = match self.policies.insert(policy) {
             Ok(changed) => changed,
-            Err(same) => return same,
+            Err(same) => return (same, false),
         };
         if let Some(priority) = offloaded {
             self.offloaded_mut(family).add(priority);
@@ -304,26 +321,58 @@ impl Database {
         let ends = before.as_ref().and_then(|before| before.expires);
         self.expires_instead(Expiring::Policy(key), ends, expires);
         self.journal.record(Change::Policy { key, before: before.map(Box::new) });
-        key
+        (key, true)
     }
 
     fn remove_policy(&mut self, id: &PolicyId) {
         let Some((key, before)) = self.policies.remove(id) else { return };
         self.forget_offloaded(&before);
+        self.note_departure(key, &before);
         self.expires_instead(Expiring::Policy(key), before.expires, None);
-        if let Some(is_known) = self.order_known.get_mut(key.index()) {
-            *is_known = false;
+        if let Some(age) = self.ages.get_mut(key.index()) {
+            *age = 0;
         }
         self.journal.record(Change::Policy { key, before: Some(Box::new(before)) });
     }
 
-    fn set_order_known(&mut self, key: PolicyKey) {
-        if self.order_known.len() <= key.index() {
-            self.order_known.resize(key.index() + 1, false);
+    /// Says that a policy is the newest: the kernel puts a packet-offloaded one to the head of its chain when it is added or
+    /// updated, even if nothing of it has changed.
+    fn renew_age(&mut self, key: PolicyKey) {
+        let Some(newest) = self.newest.checked_add(1) else {
+            // The numbers have run out: the order is as unknown as after a snapshot.
+            self.ages.clear();
+            self.newest = 0;
+            self.journal.forget();
+            return;
+        };
+        self.newest = newest;
+        if self.ages.len() <= key.index() {
+            self.ages.resize(key.index() + 1, 0);
         }
-        if !std::mem::replace(&mut self.order_known[key.index()], true) {
-            let before = self.policies.get(key).cloned().map(Box::new);
+        self.ages[key.index()] = newest;
+    }
+
+    /// Notes that a policy has another age and is the same otherwise, if that matters.
+    fn note_age(&mut self, key: PolicyKey) {
+        if let Some(policy) = self.policies.get(key).filter(|policy| is_candidate(policy)) {
+            let before = Some(Box::new(policy.clone()));
             self.journal.record(Change::Policy { key, before });
+        }
+    }
+
+    /// Remembers from now on which packet-offloaded outbound policies are removed, for [`Self::departed`].
+    pub(crate) fn remember_departures(&mut self) {
+        self.departed = Some(Vec::new());
+    }
+
+    /// Those that were removed since the last call. Their keys may belong to others after the next event.
+    pub(crate) fn departed(&mut self) -> Vec<(PolicyKey, PolicyId)> {
+        self.departed.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn note_departure(&mut self, key: PolicyKey, policy: &Policy) {
+        if let Some(departed) = self.departed.as_mut().filter(|_| is_candidate(policy)) {
+            departed.push((key, policy.id.clone()));
         }
     }
 
@@ -373,13 +422,14 @@ impl Database {
         policies.sort_by(|one, other| one.id.cmp(&other.id));
         let mut sas: Vec<SecurityAssociation> = self.sas().cloned().collect();
         sas.sort_by_key(|sa| sa.id);
-        Snapshot { policies, sas, default_policy: self.default_policy }
+        Snapshot { policies, sas, default_policy: self.default_policy, order: self.order }
     }
 
     /// Everything, in no particular order.
+    #[cfg(feature = "netlink")]
     pub(crate) fn into_snapshot(self) -> Snapshot {
         let (policies, sas) = (self.policies.into_all(), self.sas.into_all());
-        Snapshot { policies, sas, default_policy: self.default_policy }
+        Snapshot { policies, sas, default_policy: self.default_policy, order: self.order }
     }
 
     /// Whether this is what the kernel has. If it is not, nothing may be fast.
@@ -444,34 +494,47 @@ impl Database {
         (offloaded.count > 0).then_some(offloaded.highest)
     }
 
-    /// Whether the kernel put a packet-offloaded policy at the head of its chain since the last snapshot: what is
-    /// older than a snapshot stands in an order that nobody knows.
-    pub(crate) fn is_order_known(&self, policy: PolicyKey) -> bool {
-        self.order_known.get(policy.index()).copied().unwrap_or(false)
+    /// Whether the source has told of a policy since the last snapshot. If it is packet-offloaded, the kernel put it at the
+    /// head of its chain then: what is older than a snapshot stands in an order that nobody knows.
+    pub(crate) fn is_told(&self, policy: PolicyKey) -> bool {
+        self.age(policy) > 0
     }
 
-    /// The associations that a device may use for a step of a policy without a mark, in no particular order.
+    /// A number that grows with each policy that is told of; 0 if that was in the last snapshot, or before.
+    pub(crate) fn age(&self, policy: PolicyKey) -> u32 {
+        self.ages.get(policy.index()).copied().unwrap_or(0)
+    }
+
+    /// By what the policies' choice goes.
+    pub(crate) fn order(&self) -> PolicyOrder {
+        self.order
+    }
+
+    /// The associations that the device of an offloaded policy without a mark may use for its only template, in no
+    /// particular order; none if it has not exactly one. That which it is [assumed](Policy::assumed) to have is not here.
     ///
-    /// `family` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
-    /// rekey there are several, and the kernel does not tell which one the device takes. This is
+    /// During a rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
     /// only itself. A reqid of 0 matches only itself there.
     ///
     /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
     /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
     /// (`XFRM_STATE_INSERT`; Linux 6.12 and 7.3).
-    pub fn live_sas(
-        &self,
-        template: &Template,
-        family: Family,
-        if_id: u32,
-        device: u32,
-    ) -> impl Iterator<Item = &SecurityAssociation> + Clone {
-        let asked =
-            self.sas.of_request(template.into()).map(|(_, sa)| sa).filter(|sa| sa.source == template.source);
-        let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
-        let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
-        asked.filter(move |sa| !hidden && serves(sa, template, family, if_id, device))
+    pub fn live_sas<'a>(
+        &'a self,
+        policy: &'a Policy,
+    ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
+        let step = match policy.templates[..] {
+            [ref template] => policy.offload.map(|device| (template, device.ifindex)),
+            _ => None,
+        };
+        step.into_iter().flat_map(move |(template, device)| {
+            let asked = self.sas.of_request(Request::of(policy, template)).map(|(_, sa)| sa);
+            let asked = asked.filter(|sa| sa.source == template.source);
+            let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
+            let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
+            asked.filter(move |sa| !hidden && serves(sa, policy, template, device))
+        })
     }
 
     /// When this is.
@@ -487,6 +550,11 @@ impl Database {
     /// All policies with their keys.
     pub(crate) fn keyed_policies(&self) -> impl Iterator<Item = (PolicyKey, &Policy)> {
         self.policies.iter()
+    }
+
+    /// All policies with this key or a higher one, in order of keys.
+    pub(crate) fn keyed_policies_from(&self, first: PolicyKey) -> impl Iterator<Item = (PolicyKey, &Policy)> {
+        self.policies.from(first)
     }
 
     pub(crate) fn policy_with_key(&self, key: PolicyKey) -> Option<&Policy> {
@@ -526,7 +594,8 @@ impl Database {
 
 /// Whether the kernel would take an association with the addresses and the reqid of a template for packets of its policy,
 /// if that is offloaded to this device and has no mark.
-fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: u32, device: u32) -> bool {
+fn serves(sa: &SecurityAssociation, policy: &Policy, template: &Template, device: u32) -> bool {
+    let family = policy.id.selector.family();
     sa.is_outbound_packet_offload()
         && sa.offload.is_some_and(|offload| offload.ifindex == device)
         && sa.id.protocol == IPPROTO_ESP
@@ -534,7 +603,7 @@ fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: 
         && sa.id.spi != 0
         && (template.spi == 0 || sa.id.spi == template.spi)
         && sa.mode == template.mode
-        && sa.if_id == if_id
+        && sa.if_id == policy.id.if_id
         && sa.id.mark.value == 0
         && sa.cpu.is_none()
         && !sa.receives_only
@@ -573,7 +642,10 @@ mod tests {
     }
 
     fn live_spis(database: &Database, template: &Template) -> Vec<u32> {
-        database.live_sas(template, Family::V4, 0, NIC).map(|sa| sa.id.spi).collect()
+        let offload = Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false });
+        let policy =
+            Policy { templates: [*template].into(), offload, ..policy("10.0.1.0/24", PolicyType::Main) };
+        database.live_sas(&policy).map(|sa| sa.id.spi).collect()
     }
 
     #[test]
@@ -650,11 +722,11 @@ mod tests {
                 database.apply(PolicyEvent::Policy(policy));
             }
             let (key, before) = (database.key_of(&told.policies[0].id).unwrap(), database.revision());
-            assert!(database.is_order_known(key));
+            assert!(database.is_told(key));
             database.apply(PolicyEvent::Audit(found.clone()));
             assert_eq!((database.snapshot(), database.audit_repairs()), (found, repairs), "{what}");
             assert!(database.changes_since(before).is_none(), "{what}: a compiler looks at everything");
-            assert!(!database.is_order_known(key), "{what}: and relies on no order");
+            assert!(!database.is_told(key), "{what}: and relies on no order");
         }
     }
 

@@ -14,7 +14,6 @@ use aya::{
 #[cfg(feature = "guard")]
 use fastswan_ebpf::Control;
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason, Shared};
-use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
     Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters, TableError,
@@ -24,7 +23,10 @@ use super::{
     mmap::Region,
     store::{Regions, Store, read_back},
 };
-use crate::{policy::Family, sys::monotonic_coarse_nanoseconds};
+use crate::{
+    policy::Family,
+    sys::{grace_period, monotonic_coarse_nanoseconds},
+};
 
 /// The table that the XDP program of an [`XdpForwarder`](crate::XdpForwarder) reads.
 ///
@@ -146,16 +148,6 @@ pub(crate) fn array<'e>(ebpf: &'e Ebpf, name: &'static str) -> Result<&'e MapDat
 fn map<T: Shared>(ebpf: &Ebpf, name: &'static str, length: usize) -> Result<Region<T>, MapsError> {
     let fd: BorrowedFd<'_> = array(ebpf, name)?.fd().as_fd();
     Region::map(fd, length).map_err(|error| MapsError::Mmap { name, error })
-}
-
-/// Returns when every packet that was in a program at the call has left it.
-///
-/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
-pub(crate) fn grace_period() {
-    if membarrier(MembarrierCommand::Global).is_err() {
-        // Not available with nohz_full. A packet is in the program for microseconds.
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 impl OffloadTable for BpfTable {

@@ -15,34 +15,40 @@ use std::{net::IpAddr, time::Duration};
 
 use fastswan_ebpf::PassReason;
 
+#[cfg(feature = "bpf")]
+pub use self::bpf::BpfTable;
 #[cfg(feature = "guard")]
 pub(crate) use self::bpf::begin_removal;
+#[cfg(feature = "bpf")]
+pub(crate) use self::{
+    bpf::{MapsError, array},
+    counters::Counters,
+};
 pub use self::{
-    bpf::BpfTable,
     contents::{Contents, Packet},
     entries::{Cell, Exception, Fact, Forwarding, Probes, Side, Slot, Standing, Verdict},
     error::TableError,
     memory::MemoryTable,
-    port::{Forwards, Port, ReversePath},
     size::{Capacity, TableConfig},
     update::{Change, TableUpdate},
 };
-pub(crate) use self::{
-    bpf::{MapsError, array, grace_period},
-    counters::Counters,
-};
+pub use crate::host::{Forwards, Port, ReversePath};
 
+#[cfg(feature = "bpf")]
 mod bpf;
 mod contents;
+#[cfg(feature = "bpf")]
 mod counters;
+#[cfg(feature = "bpf")]
 mod devices;
 mod entries;
 mod error;
+#[cfg(feature = "bpf")]
 mod losses;
 mod memory;
 mod mmap;
+#[cfg(feature = "bpf")]
 mod net_device;
-mod port;
 mod size;
 mod space;
 mod split;
@@ -51,11 +57,26 @@ mod update;
 
 /// Packets and bytes (from the IP header on) that took the fast path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Traffic {
     /// Packets.
     pub packets: u64,
     /// Bytes.
     pub bytes: u64,
+}
+
+impl std::ops::Add for Traffic {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { packets: self.packets + other.packets, bytes: self.bytes + other.bytes }
+    }
+}
+
+impl std::fmt::Display for Traffic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} packets, {} bytes", self.packets, self.bytes)
+    }
 }
 
 /// Removals of policies, associations and devices in the kernel, as numbers of the last.
@@ -144,14 +165,19 @@ pub trait TableCounters {
     }
 }
 
-/// The devices that packets are redirected to. Packets for one that takes none pass.
+/// The devices that packets are redirected to, which came in elsewhere. Packets for one that takes none pass
+/// ([`PassReason::EgressUnavailable`]), and those that come in on a CPU that it has no channel for
+/// ([`PassReason::NoChannel`]).
 pub trait Devices {
     /// Asks the kernel again which devices take redirected packets, and from which CPUs. Call it when devices have
     /// changed. Runs in the network namespace that the devices are in.
-    fn refresh_devices(&mut self);
+    fn refresh_devices(&mut self) {}
 
     /// Whether packets are redirected to a device; `false` also for one that no slot names.
-    fn takes_redirects(&self, ifindex: u32) -> bool;
+    fn takes_redirects(&self, ifindex: u32) -> bool {
+        let _ = ifindex;
+        true
+    }
 }
 
 /// What a table holds, as the data path finds it.
