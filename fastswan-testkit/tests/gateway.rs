@@ -9,7 +9,7 @@ use std::{
 use async_trait::async_trait;
 use fastswan::{
     BpfTable, ChannelSource, Gateway, NetlinkHost, NetlinkSource, PassReason, PolicyEvent, PolicySource,
-    Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
+    SecurityAssociation, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
     gateway::{GatewayError, PolicyStatus},
@@ -78,14 +78,20 @@ impl Host {
     /// The same policy as [`POLICY`], for a source without a kernel.
     async fn snapshot(&self) -> Snapshot {
         let prefixes = ["10.1.0.0/16", "10.2.0.0/16"].map(|prefix| prefix.parse().unwrap());
-        let mut source = StaticSource::new(&[StaticPolicy {
-            selector: Selector::between(prefixes[0], prefixes[1]).unwrap(),
-            device: self.out,
-            tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
-            priority: 100,
-            egress: Egress { next_hop: NextHop::Neighbour, max_length: None },
-        }]);
-        let Some(PolicyEvent::Snapshot(snapshot)) = source.next_event().await.unwrap() else { panic!() };
+        let mut source = StaticSource::new(&[StaticPolicy::new(
+            Selector::between(prefixes[0], prefixes[1]).unwrap(),
+            self.out,
+            "192.0.2.1".parse().unwrap(),
+            "192.0.2.2".parse().unwrap(),
+        )
+        .priority(100)
+        .egress(Egress { next_hop: NextHop::Neighbour, max_length: None })]);
+        let Some(PolicyEvent::Snapshot(mut snapshot)) = source.next_event().await.unwrap() else { panic!() };
+        for policy in &mut snapshot.policies {
+            let overhead = policy.assumed.take();
+            let sa = SecurityAssociation::for_template(&policy.templates[0], 0x100);
+            snapshot.sas.push(SecurityAssociation { offload: policy.offload, overhead, ..sa });
+        }
         snapshot
     }
 

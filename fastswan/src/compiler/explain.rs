@@ -9,12 +9,12 @@ use ipnet::IpNet;
 
 use super::{
     Compiler, exceptions,
-    rule::{Candidate, Terms, eligible, judge, same_way},
+    rule::{Candidate, Terms, eligible, is_check, judge, same_way},
     standing,
 };
 use crate::{
     database::{Database, Freshness},
-    policy::{Direction, Family, OffloadDev, Policy, PolicyId, PolicyType, SaId, Template},
+    policy::{Direction, Family, Policy, PolicyId, SaId, Template},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
 
@@ -84,7 +84,7 @@ pub enum Explanation {
     Fast {
         /// The policy that the kernel is certain to choose.
         policy: PolicyId,
-        /// The associations that the device may use.
+        /// The associations that the device may use; none if the policy is [assumed](Policy::assumed) to have one.
         sas: Vec<SaId>,
         /// How it leaves.
         forwarding: Forwarding,
@@ -143,6 +143,10 @@ pub enum Cause {
     },
     /// A forward policy or a sub policy is about the packet, or about its source.
     Check(PolicyId),
+    /// The sources that were merged disagree about a policy that is about the packet, or about its source.
+    Disputed(PolicyId),
+    /// The embedder keeps the policy from being fast.
+    Held(PolicyId),
     /// The policy asks for what the fast path does not do.
     Ineligible(PolicyId, &'static str),
     /// The policy has no live packet-offload association on its device.
@@ -253,7 +257,7 @@ impl Compiler {
                 .policies()
                 .filter(is_guard)
                 .max_by_key(|policy| policy.id.selector.destination.contains(&flow.destination));
-            let cause = guard.map_or(Cause::Capacity, |policy| Cause::Check(policy.id.clone()));
+            let cause = guard.map_or(Cause::Capacity, of_check);
             return Err(pass(PassReason::Guarded, cause));
         }
         let addresses = (flow.source, flow.destination);
@@ -263,16 +267,11 @@ impl Compiler {
                 pass(reason, Cause::Address { side, prefix, fact })
             },
         )?;
-        let sas = eligible(policy)
-            .ok()
-            .zip(policy.offload)
-            .map(|(template, OffloadDev { ifindex, .. })| {
-                let live = database.live_sas(template, family, policy.id.if_id, ifindex);
-                let mut sas: Vec<SaId> = live.map(|sa| sa.id).collect();
-                sas.sort_unstable();
-                sas
-            })
-            .unwrap_or_default();
+        let mut sas: Vec<SaId> = match policy.assumed {
+            Some(_) => Vec::new(),
+            None => database.live_sas(policy).map(|sa| sa.id).collect(),
+        };
+        sas.sort_unstable();
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
     }
 
@@ -306,10 +305,6 @@ fn is_about(policy: &Policy, flow: &Flow) -> bool {
                 && selector.destination_port.matches(flow.destination_port))
 }
 
-fn is_check(policy: &Policy) -> bool {
-    policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub
-}
-
 /// What is behind the reason of a cell, by the policies that match a packet in it.
 fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause {
     let mut outbound: Vec<&Policy> = matching.iter().copied().filter(|policy| !is_check(policy)).collect();
@@ -319,7 +314,7 @@ fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause
         PassReason::NotOffloaded => outbound.first().map(|policy| Cause::NotOffloaded(policy.id.clone())),
         PassReason::ForwardOrSubPolicy => {
             let check = matching.iter().find(|policy| is_check(policy));
-            check.map(|policy| Cause::Check(policy.id.clone()))
+            check.copied().map(of_check)
         }
         PassReason::Shadowed => offloaded.and_then(|policy| shadow(database, &outbound, policy)),
         PassReason::DeniedDestination | PassReason::RouteElsewhere | PassReason::DeniedSource => {
@@ -363,10 +358,16 @@ fn shadow(database: &Database, outbound: &[&Policy], policy: &Policy) -> Option<
     Some(Cause::Shadowed { policy: policy.id.clone(), by: by.id.clone(), how: how(by) })
 }
 
+fn of_check(policy: &Policy) -> Cause {
+    let id = policy.id.clone();
+    if policy.disputed { Cause::Disputed(id) } else { Cause::Check(id) }
+}
+
 fn of_standing(policy: &Policy, reason: PassReason) -> Cause {
     let id = policy.id.clone();
     match reason {
         PassReason::NotOffloaded => Cause::NotOffloaded(id),
+        PassReason::Held => Cause::Held(id),
         PassReason::Ineligible => Cause::Ineligible(id, why_ineligible(policy)),
         PassReason::NoSa => Cause::NoSa(id),
         PassReason::DefaultBlock => Cause::DefaultBlock,
@@ -460,6 +461,8 @@ impl fmt::Display for Cause {
                 write!(f, "{policy} is shadowed by {by}, which {how}")
             }
             Self::Check(policy) => write!(f, "the kernel must check {policy}"),
+            Self::Disputed(policy) => write!(f, "the sources disagree about {policy}"),
+            Self::Held(policy) => write!(f, "{policy} is kept from being fast by choice"),
             Self::Ineligible(policy, why) => write!(f, "{policy} {why}"),
             Self::NoSa(policy) => {
                 write!(f, "{policy} has no live outbound packet-offload association on its device")

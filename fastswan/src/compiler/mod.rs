@@ -51,7 +51,7 @@ pub use self::broken::BrokenRule;
 #[doc(hidden)]
 pub use self::brute_force::fuzz;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, iter};
 
 use fastswan_ebpf::PassReason;
 
@@ -412,11 +412,16 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
         return Err(PassReason::DefaultBlock);
     }
-    let associations =
-        database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex);
+    if policy.assumed.is_some() {
+        return paths
+            .forwarding(policy, device, template, iter::once(policy.assumed))
+            .ok_or(PassReason::NoPath);
+    }
+    let associations = database.live_sas(policy);
     if associations.clone().all(|sa| database.is_about_to_expire(sa.expires)) {
         return Err(PassReason::NoSa);
     }
     // The device may go on using one that is about to expire, beside another.
-    paths.forwarding(policy, device, template, associations).ok_or(PassReason::NoPath)
+    let overheads = associations.map(|sa| sa.overhead);
+    paths.forwarding(policy, device, template, overheads).ok_or(PassReason::NoPath)
 }

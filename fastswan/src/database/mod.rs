@@ -116,7 +116,7 @@ impl Item for Policy {
     /// What the only template of a policy that may be fast asks for.
     fn request(&self) -> Option<Request> {
         let [template] = &self.templates[..] else { return None };
-        is_candidate(self).then(|| template.into())
+        is_candidate(self).then(|| Request::of(self, template))
     }
 }
 
@@ -426,7 +426,6 @@ impl Database {
     }
 
     /// Everything, in no particular order.
-    #[cfg(feature = "netlink")]
     pub(crate) fn into_snapshot(self) -> Snapshot {
         let (policies, sas) = (self.policies.into_all(), self.sas.into_all());
         Snapshot { policies, sas, default_policy: self.default_policy, order: self.order }
@@ -510,28 +509,31 @@ impl Database {
         self.order
     }
 
-    /// The associations that a device may use for a step of a policy without a mark, in no particular order.
+    /// The associations that the device of an offloaded policy without a mark may use for its only template, in no
+    /// particular order; none if it has not exactly one. That which it is [assumed](Policy::assumed) to have is not here.
     ///
-    /// `family` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
-    /// rekey there are several, and the kernel does not tell which one the device takes. This is
+    /// During a rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
     /// only itself. A reqid of 0 matches only itself there.
     ///
     /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
     /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
     /// (`XFRM_STATE_INSERT`; Linux 6.12 and 7.3).
-    pub fn live_sas(
-        &self,
-        template: &Template,
-        family: Family,
-        if_id: u32,
-        device: u32,
-    ) -> impl Iterator<Item = &SecurityAssociation> + Clone {
-        let asked =
-            self.sas.of_request(template.into()).map(|(_, sa)| sa).filter(|sa| sa.source == template.source);
-        let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
-        let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
-        asked.filter(move |sa| !hidden && serves(sa, template, family, if_id, device))
+    pub fn live_sas<'a>(
+        &'a self,
+        policy: &'a Policy,
+    ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
+        let step = match policy.templates[..] {
+            [ref template] => policy.offload.map(|device| (template, device.ifindex)),
+            _ => None,
+        };
+        step.into_iter().flat_map(move |(template, device)| {
+            let asked = self.sas.of_request(Request::of(policy, template)).map(|(_, sa)| sa);
+            let asked = asked.filter(|sa| sa.source == template.source);
+            let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
+            let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
+            asked.filter(move |sa| !hidden && serves(sa, policy, template, device))
+        })
     }
 
     /// When this is.
@@ -591,7 +593,8 @@ impl Database {
 
 /// Whether the kernel would take an association with the addresses and the reqid of a template for packets of its policy,
 /// if that is offloaded to this device and has no mark.
-fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: u32, device: u32) -> bool {
+fn serves(sa: &SecurityAssociation, policy: &Policy, template: &Template, device: u32) -> bool {
+    let family = policy.id.selector.family();
     sa.is_outbound_packet_offload()
         && sa.offload.is_some_and(|offload| offload.ifindex == device)
         && sa.id.protocol == IPPROTO_ESP
@@ -599,7 +602,7 @@ fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: 
         && sa.id.spi != 0
         && (template.spi == 0 || sa.id.spi == template.spi)
         && sa.mode == template.mode
-        && sa.if_id == if_id
+        && sa.if_id == policy.id.if_id
         && sa.id.mark.value == 0
         && sa.cpu.is_none()
         && !sa.receives_only
@@ -638,7 +641,10 @@ mod tests {
     }
 
     fn live_spis(database: &Database, template: &Template) -> Vec<u32> {
-        database.live_sas(template, Family::V4, 0, NIC).map(|sa| sa.id.spi).collect()
+        let offload = Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false });
+        let policy =
+            Policy { templates: [*template].into(), offload, ..policy("10.0.1.0/24", PolicyType::Main) };
+        database.live_sas(&policy).map(|sa| sa.id.spi).collect()
     }
 
     #[test]

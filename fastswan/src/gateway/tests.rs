@@ -182,14 +182,10 @@ impl Devices for Guarded {
 fn tunnel(number: u8) -> StaticPolicy {
     let net = |side: u8| format!("10.{side}.{number}.0/24").parse().unwrap();
     let egress = Egress { next_hop: NextHop::Device, max_length: Some(1400) };
-    let tunnel = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
-    StaticPolicy {
-        selector: Selector::between(net(1), net(2)).unwrap(),
-        device: 7,
-        tunnel,
-        priority: 100,
-        egress,
-    }
+    let selector = Selector::between(net(1), net(2)).unwrap();
+    StaticPolicy::new(selector, 7, "192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap())
+        .priority(100)
+        .egress(egress)
 }
 
 async fn snapshot(tunnels: u8) -> PolicyEvent {

@@ -172,8 +172,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        ChannelSource, Gateway, MemoryTable, PolicyEvent, PolicySource as _, Selector, StaticSource,
-        VouchedHost,
+        ChannelSource, Gateway, MemoryTable, PolicyEvent, PolicySource as _, SecurityAssociation, Selector,
+        StaticSource, VouchedHost,
         policy::{Egress, NextHop},
         source::{Snapshot, StaleCause, channel::PolicySender, fixed::StaticPolicy},
         table::TableConfig,
@@ -231,16 +231,22 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
         metrics::with_local_recorder(recorder, || {
             runtime.unwrap().block_on(async {
-                let mut source = StaticSource::new(&[StaticPolicy {
-                    selector: selector(),
-                    device: 7,
-                    tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
-                    priority: 100,
-                    egress: Egress { next_hop: NextHop::Device, max_length: Some(1400) },
-                }]);
-                let Some(PolicyEvent::Snapshot(snapshot)) = source.next_event().await.unwrap() else {
+                let mut source = StaticSource::new(&[StaticPolicy::new(
+                    selector(),
+                    7,
+                    "192.0.2.1".parse().unwrap(),
+                    "192.0.2.2".parse().unwrap(),
+                )
+                .priority(100)
+                .egress(Egress { next_hop: NextHop::Device, max_length: Some(1400) })]);
+                let Some(PolicyEvent::Snapshot(mut snapshot)) = source.next_event().await.unwrap() else {
                     panic!()
                 };
+                for policy in &mut snapshot.policies {
+                    let overhead = policy.assumed.take();
+                    let sa = SecurityAssociation::for_template(&policy.templates[0], 0x100);
+                    snapshot.sas.push(SecurityAssociation { offload: policy.offload, overhead, ..sa });
+                }
                 let (sender, source) = ChannelSource::new(snapshot.clone(), 8);
                 let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 16, slots: 8 };
                 let gateway = Gateway::new(source, VouchedHost::new(), MemoryTable::new(&config));

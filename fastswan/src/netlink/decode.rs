@@ -17,8 +17,8 @@ use netlink_packet_xfrm::{
 use crate::{
     event::PolicyEvent,
     policy::{
-        Action, DefaultPolicy, Direction, Egress, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead,
-        Policy, PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
+        Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy,
+        PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
     },
 };
 
@@ -194,7 +194,7 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
             let id = UserSaId::parse(payload).map_err(text)?;
             let attributes = Attributes::read(payload, xfrm_length::SA_ID)?;
             let destination = address(id.family, &id.daddr)?;
-            let id = SaId { destination, spi: id.spi, protocol: id.proto, mark: attributes.mark };
+            let id = SaId { mark: attributes.mark, ..SaId::new(destination, id.spi, id.proto) };
             Some(id).filter(|id| id.spi != 0).map(PolicyEvent::SaRemoved)
         }
         xfrm::XFRM_MSG_EXPIRE => {
@@ -319,7 +319,6 @@ fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Po
         other => return Err(format!("policy action {other}")),
     };
     Ok(Some(Policy {
-        id,
         index: info.index,
         priority: info.priority,
         action,
@@ -328,8 +327,7 @@ fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Po
         use_limited: is_use_limited(&info.lifetime_cfg),
         asks_per_cpu: info.flags & XFRM_POLICY_CPU_ACQUIRE != 0,
         expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
-        egress: Egress::default(),
-        held: false,
+        ..Policy::new(id)
     }))
 }
 
@@ -416,7 +414,7 @@ fn is_ipsec(protocol: u8) -> bool {
 
 fn sa_id(info: &UserSaInfo, attributes: &Attributes) -> Result<SaId, String> {
     let destination = address(info.family, &info.id.daddr)?;
-    Ok(SaId { destination, spi: info.id.spi, protocol: info.id.proto, mark: attributes.mark })
+    Ok(SaId { mark: attributes.mark, ..SaId::new(destination, info.id.spi, info.id.proto) })
 }
 
 fn overhead(info: &UserSaInfo, attributes: &Attributes) -> Option<Overhead> {

@@ -22,7 +22,28 @@ pub use self::{
 pub const IPPROTO_ESP: u8 = 50;
 
 /// One IPsec policy, as the kernel has it.
+///
+/// ```
+/// use fastswan::policy::{Direction, OffloadDev, OffloadKind, Template};
+/// use fastswan::{Policy, PolicyId, Selector};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// let tunnel = Template::esp_tunnel("192.0.2.1".parse()?, "192.0.2.2".parse()?, 1);
+/// let device = OffloadDev { ifindex: 7, kind: OffloadKind::Packet, inbound: false };
+/// let policy = Policy {
+///     priority: 100,
+///     templates: [tunnel].into(),
+///     offload: Some(device),
+///     ..Policy::new(PolicyId::new(Direction::Out, selector))
+/// };
+/// assert_eq!(policy.id.to_string(), "out 10.1.0.0/16 → 10.2.0.0/16");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+// Each is a fact of its own, and any of them may be true together.
+#[allow(clippy::struct_excessive_bools)]
 pub struct Policy {
     /// Its identity.
     pub id: PolicyId,
@@ -48,7 +69,23 @@ pub struct Policy {
     pub held: bool,
     /// How its packets leave the device when they take the fast path.
     pub egress: Egress,
+    /// An association that its author vouches for, by what it adds to a packet: the device encrypts all that it is
+    /// handed for this policy. It serves this policy alone, and none from elsewhere is looked for.
+    pub assumed: Option<Overhead>,
+    /// The embedder keeps it from being fast, and it is what it was in all else: see
+    /// [`withhold`](crate::PolicySourceExt::withhold).
+    pub withheld: bool,
+    /// Sources that were [merged](crate::source::adapters::merge) disagree about it: packets that it matches pass,
+    /// whatever else matches.
+    pub disputed: bool,
+    /// The source that told of it, if several were merged.
+    pub origin: Origin,
 }
+
+/// Which of several [merged](crate::source::adapters::merge) sources told of a policy or an association. Policies are
+/// served by associations of their own origin only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin(pub(crate) u32);
 
 impl Policy {
     /// A policy that allows, with priority 0 and nothing else set.
@@ -66,6 +103,10 @@ impl Policy {
             expires: None,
             held: false,
             egress: Egress::default(),
+            assumed: None,
+            withheld: false,
+            disputed: false,
+            origin: Origin::default(),
         }
     }
 
