@@ -112,7 +112,7 @@ impl Traffic {
         self.directions.each_ref().map(|direction| direction.arrived.load(Ordering::Relaxed))
     }
 
-    /// Waits until so many more packets have arrived in each direction.
+    /// Waits until so many more packets have been sent in both directions, whatever becomes of them.
     ///
     /// # Errors
     ///
