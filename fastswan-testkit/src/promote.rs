@@ -185,7 +185,7 @@ mod tests {
             .policies()
             .filter(|policy| policy.is_packet_offloaded())
             .inspect(|policy| {
-                let live = database.live_sas(&policy.templates[0], Family::V4, 0, NIC).count();
+                let live = database.live_sas(&policy.templates[0], &policy.id.selector, 0, NIC).count();
                 assert_eq!((live, policy.egress.next_hop), (1, NextHop::Neighbour));
             })
             .map(|policy| policy.id.selector.destination.to_string())

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     database::{Database, Freshness},
-    policy::{Direction, Family, OffloadDev, Policy, PolicyId, PolicyType, SaId, Template},
+    policy::{Direction, Family, OffloadDev, Policy, PolicyId, PolicyType, SaId, Selector},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
 
@@ -116,6 +116,15 @@ pub enum Cause {
     Ineligible(PolicyId, &'static str),
     /// The policy has no live packet-offload association on its device.
     NoSa(PolicyId),
+    /// The policy's association is for some packets only.
+    NarrowSa {
+        /// The policy.
+        policy: PolicyId,
+        /// The association.
+        sa: SaId,
+        /// Which packets.
+        selector: Selector,
+    },
     /// The default policy blocks.
     DefaultBlock,
     /// The next hop of the policy, its device or its path's length is not known.
@@ -213,7 +222,7 @@ impl Compiler {
         let owner = matching.iter().find(|policy| self.slot(database, &policy.id) == Some(slot));
         let Some(policy) = owner else { return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)) };
         let forwarding = standing(policy, database, &self.paths)
-            .map_err(|reason| pass(reason, self.of_standing(policy, reason)))?;
+            .map_err(|reason| pass(reason, self.of_standing(database, policy, reason)))?;
         if probes.guards && compiled.is_guarded(flow.source) {
             let is_guard =
                 |policy: &&Policy| is_check(policy) && policy.id.selector.source.contains(&flow.source);
@@ -236,7 +245,7 @@ impl Compiler {
             .ok()
             .zip(policy.offload)
             .map(|(template, OffloadDev { ifindex, .. })| {
-                let live = database.live_sas(template, family, policy.id.if_id, ifindex);
+                let live = database.live_sas(template, &policy.id.selector, policy.id.if_id, ifindex);
                 let mut sas: Vec<SaId> = live.map(|sa| sa.id).collect();
                 sas.sort_unstable();
                 sas
@@ -245,15 +254,21 @@ impl Compiler {
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
     }
 
-    fn of_standing(&self, policy: &Policy, reason: PassReason) -> Cause {
-        match eligible(policy) {
-            Ok(Template { source, .. })
-                if reason == PassReason::NoPath && !self.paths.may_send_from(*source) =>
-            {
-                Cause::ForeignSource(policy.id.clone(), *source)
+    fn of_standing(&self, database: &Database, policy: &Policy, reason: PassReason) -> Cause {
+        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else {
+            return of_standing(policy, reason);
+        };
+        let PolicyId { selector, if_id, .. } = &policy.id;
+        let found = match reason {
+            PassReason::NoPath if !self.paths.may_send_from(template.source) => {
+                Some(Cause::ForeignSource(policy.id.clone(), template.source))
             }
-            _ => of_standing(policy, reason),
-        }
+            PassReason::NoSa => database
+                .narrow_sa(template, selector, *if_id, device.ifindex)
+                .map(|(sa, selector)| Cause::NarrowSa { policy: policy.id.clone(), sa, selector }),
+            _ => None,
+        };
+        found.unwrap_or_else(|| of_standing(policy, reason))
     }
 }
 
@@ -432,6 +447,9 @@ impl fmt::Display for Cause {
             Self::Ineligible(policy, why) => write!(f, "{policy} {why}"),
             Self::NoSa(policy) => {
                 write!(f, "{policy} has no live outbound packet-offload association on its device")
+            }
+            Self::NarrowSa { policy, sa, selector } => {
+                write!(f, "the SA of {policy} ({sa}) is for {selector} only, which is not all of its packets")
             }
             Self::DefaultBlock => f.write_str("the default policy blocks"),
             Self::NoPath(policy) => {

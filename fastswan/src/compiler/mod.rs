@@ -10,6 +10,7 @@
 //! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
 //! - `exceptions`: policies that ask for a protocol or ports;
 //! - `fit`: what to leave out when a table is too small;
+//! - `obstacles`: what keeps everything from being fast;
 //! - `family`: all of this for one address family.
 //!
 //! Policies that ask for a protocol or for ports are not cells but [exceptions](crate::table::Exception):
@@ -34,6 +35,7 @@ mod family;
 mod fit;
 #[cfg(any(test, fuzzing))]
 mod model;
+mod obstacles;
 mod path;
 mod plane;
 mod prefix;
@@ -55,7 +57,10 @@ use std::collections::BTreeMap;
 
 use fastswan_ebpf::PassReason;
 
-pub use self::explain::{Cause, Explanation, Flow, Shadow};
+pub use self::{
+    explain::{Cause, Explanation, Flow, Shadow},
+    obstacles::Obstacle,
+};
 use self::{
     family::{Compiled, FamilyCompiler},
     path::Paths,
@@ -369,8 +374,7 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
         return Err(PassReason::DefaultBlock);
     }
-    let associations =
-        database.live_sas(template, policy.id.selector.family(), policy.id.if_id, device.ifindex);
+    let associations = database.live_sas(template, &policy.id.selector, policy.id.if_id, device.ifindex);
     if associations.clone().all(|sa| database.is_about_to_expire(sa.expires)) {
         return Err(PassReason::NoSa);
     }

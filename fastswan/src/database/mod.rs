@@ -18,7 +18,7 @@ use crate::{
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
     policy::{
         DefaultPolicy, Direction, Family, IPPROTO_ESP, OffloadDev, OffloadKind, Policy, PolicyId, SaId,
-        SecurityAssociation, Template,
+        SecurityAssociation, Selector, Template,
     },
 };
 
@@ -157,13 +157,13 @@ impl Database {
         match event {
             PolicyEvent::Snapshot(snapshot) => self.replace(snapshot),
             PolicyEvent::Audit(snapshot) => self.audit(snapshot),
-            PolicyEvent::Policy(policy) => match self.insert_policy(policy) {
-                Ok(key) => self.renew_age(key),
-                Err(same) => {
-                    self.renew_age(same);
-                    self.note_age(same);
+            PolicyEvent::Policy(policy) => {
+                let (key, is_noted) = self.insert_policy(policy);
+                self.renew_age(key);
+                if !is_noted {
+                    self.note_age(key);
                 }
-            },
+            }
             PolicyEvent::PolicyRemoved(id) => self.remove_policy(&id),
             PolicyEvent::PoliciesFlushed(table) => {
                 let flushed = self.policies().filter(|policy| policy.id.policy_type == table);
@@ -486,10 +486,11 @@ impl Database {
 
     /// The associations that a device may use for a step of a policy without a mark, in no particular order.
     ///
-    /// `family` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
+    /// `selector` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
     /// rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
-    /// only itself. A reqid of 0 matches only itself there.
+    /// only itself. A reqid of 0 matches only itself there. The kernel compares an association's own selector with
+    /// the inner packet: one counts if its selector covers the policy's.
     ///
     /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
     /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
@@ -497,7 +498,32 @@ impl Database {
     pub fn live_sas(
         &self,
         template: &Template,
-        family: Family,
+        selector: &Selector,
+        if_id: u32,
+        device: u32,
+    ) -> impl Iterator<Item = &SecurityAssociation> + Clone {
+        let selector = *selector;
+        let serving = self.serving(template, if_id, device);
+        serving.filter(move |sa| sa.selector.is_none_or(|of_sa| of_sa.covers(&selector)))
+    }
+
+    /// One that would be among these, but its selector covers only some of the policy's packets, or none.
+    pub(crate) fn narrow_sa(
+        &self,
+        template: &Template,
+        selector: &Selector,
+        if_id: u32,
+        device: u32,
+    ) -> Option<(SaId, Selector)> {
+        let mut selectors =
+            self.serving(template, if_id, device).filter_map(|sa| Some((sa.id, sa.selector?)));
+        selectors.find(|(_, of_sa)| !of_sa.covers(selector))
+    }
+
+    /// The associations that a device may use for some packets.
+    fn serving(
+        &self,
+        template: &Template,
         if_id: u32,
         device: u32,
     ) -> impl Iterator<Item = &SecurityAssociation> + Clone {
@@ -505,7 +531,7 @@ impl Database {
             self.sas.of_request(template.into()).map(|(_, sa)| sa).filter(|sa| sa.source == template.source);
         let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
         let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
-        asked.filter(move |sa| !hidden && serves(sa, template, family, if_id, device))
+        asked.filter(move |sa| !hidden && serves(sa, template, if_id, device))
     }
 
     /// When this is.
@@ -558,9 +584,9 @@ impl Database {
     }
 }
 
-/// Whether the kernel would take an association with the addresses and the reqid of a template for packets of its policy,
-/// if that is offloaded to this device and has no mark.
-fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: u32, device: u32) -> bool {
+/// Whether the kernel would take an association with the addresses and the reqid of a template for some packets of its
+/// policy, if that is offloaded to this device and has no mark.
+fn serves(sa: &SecurityAssociation, template: &Template, if_id: u32, device: u32) -> bool {
     sa.is_outbound_packet_offload()
         && sa.offload.is_some_and(|offload| offload.ifindex == device)
         && sa.id.protocol == IPPROTO_ESP
@@ -574,8 +600,6 @@ fn serves(sa: &SecurityAssociation, template: &Template, family: Family, if_id: 
         && !sa.receives_only
         // Policies with a context are never fast, and the others do not use one with a context.
         && !sa.has_security_context
-        // One that is for some packets only is not known to be for those of the policy.
-        && sa.selector.is_none_or(|selector| selector.family() == family && selector.matches_everything())
 }
 
 fn is_candidate(policy: &Policy) -> bool {
@@ -607,7 +631,10 @@ mod tests {
     }
 
     fn live_spis(database: &Database, template: &Template) -> Vec<u32> {
-        database.live_sas(template, Family::V4, 0, NIC).map(|sa| sa.id.spi).collect()
+        database
+            .live_sas(template, &policy("10.0.1.0/24", PolicyType::Main).id.selector, 0, NIC)
+            .map(|sa| sa.id.spi)
+            .collect()
     }
 
     #[test]
@@ -818,6 +845,9 @@ mod tests {
     fn an_association_serves_only_the_policy_the_kernel_would_let_it_serve() {
         let offload = |ifindex, kind, inbound| Some(OffloadDev { ifindex, kind, inbound });
         let elsewhere = "192.0.2.9".parse().unwrap();
+        let selector = |source: &str, destination: &str| {
+            Some(Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap())
+        };
         let wrong = [
             ("not offloaded", SecurityAssociation { offload: None, ..sa(1) }),
             (
@@ -841,6 +871,14 @@ mod tests {
             ("an interface id", SecurityAssociation { if_id: 3, ..sa(1) }),
             ("for one processor", SecurityAssociation { cpu: Some(0), ..sa(1) }),
             ("that receives only", SecurityAssociation { receives_only: true, ..sa(1) }),
+            (
+                "a narrow selector",
+                SecurityAssociation { selector: selector("10.0.0.0/24", "10.0.1.0/25"), ..sa(1) },
+            ),
+            (
+                "a selector of the other family",
+                SecurityAssociation { selector: selector("::/0", "::/0"), ..sa(1) },
+            ),
             ("a security context", SecurityAssociation { has_security_context: true, ..sa(1) }),
             (
                 "a mark",
@@ -852,5 +890,28 @@ mod tests {
             database.apply(PolicyEvent::Sa(sa));
             assert_eq!(live_spis(&database, &template()), [0; 0], "{why}");
         }
+    }
+
+    #[test]
+    fn an_association_with_a_selector_serves_a_policy_that_it_covers() {
+        let covers = |source: &str, destination: &str, change: fn(&mut Selector)| {
+            let mut selector =
+                Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap();
+            change(&mut selector);
+            let mut database = Database::default();
+            database.apply(PolicyEvent::Sa(SecurityAssociation { selector: Some(selector), ..sa(1) }));
+            let policy = policy("10.0.1.0/24", PolicyType::Main).id.selector;
+            let is_narrow = database.narrow_sa(&template(), &policy, 0, NIC).is_some();
+            assert_eq!(live_spis(&database, &template()).is_empty(), is_narrow);
+            !is_narrow
+        };
+        assert!(covers("0.0.0.0/0", "0.0.0.0/0", |_| {}));
+        assert!(covers("10.0.0.5/24", "10.0.1.9/24", |_| {}), "host bits do not matter");
+        assert!(covers("10.0.0.0/8", "10.0.1.0/24", |_| {}));
+        assert!(!covers("10.0.0.5/32", "10.0.1.0/24", |_| {}));
+        assert!(!covers("10.0.0.0/24", "10.0.2.0/24", |_| {}));
+        assert!(!covers("10.0.0.0/24", "10.0.1.0/24", |selector| selector.protocol = 6));
+        assert!(!covers("10.0.0.0/24", "10.0.1.0/24", |selector| selector.source_port.mask = 0xff));
+        assert!(!covers("10.0.0.0/24", "10.0.1.0/24", |selector| selector.ifindex = NIC));
     }
 }

@@ -254,7 +254,7 @@ mod tests {
         let policies: Vec<_> = database.policies().collect();
         assert_eq!(policies.len(), 2);
         for policy in &policies {
-            let live = database.live_sas(&policy.templates[0], Family::V4, 0, 1).count();
+            let live = database.live_sas(&policy.templates[0], &policy.id.selector, 0, 1).count();
             assert_eq!(live, 1, "each policy has its own association");
         }
         assert_eq!((policies[0].priority, policies[0].egress.max_length), (7, Some(1400)));
