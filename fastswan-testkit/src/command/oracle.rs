@@ -29,8 +29,8 @@ pub(crate) struct Arguments {
     seed: Option<u64>,
     /// Breaks a rule, which must be noticed: 1 ties, 2 shadowing software policies, 3 the highest priority,
     /// 4 longest prefix instead of priority, 5 descendants of a deleted policy, 6 other reqids, 7 the age of offloaded
-    /// policies, 8 where the search stops, 9 exact prefixes first.
-    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=9))]
+    /// policies, 8 exact prefixes first.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
     mutant: Option<u8>,
     /// Judges in guests with the software NIC, where policies are really offloaded. Unless a rule is broken by
     /// choice, the third is broken afterwards, and must be noticed.

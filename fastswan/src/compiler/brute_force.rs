@@ -391,16 +391,14 @@ impl Judge<'_> {
         let age = |policy: &Policy| database.key_of(&policy.id).map_or(0, |key| database.age(key));
         same.iter().any(|pivot| {
             let (destination, source) = (pivot.id.selector.destination, pivot.id.selector.source);
-            let shortest = if packet.source.is_ipv4() { 16 } else { 48 };
-            let is_asked_first = destination.prefix_len().min(source.prefix_len()) >= shortest
-                && !destination.addr().is_unspecified()
-                && !source.addr().is_unspecified();
+            let is_odd = |prefix: IpNet| prefix.addr().is_unspecified() && prefix.prefix_len() > 0;
             let beats = |other: &&Policy| {
                 same.iter().all(|policy| policy.priority < other.priority)
                     && age(pivot) > age(other)
                     && other.id.selector.destination.prefix_len() <= destination.prefix_len()
                     && other.id.selector.source.prefix_len() <= source.prefix_len()
-                    && (is_asked_first || other.priority >= highest)
+                    && !is_odd(source)
+                    && !is_odd(destination)
             };
             (software.is_empty() || age(pivot) > 0) && others.iter().all(beats)
         })

@@ -380,20 +380,21 @@ fn r6c_one_between_two_hosts_hides_newer_ones_that_are_wider() {
 }
 
 #[test]
-fn r6d_a_policy_whose_chain_is_asked_late_is_fast_only_if_nothing_worse_can_stop_the_search() {
+fn r6_worse_numbers_elsewhere_do_not_disturb_the_newest_and_best() {
     let wide = || with_priority(100, offloaded("10.0.0.0/8", "10.2.0.0/16"));
     let default = || to_peer(2, with_priority(200, offloaded("10.0.0.0/8", "0.0.0.0/0")));
     let mut scene = Scene::new().has(default()).has(wide());
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(wide().id));
-    let far_away = with_priority(300, offloaded("172.16.0.0/12", "172.16.1.0/24"));
-    scene.after(PolicyEvent::Policy(far_away.clone()));
-    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
-    scene.after(PolicyEvent::PolicyRemoved(far_away.id));
-    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed, "what is gone counts");
-    // One with a chain for both prefixes is found first.
-    let mut scene = Scene::new().has(default_tunnel(200)).has(with_priority(100, site()));
     scene.after(PolicyEvent::Policy(with_priority(300, offloaded("172.16.0.0/12", "172.16.1.0/24"))));
-    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(wide().id));
+}
+
+#[test]
+fn r6c_a_prefix_of_the_unspecified_address_is_short_to_the_kernel_however_long_it_is() {
+    let odd = with_priority(100, offloaded("::/96", "2001:db8:2::/48"));
+    let default = to_peer(2, with_priority(200, offloaded("::/64", "2001:db8::/32")));
+    let mut scene = Scene::new().has(default).has(odd);
+    assert_eq!(scene.reason("::5:1", "2001:db8:2::1"), PassReason::Shadowed);
 }
 
 /// A snapshot of a source that has no kernel behind it.
