@@ -70,7 +70,7 @@ reasons! {
     NotOffloaded = "not_offloaded",
     /// Several policies match and the kernel's choice is not certain, or it is not the offloaded one.
     Shadowed = "shadowed",
-    /// A forward policy or a sub policy matches too.
+    /// A forward policy, a sub policy, or one that merged sources disagree about, matches too.
     ForwardOrSubPolicy = "forward_or_sub_policy",
     /// The policy has a mark, an interface, a limit, a security context, a mode or a tunnel of another family that
     /// the fast path does not handle.
@@ -100,6 +100,8 @@ reasons! {
     Removal = "removal",
     /// The frame could not be handed to the device: it is not in the device map, or a helper refused.
     EgressUnavailable = "egress_unavailable",
+    /// The embedder keeps the policy from being fast.
+    Held = "held",
 }
 
 impl PassReason {

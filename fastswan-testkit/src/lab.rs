@@ -22,7 +22,7 @@ use nix::{
     sched::{CloneFlags, setns},
 };
 
-use crate::sys::{Ethtool, ethtool_set, packet_socket};
+use crate::sys::{Ethtool, ethtool_set, feature_set, packet_socket};
 
 /// Where `ip netns` keeps namespaces.
 const NETNS: &str = "/run/netns";
@@ -167,6 +167,16 @@ impl Namespace {
     pub fn ifindex(&self, device: &str) -> Result<u32, LabError> {
         self.enter(|| nix::net::if_::if_nametoindex(device))
             .map_err(|error| LabError::system(format!("looking for {device}"), error))
+    }
+
+    /// Turns a feature of a device on or off, by the kernel's name of it, as in `rx-vlan-hw-parse`.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::System`].
+    pub fn set_feature(&self, device: &str, feature: &str, on: bool) -> Result<(), LabError> {
+        self.enter(|| feature_set(device, feature, on))
+            .map_err(|error| LabError::system(format!("setting {feature} of {device}"), error))
     }
 
     /// Forwards IPv4 and IPv6.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::command::{bench, chaos, ci, demo, doctor, ebpf, guest, oracle, vm};
+use crate::command::{api, bench, chaos, ci, demo, doctor, ebpf, guest, oracle, vm};
 
 /// Shows fastswan, builds its bytecode and runs its tests.
 #[derive(Debug, Parser)]
@@ -17,6 +17,9 @@ enum Command {
     /// Builds the committed bytecode, or checks it.
     #[command(subcommand)]
     Ebpf(ebpf::Command),
+    /// Writes the public API down, or checks that it is what was written down.
+    #[command(subcommand)]
+    Api(api::Command),
     /// Lets the kernel judge which packets are forwarded, and for which policy.
     Oracle(oracle::Arguments),
     /// Changes everything at once, as fast as the kernel takes it, and watches the mirror.
@@ -51,6 +54,7 @@ fn run() -> anyhow::Result<()> {
     match Command::parse_from(arguments(std::env::args())) {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ebpf(command) => ebpf::run(command),
+        Command::Api(command) => api::run(command),
         Command::Oracle(arguments) => oracle::run(&arguments),
         Command::Chaos(arguments) => chaos::run(&arguments),
         Command::Bench(command) => bench::run(&command),

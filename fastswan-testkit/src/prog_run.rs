@@ -106,7 +106,7 @@ pub fn hash_seed(forwarder: &XdpForwarder) -> anyhow::Result<u64> {
 fn control_record(
     forwarder: &XdpForwarder,
 ) -> anyhow::Result<Array<MapData, [u64; size_of::<Control>() / 8]>> {
-    let program = forwarder.program_id()?;
+    let program = forwarder.program_id();
     let info = loaded_programs()
         .filter_map(Result::ok)
         .find(|info| info.id() == program)

@@ -4,14 +4,9 @@
 //! another source look as if the kernel had offloaded them to a device, and assumes a security association
 //! for each. What is then sent to the device is *not encrypted*, so nothing but a lab should do this.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    net::IpAddr,
-};
-
 use async_trait::async_trait;
 use fastswan::{
-    Policy, PolicyEvent, PolicySource, SecurityAssociation, SourceError,
+    Policy, PolicyEvent, PolicySource, SourceError,
     policy::{
         Direction, Family, IPPROTO_ESP, MacAddr, Mode, NextHop, OffloadDev, OffloadKind, Overhead, Template,
     },
@@ -35,9 +30,6 @@ pub(crate) fn named(frame: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(*index))
 }
 
-/// Ends, reqid, interface id and device.
-type Tunnel = (IpAddr, IpAddr, u32, u32, Option<u32>);
-
 /// A source whose chosen outbound policies are promoted to packet offload, each with an assumed association.
 #[derive(Debug)]
 pub struct Promote<S, F> {
@@ -45,9 +37,6 @@ pub struct Promote<S, F> {
     choose: F,
     device: u32,
     next_hop: NextHop,
-    /// Assumed SPI of each tunnel that a promoted policy ever had.
-    spis: HashMap<Tunnel, u32>,
-    ready: VecDeque<PolicyEvent>,
 }
 
 impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
@@ -59,79 +48,40 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> Promote<S, F> {
     ///
     /// A policy that is offloaded already stays on its device, and only its association is assumed.
     pub fn new(source: S, device: u32, next_hop: NextHop, choose: F) -> Self {
-        Self { source, choose, device, next_hop, spis: HashMap::new(), ready: VecDeque::new() }
+        Self { source, choose, device, next_hop }
     }
 
-    /// The policy as if it were offloaded, and its association; `None` if it stays as it is.
-    fn promote(&mut self, policy: &Policy) -> Option<(Policy, SecurityAssociation)> {
-        let [template] = policy.templates[..] else { return None };
+    /// Makes a policy look as if it were offloaded, unless it stays as it is.
+    fn promote(&mut self, policy: &mut Policy) {
+        let [template] = policy.templates[..] else { return };
         let esp = template.protocol == IPPROTO_ESP && !template.destination.is_unspecified();
         if policy.id.direction != Direction::Out || !esp || !(self.choose)(policy) {
-            return None;
+            return;
         }
         let promoted = OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false };
-        let offload = policy.offload.or(Some(promoted));
-        let Template { source, destination, reqid, .. } = template;
-        let tunnel = (source, destination, reqid, policy.id.if_id, offload.map(|device| device.ifindex));
-        let next = 0xfffe_0000 + u32::try_from(self.spis.len()).unwrap_or(0);
-        let spi = *self.spis.entry(tunnel).or_insert(next);
-        let outer = Family::from(template.destination);
-        // Promoted policies have the association that is assumed for their tunnel and no other.
-        let template = Template { mode: Mode::Tunnel, optional: false, spi, ..template };
-        let association = SecurityAssociation {
-            if_id: policy.id.if_id,
-            offload,
-            overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
-            ..SecurityAssociation::for_template(&template, spi)
-        };
-        let mut promoted = policy.clone();
-        promoted.offload = offload;
-        promoted.egress.next_hop = self.next_hop;
-        promoted.templates = [template].into();
-        Some((promoted, association))
-    }
-
-    /// What is to be said instead of an event.
-    fn replace(&mut self, event: PolicyEvent) {
-        match event {
-            PolicyEvent::Policy(policy) => match self.promote(&policy) {
-                Some((policy, association)) => {
-                    self.ready.push_back(PolicyEvent::Sa(association));
-                    self.ready.push_back(PolicyEvent::Policy(policy));
-                }
-                None => self.ready.push_back(PolicyEvent::Policy(policy)),
-            },
-            PolicyEvent::Snapshot(mut snapshot) => {
-                for policy in &mut snapshot.policies {
-                    if let Some((promoted, association)) = self.promote(policy) {
-                        *policy = promoted;
-                        snapshot.sas.push(association);
-                    }
-                }
-                self.ready.push_back(PolicyEvent::Snapshot(snapshot));
-            }
-            // Real associations come and go; assumed ones stay, and matter to none but their policies. An audit
-            // would miss them.
-            PolicyEvent::SasFlushed(_) | PolicyEvent::Audit(_) => {}
-            other => self.ready.push_back(other),
-        }
+        policy.offload = policy.offload.or(Some(promoted));
+        policy.egress.next_hop = self.next_hop;
+        policy.templates = [Template { mode: Mode::Tunnel, optional: false, ..template }].into();
+        policy.assumed = Some(Overhead::aes_gcm_tunnel(Family::from(template.destination), false, 16));
     }
 }
 
 #[async_trait]
 impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote<S, F> {
     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Ok(Some(event));
+        let mut event = self.source.next_event().await?;
+        match &mut event {
+            Some(PolicyEvent::Policy(policy)) => self.promote(policy),
+            Some(PolicyEvent::Snapshot(snapshot) | PolicyEvent::Audit(snapshot)) => {
+                snapshot.policies.iter_mut().for_each(|policy| self.promote(policy));
             }
-            let Some(event) = self.source.next_event().await? else { return Ok(None) };
-            self.replace(event);
+            _ => {}
         }
+        Ok(event)
     }
 
     fn caught_up(&mut self) -> Result<bool, SourceError> {
-        Ok(self.ready.is_empty() && self.source.caught_up()?)
+        self.source.caught_up()
     }
 
     fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
@@ -140,6 +90,10 @@ impl<S: PolicySource, F: FnMut(&Policy) -> bool + Send> PolicySource for Promote
 
     fn written(&mut self) {
         self.source.written();
+    }
+
+    fn queued(&self) -> usize {
+        self.source.queued()
     }
 }
 
@@ -185,8 +139,8 @@ mod tests {
             .policies()
             .filter(|policy| policy.is_packet_offloaded())
             .inspect(|policy| {
-                let live = database.live_sas(&policy.templates[0], &policy.id.selector, 0, NIC).count();
-                assert_eq!((live, policy.egress.next_hop), (1, NextHop::Neighbour));
+                assert!(policy.assumed.is_some());
+                assert_eq!(policy.egress.next_hop, NextHop::Neighbour);
             })
             .map(|policy| policy.id.selector.destination.to_string())
             .collect();

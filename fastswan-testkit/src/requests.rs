@@ -25,12 +25,15 @@ const ALLOCSPI: u16 = 0x16;
 const UPDPOLICY: u16 = 0x19;
 const FLUSHSA: u16 = 0x1c;
 const FLUSHPOLICY: u16 = 0x1d;
+const MIGRATE: u16 = 0x21;
+const NEWSPDINFO: u16 = 0x24;
 const SETDEFAULT: u16 = 0x27;
 const GETDEFAULT: u16 = 0x28;
 
 const ATTRIBUTE_TEMPLATE: u16 = 5;
 const ATTRIBUTE_POLICY: u16 = 7;
 const ATTRIBUTE_POLICY_TYPE: u16 = 16;
+const ATTRIBUTE_MIGRATE: u16 = 17;
 const ATTRIBUTE_AEAD: u16 = 18;
 const ATTRIBUTE_MARK: u16 = 21;
 const ATTRIBUTE_OFFLOAD_DEVICE: u16 = 28;
@@ -39,6 +42,9 @@ const ATTRIBUTE_IF_ID: u16 = 31;
 const ATTRIBUTE_DIRECTION: u16 = 33;
 /// `XFRMA_SA_PCPU`, Linux 6.13.
 const ATTRIBUTE_CPU: u16 = 35;
+
+/// `XFRMA_SPD_IPV4_HTHRESH` and `XFRMA_SPD_IPV6_HTHRESH`, in messages about the policy database.
+const ATTRIBUTES_THRESHOLDS: [u16; 2] = [3, 4];
 
 /// `XFRM_STATE_WILDRECV`
 const WILDCARD_RECEIVE: u8 = 8;
@@ -158,6 +164,16 @@ impl Requests {
     }
 }
 
+/// Makes a request in this thread's network namespace, and returns when the kernel has acknowledged it.
+///
+/// # Errors
+///
+/// What the kernel answered, or the errno of a system call.
+pub fn make(message: &Message) -> anyhow::Result<()> {
+    Requests::open()?.make([message.clone()])?.pop().context("a request without an acknowledgement")??;
+    Ok(())
+}
+
 /// The sequence number of what was acknowledged, and the error.
 pub(crate) fn acknowledgement(answer: &[u8]) -> Option<(u32, i32)> {
     let number = |at: usize| answer.get(at..).and_then(|bytes| bytes.first_chunk().copied());
@@ -258,6 +274,39 @@ pub(crate) fn keyed_association(sa: &SecurityAssociation, key: &[u8; 20]) -> Mes
         // The kernel takes none without a direction; 2 is out.
         message.attribute(ATTRIBUTE_DIRECTION, &[2]);
         message.attribute(ATTRIBUTE_CPU, &cpu.to_ne_bytes());
+    }
+    message
+}
+
+/// The request to move a policy, and the associations of its template, to other outer addresses. Associations keep their
+/// offload only if it is asked for, and if the kernel knows how (Linux 6.16).
+#[must_use]
+pub fn migration(
+    id: &PolicyId,
+    old: &Template,
+    new: (IpAddr, IpAddr),
+    offload: Option<OffloadDev>,
+) -> Message {
+    let mut message = Message::deletion(id, None);
+    message.0[4..6].copy_from_slice(&MIGRATE.to_ne_bytes());
+    // `struct xfrm_user_migrate`
+    let mut migrate = [old.destination, old.source, new.1, new.0].map(address).concat();
+    migrate.extend([old.protocol, mode(old.mode), 0, 0]);
+    migrate.extend(old.reqid.to_ne_bytes());
+    migrate.extend([old.destination, new.1].map(|outer| address_family(outer).to_ne_bytes()).concat());
+    message.attribute(ATTRIBUTE_MIGRATE, &migrate);
+    message.offload(offload);
+    message
+}
+
+/// The request to hash policies whose prefixes have at least so many bits (local and remote), for both families. The
+/// kernel sorts all of them anew.
+#[must_use]
+pub fn thresholds(bits: [[u8; 2]; 2]) -> Message {
+    let mut message = Message::new(NEWSPDINFO);
+    message.0.extend([0; 4]);
+    for (kind, bits) in ATTRIBUTES_THRESHOLDS.into_iter().zip(bits) {
+        message.attribute(kind, &bits);
     }
     message
 }

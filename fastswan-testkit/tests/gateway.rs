@@ -8,15 +8,15 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, ChannelSource, Gateway, HostFacts, NetlinkSource, PassReason, PolicyEvent, PolicySource,
-    Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
+    BpfTable, ChannelSource, Gateway, NetlinkHost, NetlinkSource, PassReason, PolicyEvent, PolicySource,
+    SecurityAssociation, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
     compiler::{Explanation, Flow, PolicyState},
     forwarder::RunAction,
-    gateway::GatewayError,
-    netlink::HostWatch,
+    gateway::{GatewayError, PolicyStatus},
+    mirror::InterfaceState,
     policy::{Egress, NextHop},
     source::{StaleCause, fixed::StaticPolicy},
-    table::{Ports as _, TableConfig},
+    table::{TableConfig, TableCounters as _},
 };
 use fastswan_testkit::{
     frames::Frame,
@@ -78,30 +78,35 @@ impl Host {
     /// The same policy as [`POLICY`], for a source without a kernel.
     async fn snapshot(&self) -> Snapshot {
         let prefixes = ["10.1.0.0/16", "10.2.0.0/16"].map(|prefix| prefix.parse().unwrap());
-        let mut source = StaticSource::new(&[StaticPolicy {
-            selector: Selector::between(prefixes[0], prefixes[1]).unwrap(),
-            device: self.out,
-            tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
-            priority: 100,
-            egress: Egress { next_hop: NextHop::Neighbour, max_length: None },
-        }]);
-        let Some(PolicyEvent::Snapshot(snapshot)) = source.next_event().await.unwrap() else { panic!() };
+        let mut source = StaticSource::new(&[StaticPolicy::new(
+            Selector::between(prefixes[0], prefixes[1]).unwrap(),
+            self.out,
+            "192.0.2.1".parse().unwrap(),
+            "192.0.2.2".parse().unwrap(),
+        )
+        .priority(100)
+        .egress(Egress { next_hop: NextHop::Neighbour, max_length: None })]);
+        let Some(PolicyEvent::Snapshot(mut snapshot)) = source.next_event().await.unwrap() else { panic!() };
+        for policy in &mut snapshot.policies {
+            let overhead = policy.assumed.take();
+            let sa = SecurityAssociation::for_template(&policy.templates[0], 0x100);
+            snapshot.sas.push(SecurityAssociation { offload: policy.offload, overhead, ..sa });
+        }
         snapshot
     }
 
-    /// A gateway with what this host looks like now.
-    fn gateway<S: PolicySource>(&self, source: S) -> (Program, Gateway<S, BpfTable>) {
-        let (forwarder, mut table) =
+    /// A gateway that follows this host.
+    fn gateway<S: PolicySource>(&self, source: S) -> (Program, Watched<S>) {
+        let (forwarder, table) =
             XdpForwarder::load(&TableConfig { cells_v4: 256, cells_v6: 256, exceptions: 64, slots: 16 })
                 .unwrap();
-        let facts = HostFacts::read().unwrap();
-        for port in facts.ports(self.lan) {
-            table.set_port(&port).unwrap();
-        }
-        let gateway = Gateway::new(source, table, &facts).with_lease(LEASE);
+        let gateway = Gateway::new(source, NetlinkHost::open().unwrap(), table).with_lease(LEASE);
+        let gateway = gateway.with_interface("lan0");
         (Program { forwarder, lan: self.lan }, gateway)
     }
 }
+
+type Watched<S> = Gateway<S, NetlinkHost, BpfTable>;
 
 /// The program, which is asked what it would do.
 struct Program {
@@ -116,12 +121,7 @@ impl Program {
     }
 
     /// Runs the gateway until a packet has this fate, which it must have soon.
-    async fn until<S: PolicySource>(
-        &self,
-        gateway: &mut Gateway<S, BpfTable>,
-        destination: &str,
-        fate: RunAction,
-    ) {
+    async fn until<S: PolicySource>(&self, gateway: &mut Watched<S>, destination: &str, fate: RunAction) {
         let reached = async {
             while self.fate(destination) != fate {
                 sleep(Duration::from_millis(1)).await;
@@ -132,10 +132,10 @@ impl Program {
     }
 
     /// Why the kernel gets a packet.
-    fn reason<S: PolicySource>(&self, gateway: &Gateway<S, BpfTable>, destination: &str) -> PassReason {
-        let before = gateway.report().passes;
+    fn reason<S: PolicySource>(&self, gateway: &Watched<S>, destination: &str) -> PassReason {
+        let before = gateway.table().passes();
         assert_eq!(self.fate(destination), RunAction::Pass, "{destination}");
-        let mut passes = gateway.report().passes;
+        let mut passes = gateway.table().passes();
         passes.retain(|counted| !before.contains(counted));
         let [(reason, _)] = passes[..] else { panic!("counted as {passes:?}") };
         reason
@@ -226,7 +226,7 @@ fn an_explanation_tells_what_the_program_does() {
             host.namespace().ip(&add).unwrap();
         }
         let (program, mut gateway) = host.gateway(host.kernel());
-        let explain = |gateway: &Gateway<_, BpfTable>, destination: &str| {
+        let explain = |gateway: &Watched<_>, destination: &str| {
             let flow = Flow::between("10.1.0.5".parse().unwrap(), destination.parse().unwrap());
             gateway.explain(&Flow { ingress: Some((host.lan, 0)), protocol: 17, ..flow })
         };
@@ -272,10 +272,9 @@ fn a_source_that_lost_track_stops_everything_until_its_next_snapshot() {
     story("a stale source", async |host| {
         let (sender, source) = ChannelSource::new(host.snapshot().await, 8);
         let (program, mut gateway) = host.gateway(source);
-        // A yield is as long as it takes to follow everything that was sent.
-        gateway.run_until(yield_now()).await.unwrap();
-        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
 
+        // A yield is as long as it takes to follow everything that was sent.
         sender.try_send(PolicyEvent::Stale(StaleCause::Overrun)).unwrap();
         gateway.run_until(yield_now()).await.unwrap();
         assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
@@ -286,8 +285,7 @@ fn a_source_that_lost_track_stops_everything_until_its_next_snapshot() {
         assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "one policy is not all");
 
         sender.try_send(PolicyEvent::Snapshot(host.snapshot().await)).unwrap();
-        gateway.run_until(yield_now()).await.unwrap();
-        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
     });
 }
 
@@ -296,8 +294,7 @@ fn a_source_that_fails_stops_everything() {
     story("a failing source", async |host| {
         let (sender, source) = ChannelSource::new(host.snapshot().await, 8);
         let (program, mut gateway) = host.gateway(source);
-        gateway.run_until(yield_now()).await.unwrap();
-        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
         drop(sender);
         let error = gateway.run_until(pending()).await.unwrap_err();
         assert!(matches!(error, GatewayError::Source(SourceError::ChannelClosed)), "{error}");
@@ -310,8 +307,7 @@ fn a_dropped_gateway_leaves_everything_to_the_kernel() {
     story("dropping a gateway", async |host| {
         let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
         let (program, mut gateway) = host.gateway(source);
-        gateway.run_until(yield_now()).await.unwrap();
-        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
         // The program still runs, and its lease with it.
         drop(gateway);
         assert_eq!(program.fate(INSIDE), RunAction::Pass);
@@ -364,7 +360,7 @@ fn a_lease_begins_when_the_source_was_asked() {
         let mut gateway = gateway.with_lease(Duration::from_millis(50));
         // The snapshot is written, and then the lease is renewed because nothing happens.
         for _ in 0..3 {
-            gateway.run_until(yield_now()).await.unwrap();
+            gateway.synchronise().await.unwrap();
             assert_eq!(program.reason(&gateway, INSIDE), PassReason::LeaseExpired);
         }
     });
@@ -378,8 +374,7 @@ fn addresses_of_the_host_and_unroutable_ones_inside_a_policy_pass() {
         host.namespace().ip("route add 10.2.77.0/24 dev lan0").unwrap();
         let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
         let (program, mut gateway) = host.gateway(source);
-        gateway.run_until(yield_now()).await.unwrap();
-        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
         assert_eq!(program.reason(&gateway, "10.2.0.1"), PassReason::DeniedDestination);
         assert_eq!(program.reason(&gateway, "10.2.66.1"), PassReason::DeniedDestination);
         assert_eq!(program.reason(&gateway, "10.2.77.1"), PassReason::RouteElsewhere);
@@ -391,9 +386,7 @@ fn a_link_that_goes_down_takes_the_fast_path_with_it_and_brings_it_back() {
     story("a link that flaps", async |host| {
         let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
         let (program, mut gateway) = host.gateway(source);
-        gateway.run_until(yield_now()).await.unwrap();
-        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
-        let mut watch = HostWatch::open().unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
         for (change, fate) in [
             ("link set out0 down", RunAction::Pass),
             ("link set out0 up", RunAction::Redirect),
@@ -406,64 +399,41 @@ fn a_link_that_goes_down_takes_the_fast_path_with_it_and_brings_it_back() {
                 let peer = format!("neighbour replace 192.0.2.2 lladdr {PEER} dev out0");
                 host.namespace().ip(&peer).unwrap();
             }
-            let settled = async {
-                loop {
-                    watch.changed().await.unwrap();
-                    gateway.set_host(&HostFacts::read().unwrap()).unwrap();
-                    if program.fate(INSIDE) == fate {
-                        break;
-                    }
-                }
-            };
-            timeout(PATIENCE, settled).await.unwrap_or_else(|_| panic!("{change}: never {fate:?}"));
+            program.until(&mut gateway, INSIDE, fate).await;
         }
     });
 }
 
 #[test]
-fn nothing_is_fast_while_the_host_is_unknown() {
-    story("an unknown host", async |host| {
-        let (sender, source) = ChannelSource::new(host.snapshot().await, 8);
+fn a_port_that_goes_and_comes_back_under_its_name_is_a_port_again() {
+    story("a port that comes back", async |host| {
+        let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
         let (program, mut gateway) = host.gateway(source);
-        gateway.run_until(yield_now()).await.unwrap();
-        assert_eq!(program.fate(INSIDE), RunAction::Redirect);
-
-        gateway.forget_host();
-        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "at once");
-        // Neither the loop nor its source switches it on again.
-        for event in [PolicyEvent::SasFlushed(51), PolicyEvent::Snapshot(host.snapshot().await)] {
-            gateway.run_until(sleep(Duration::from_millis(1))).await.unwrap();
-            sender.try_send(event).unwrap();
-            gateway.run_until(yield_now()).await.unwrap();
-            assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled);
-        }
-        let flow = Flow::between("10.1.0.5".parse().unwrap(), INSIDE.parse().unwrap());
-        let explanation = gateway.explain(&flow).to_string();
-        assert!(explanation.contains("has not been read yet"), "{explanation}");
-
-        gateway.set_host(&HostFacts::read().unwrap()).unwrap();
-        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "the source may have more to say");
-        sender.try_send(PolicyEvent::Stale(StaleCause::Requested)).unwrap();
-        gateway.run_until(sleep(Duration::from_millis(1))).await.unwrap();
-        assert_eq!(program.reason(&gateway, INSIDE), PassReason::Disabled, "and it has");
-        sender.try_send(PolicyEvent::Snapshot(host.snapshot().await)).unwrap();
         program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        host.namespace().ip("link set lan0 down").unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Pass).await;
+        host.namespace().ip("link set lan0 name lan9").unwrap();
+        host.namespace().ip("link set lan9 up").unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        let interfaces = gateway.status().interfaces;
+        assert!(matches!(interfaces[0].state, InterfaceState::Attached { .. }), "{interfaces:?}");
     });
 }
 
 #[test]
-fn a_report_tells_what_each_policy_has_forwarded() {
-    story("a report", async |host| {
+fn a_status_tells_what_each_policy_has_forwarded() {
+    story("a status", async |host| {
         let (_sender, source) = ChannelSource::new(host.snapshot().await, 8);
         let (program, mut gateway) = host.gateway(source);
         gateway.run_until(yield_now()).await.unwrap();
         for _ in 0..3 {
             assert_eq!(program.fate(INSIDE), RunAction::Redirect);
         }
-        let report = gateway.report();
-        let [(policy, traffic)] = &report.policies[..] else { panic!("{report}") };
-        assert_eq!((policy.state, traffic.packets, traffic.bytes), (PolicyState::Fast, 3, 3 * 128));
-        let line = "fast: out 10.1.0.0/16 → 10.2.0.0/16: 3 fast packets, 384 bytes";
-        assert!(report.to_string().contains(line), "{report}");
+        let status = gateway.status();
+        let [policy] = &status.policies[..] else { panic!("{status}") };
+        let PolicyStatus { state, traffic, .. } = policy;
+        assert_eq!((*state, traffic.packets, traffic.bytes), (PolicyState::Fast, 3, 3 * 128));
+        let line = "fast: out 10.1.0.0/16 → 10.2.0.0/16: 3 packets, 384 bytes";
+        assert!(status.to_string().contains(line), "{status}");
     });
 }

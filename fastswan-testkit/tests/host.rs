@@ -1,11 +1,15 @@
 //! Host facts as the kernel tells them, in namespaces that were set up for it.
 
-use std::{fmt::Write as _, fs, net::IpAddr};
+use std::{
+    fmt::Write as _,
+    fs,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use fastswan::{
-    HostFacts,
-    host::{Link, Neighbour, RouteKind, Rule},
-    netlink::HostWatch,
+    HostEvent, HostFacts, HostSource as _, NetlinkHost,
+    host::{HostStaleCause, Link, Neighbour, RouteKind, Rule},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
@@ -13,8 +17,10 @@ use fastswan_testkit::{
     lab::{self, Namespace},
     site::{CLIENT, LAN, PEER, Site},
 };
-use futures::FutureExt as _;
+use tokio::time::timeout;
 
+/// Nothing here takes longer, unless it never happens.
+const PATIENCE: Duration = Duration::from_secs(60);
 const MAIN: u32 = 254;
 const LOCAL: u32 = 255;
 
@@ -32,6 +38,10 @@ fn story(what: &str, tell: impl FnOnce(&Namespace)) {
 
 fn named<'a>(host: &'a HostFacts, name: &str) -> &'a Link {
     host.ifindex(name).and_then(|ifindex| host.link(ifindex)).unwrap_or_else(|| panic!("no {name}"))
+}
+
+fn routes_of(host: &HostFacts, prefix: &str) -> usize {
+    routes(host, MAIN, prefix).len()
 }
 
 /// What the routes of a table for exactly this prefix do.
@@ -189,36 +199,134 @@ fn only_neighbours_with_an_address_are_told() {
     });
 }
 
+/// Within a runtime, with a host source that was opened in the gateway's namespace and has told everything.
+fn following(what: &str, tell: impl AsyncFnOnce(&Namespace, NetlinkHost, HostFacts) + Send) {
+    story(what, |gateway| {
+        gateway.enter(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut host = NetlinkHost::open().unwrap();
+                let facts = snapshot(&mut host).await;
+                tell(gateway, host, facts).await;
+            });
+        });
+    });
+}
+
+/// What it tells next that is worth relying on.
+async fn snapshot(host: &mut NetlinkHost) -> HostFacts {
+    let facts = async {
+        loop {
+            match host.next_event().await.unwrap().unwrap() {
+                HostEvent::Snapshot(facts) if host.caught_up().unwrap() => break facts,
+                _ => {}
+            }
+        }
+    };
+    timeout(PATIENCE, facts).await.expect("the host changes without end")
+}
+
 #[test]
 fn a_neighbour_that_is_heard_from_again_is_no_change() {
-    story("watching neighbours", |gateway| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        gateway.enter(|| {
-            let _runtime = runtime.enter();
-            let mut watch = HostWatch::open().unwrap();
-            let change = |what: &str| gateway.ip(what).unwrap();
-            change("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:bb dev out0 nud reachable");
-            assert!(watch.changed().now_or_never().is_some(), "nothing has been read yet");
-            let mut host = watch.read().unwrap();
-            for (what, changed) in [
-                ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:bb dev out0 nud stale", false),
-                ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:cc dev out0 nud stale", true),
-                ("neighbour replace 192.0.2.7 dev out0 nud failed", false),
-                ("neighbour delete 192.0.2.7 dev out0", false),
-                ("neighbour replace 192.0.2.2 dev out0 nud failed", true),
-                ("neighbour replace 192.0.2.8 lladdr 02:00:00:00:00:08 dev out0", true),
-                ("neighbour delete 192.0.2.8 dev out0", true),
-                ("route add 10.9.0.0/16 via 192.0.2.2", true),
-                ("link set lan0 mtu 1400", true),
-            ] {
-                change(what);
-                assert_eq!(watch.changed().now_or_never().is_some(), changed, "{what}");
-                let now = watch.read().unwrap();
-                assert_eq!(now != host, changed, "{what}");
-                host = now;
-                assert!(watch.changed().now_or_never().is_none(), "{what}: that is known");
+    following("watching neighbours", async |gateway, mut host, mut before| {
+        for (what, changed) in [
+            ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:bb dev out0 nud stale", false),
+            ("neighbour replace 192.0.2.2 lladdr 02:00:00:00:00:cc dev out0 nud stale", true),
+            ("neighbour replace 192.0.2.7 dev out0 nud failed", false),
+            ("neighbour delete 192.0.2.7 dev out0", false),
+            ("neighbour replace 192.0.2.2 dev out0 nud failed", true),
+            ("neighbour replace 192.0.2.8 lladdr 02:00:00:00:00:08 dev out0", true),
+            ("neighbour delete 192.0.2.8 dev out0", true),
+            ("route add 10.9.0.0/16 via 192.0.2.2", true),
+            ("link set lan0 mtu 1400", true),
+        ] {
+            gateway.ip(what).unwrap();
+            assert_eq!(host.caught_up().unwrap(), !changed, "{what}");
+            if changed {
+                let stale = host.next_event().await.unwrap();
+                assert_eq!(stale, Some(HostEvent::Stale(HostStaleCause::Changed)), "{what}");
+                let now = snapshot(&mut host).await;
+                assert_ne!(now, before, "{what}");
+                before = now;
             }
+        }
+    });
+}
+
+/// Each of these is told to a group of its own, or changes what is told of a device.
+#[test]
+fn what_is_no_route_but_decides_over_packets_is_a_change() {
+    following("watching next hops, sysctls and devices", async |gateway, mut host, _| {
+        let ip = |what: &str| drop(gateway.ip(what).unwrap());
+        let sysctl = |key: &str, value: &str| gateway.sysctl(key, value).unwrap();
+        ip("nexthop add id 1 via 192.0.2.2 dev out0");
+        ip("route add 10.2.9.0/24 nhid 1");
+        let before = snapshot(&mut host).await;
+        assert_eq!(routes(&before, MAIN, "10.2.9.0/24").len(), 1);
+        let peer = Namespace::new("program").unwrap();
+        ip(&format!("link add veth7 type veth peer name veth8 netns {}", peer.name()));
+        ip("link set veth7 up");
+        peer.ip("link set veth8 up").unwrap();
+        snapshot(&mut host).await;
+
+        let changes: [(&str, &(dyn Fn() + Sync)); 5] = [
+            ("a next hop goes", &|| ip("nexthop del id 1")),
+            ("forwarding of IPv4", &|| sysctl("net.ipv4.conf.lan0.forwarding", "1")),
+            ("forwarding of IPv6", &|| sysctl("net.ipv6.conf.all.forwarding", "1")),
+            ("a reverse path filter", &|| sysctl("net.ipv4.conf.lan0.rp_filter", "1")),
+            // A veth device takes redirected frames as long as its peer has generic receive offload.
+            ("what a device can do", &|| peer.set_feature("veth8", "rx-gro", true).unwrap()),
+        ];
+        for (what, change) in changes {
+            assert!(host.caught_up().unwrap(), "before: {what}");
+            change();
+            let stale = timeout(PATIENCE, host.next_event()).await.expect(what).unwrap();
+            assert_eq!(stale, Some(HostEvent::Stale(HostStaleCause::Changed)), "{what}");
+            let now = snapshot(&mut host).await;
+            assert_eq!(routes(&now, MAIN, "10.2.9.0/24"), [], "{what}");
+        }
+        let lan = named(&snapshot_after(&mut host, || ip("link set lan0 mtu 1400")).await, "lan0").clone();
+        assert_eq!((lan.forwards, lan.reverse_path), (Forwards { v4: true, v6: true }, ReversePath::Strict));
+    });
+}
+
+async fn snapshot_after(host: &mut NetlinkHost, change: impl FnOnce()) -> HostFacts {
+    change();
+    snapshot(host).await
+}
+
+/// Sysctls are those of the thread that reads them, and sockets belong where they were opened.
+#[test]
+fn a_host_source_stays_in_the_namespace_that_it_was_opened_in() {
+    if !lab::require_root("two namespaces") {
+        return;
+    }
+    let (here, elsewhere) = (Site::new().unwrap(), Namespace::new("elsewhere").unwrap());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut host = here.gateway.enter(|| runtime.block_on(async { NetlinkHost::open().unwrap() }));
+    elsewhere.enter(|| {
+        runtime.block_on(async {
+            let before = snapshot(&mut host).await;
+            assert_eq!(before, read(&here.gateway));
+            here.gateway.sysctl("net.ipv4.conf.lan0.forwarding", "1").unwrap();
+            let now = snapshot(&mut host).await;
+            assert!(named(&now, "lan0").forwards.v4 && !named(&before, "lan0").forwards.v4);
         });
+    });
+}
+
+#[test]
+fn a_host_that_changes_all_the_time_is_read_ten_times_a_second() {
+    following("a host that changes all the time", async |gateway, mut host, _| {
+        let begin = Instant::now();
+        let (mut snapshots, mut number) = (0, 0);
+        while begin.elapsed() < Duration::from_secs(2) {
+            gateway.ip(&format!("address replace 10.77.0.{number}/32 dev lo")).unwrap();
+            number = (number + 1) % 250;
+            let event = timeout(Duration::from_millis(1), host.next_event()).await;
+            snapshots += u32::from(matches!(event, Ok(Ok(Some(HostEvent::Snapshot(_))))));
+        }
+        assert!((3..=20).contains(&snapshots), "{snapshots}");
     });
 }
 
@@ -258,8 +366,8 @@ fn sysctls_are_those_of_the_namespace() {
 }
 
 #[test]
-fn more_changes_than_a_watch_holds_are_one_change() {
-    story("a watch that overruns", |gateway| {
+fn more_changes_than_a_socket_holds_are_one_change() {
+    following("a host source that overruns", async |gateway, mut host, _| {
         let batch = tempfile::NamedTempFile::new().unwrap();
         // Some 4 MiB of notifications, where 2 fit.
         let routes = (0..5000).fold(String::new(), |mut routes, number| {
@@ -267,14 +375,11 @@ fn more_changes_than_a_watch_holds_are_one_change() {
             routes
         });
         fs::write(batch.path(), routes).unwrap();
-        gateway.enter(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let mut watch = HostWatch::open().unwrap();
-                gateway.ip(&format!("-batch {}", batch.path().display())).unwrap();
-                watch.changed().await.unwrap();
-                assert_eq!(watch.changed().now_or_never().map(Result::ok), None);
-            });
-        });
+        gateway.ip(&format!("-batch {}", batch.path().display())).unwrap();
+        let stale = host.next_event().await.unwrap();
+        assert!(matches!(stale, Some(HostEvent::Stale(_))), "{stale:?}");
+        let facts = snapshot(&mut host).await;
+        let added = |number: u32| format!("10.9.{}.{}/32", number / 256, number % 256);
+        assert!((0..5000).step_by(999).all(|number| routes_of(&facts, &added(number)) == 1));
     });
 }

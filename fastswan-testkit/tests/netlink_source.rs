@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     future::Future,
     io::Write as _,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     process::{Command, Stdio},
     sync::{
         Arc,
@@ -23,7 +23,7 @@ use fastswan::{
 };
 use fastswan_testkit::{
     lab::{self, Namespace},
-    requests::{Change, request},
+    requests::{Change, make, migration, request, thresholds},
     xfrm::{CAPTURED, Group, ask, captured, inject, inject_at, listeners},
 };
 use futures::FutureExt as _;
@@ -40,7 +40,7 @@ fn host(number: u32) -> String {
     format!("src 10.1.{}.{}/32 dst 10.2.0.0/16 dir out", number / 256, number % 256)
 }
 /// Those that a source listens to, as bits.
-const GROUPS: u32 = 0b1110;
+const GROUPS: u32 = 0b100_1110;
 
 /// A captured message, offloaded to this device instead.
 fn offloaded_to(ifindex: u32, name: &str) -> Vec<u8> {
@@ -493,6 +493,68 @@ fn a_link_that_goes_down_leaves_or_vanishes_takes_what_was_offloaded_to_it_along
             follow(&mut source, &mut database).await;
         }
         assert_eq!(source.statistics().lost_devices, 3);
+    });
+}
+
+/// Without group 7, nothing tells of it.
+#[test]
+fn a_policy_that_is_migrated_makes_everything_stale_and_comes_back_with_its_new_far_end() {
+    story("migrating a policy", async |ns| {
+        let mut source = NetlinkSource::open().unwrap();
+        let mut database = Database::default();
+        ns.ip(&format!("xfrm policy add {OUT} priority 100 {TUNNEL}")).unwrap();
+        follow(&mut source, &mut database).await;
+        let policy = database.policies().next().unwrap().clone();
+        assert!(source.caught_up().unwrap());
+
+        let new: (IpAddr, IpAddr) = ("198.51.100.1".parse().unwrap(), "198.51.100.2".parse().unwrap());
+        make(&migration(&policy.id, &policy.templates[0], new, None)).unwrap();
+        assert!(!source.caught_up().unwrap(), "it was told before it was acknowledged");
+        assert_eq!(follow(&mut source, &mut database).await, [StaleCause::Migrated]);
+        let now = database.policies().next().unwrap();
+        assert_eq!((now.templates[0].source, now.templates[0].destination), new);
+        assert_eq!(database.snapshot(), kernel().await);
+        assert_eq!(source.statistics().migrations, 1);
+    });
+}
+
+/// Nobody is told that the kernel sorts its policies anew.
+#[test]
+fn thresholds_that_change_are_noticed_within_250_ms() {
+    story("setting thresholds", async |ns| {
+        let mut source = NetlinkSource::open().unwrap();
+        let mut database = Database::default();
+        ns.ip(&format!("xfrm policy add {OUT} priority 100 {TUNNEL}")).unwrap();
+        follow(&mut source, &mut database).await;
+        for bits in [[[16, 16], [128, 128]], [[16, 16], [48, 64]], [[32, 32], [128, 128]]] {
+            let begin = Instant::now();
+            make(&thresholds(bits)).unwrap();
+            let event = timeout(PATIENCE, source.next_event()).await.expect("an event").unwrap();
+            assert_eq!(event, Some(PolicyEvent::Stale(StaleCause::Rehashed)), "{bits:?}");
+            assert!(begin.elapsed() < Duration::from_millis(250), "{:?}", begin.elapsed());
+            assert_eq!(follow(&mut source, &mut database).await, [], "once");
+            assert_eq!(database.snapshot(), kernel().await);
+        }
+    });
+}
+
+#[test]
+fn a_source_stays_in_the_namespace_that_it_was_opened_in() {
+    story("two namespaces", async |ns| {
+        let mut source =
+            NetlinkSource::with_config(NetlinkConfig::default().audit(Some(Duration::ZERO))).unwrap();
+        ns.ip(&format!("xfrm policy add {OUT} priority 100 {TUNNEL}")).unwrap();
+        let elsewhere = Namespace::new("elsewhere").unwrap();
+        elsewhere.join_this_thread().unwrap();
+        let mut database = Database::default();
+        follow_to_audit(&mut source, &mut database).await;
+        source.settle().await.unwrap();
+        assert_eq!(database.policies().count(), 1);
+        assert_eq!(database.audit_repairs(), 0);
+        assert_eq!(kernel().await, Snapshot::default(), "there is none here");
+        ns.ip(&format!("xfrm policy delete {OUT}")).unwrap();
+        assert_eq!(follow(&mut source, &mut database).await, []);
+        assert_eq!(database.policies().count(), 0);
     });
 }
 

@@ -15,10 +15,10 @@ use std::{
 };
 
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, XdpForwarder,
+    Gateway, NetlinkHost, NetlinkSource, PassReason, XdpForwarder,
     forwarder::AttachConfig,
     policy::{MacAddr, NextHop},
-    table::{Ports as _, TableConfig},
+    table::TableConfig,
 };
 use fastswan_testkit::{
     capture::Capture,
@@ -27,6 +27,7 @@ use fastswan_testkit::{
     site::{PEER, Site},
 };
 use nix::{
+    net::if_::if_nametoindex,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -58,7 +59,7 @@ fn a_mirror_that_is_stopped_killed_or_replaced_loses_no_packet() {
         .unwrap();
     let pins = BpfFileSystem::mount().unwrap();
     let pins = pins.path().join("pins");
-    let traffic = Traffic::start(&site);
+    let traffic = Traffic::start(&site, Duration::from_millis(2));
     let start = || site.gateway.enter(|| Mirror::start(&pins));
 
     let first = start();
@@ -96,37 +97,77 @@ fn a_mirror_that_is_stopped_killed_or_replaced_loses_no_packet() {
     assert!(arrived.fast >= fourth.counted(), "what was counted has arrived");
 }
 
+/// Says how often a mirror replaces another one; a few times unless it is set.
+const TAKEOVERS: &str = "FASTSWAN_TAKEOVERS";
+
+#[test]
+fn no_packet_is_lost_or_comes_to_an_unknown_port_while_mirrors_replace_each_other() {
+    if !lab::require_root("mirrors that replace each other") {
+        return;
+    }
+    let site = Site::new().unwrap();
+    site.route().unwrap();
+    site.gateway
+        .ip("xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir out \
+             tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode transport level use")
+        .unwrap();
+    let pins = BpfFileSystem::mount().unwrap();
+    let pins = pins.path().join("pins");
+    let traffic = Traffic::start(&site, Duration::from_millis(1));
+    let start = || site.gateway.enter(|| Mirror::start(&pins));
+    let mut mirror = start();
+    traffic.wait_for("the fast path", |before, now| now.fast > before.fast + 50);
+    let kernel = traffic.arrived().kernel;
+    let takeovers = std::env::var(TAKEOVERS).map_or(5, |text| text.parse().unwrap());
+    for _ in 0..takeovers {
+        let next = start();
+        assert!(!mirror.end().success(), "it is told that it was superseded");
+        next.wait_for_report(|fast| fast > mirror.counted());
+        mirror = next;
+    }
+    let (sent, arrived) = traffic.stop();
+    let (unknown, passed) = (mirror.unknown(), arrived.kernel - kernel);
+    println!(
+        "{takeovers} takeovers, {sent} packets: {unknown} to an unknown port, {passed} passed meanwhile"
+    );
+    assert_eq!(arrived.fast + arrived.kernel, sent, "none is lost");
+    assert_eq!(unknown, 0);
+}
+
 /// What the copies do: mirror the kernel's policies until another one takes over.
 fn mirror(pins: &Path) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let host = HostFacts::read().unwrap();
-        let device = host.links.iter().find(|link| link.name == "out0").unwrap().ifindex;
+        let device = if_nametoindex("out0").unwrap();
         let next_hop = NextHop::Fixed { source: FAST, destination: PEER };
         let source = Promote::new(NetlinkSource::open().unwrap(), device, next_hop, |_| true);
         let config = TableConfig { cells_v4: 256, cells_v6: 256, exceptions: 64, slots: 16 };
-        let (mut forwarder, table) = XdpForwarder::load(&config).unwrap();
-        let mut gateway = Gateway::new(source, table, &host).with_lease(Duration::from_millis(200));
-        gateway.synchronise().await.unwrap();
-        let port = AttachConfig::new("lan0").complete_frames(true);
-        let attached = forwarder.attach_pinned(pins, &[port]).unwrap();
-        for port in host.ports(attached[0].ifindex) {
-            gateway.table_mut().set_port(&port).unwrap();
-        }
-        while !forwarder.is_superseded() {
-            gateway.run_until(tokio::time::sleep(Duration::from_millis(10))).await.unwrap();
-            let fast: u64 = gateway.report().policies.iter().map(|(_, traffic)| traffic.packets).sum();
-            println!("fast {fast}");
-        }
-        panic!("superseded");
+        let (forwarder, table) = XdpForwarder::load(&config).unwrap();
+        let mut gateway = Gateway::new(source, NetlinkHost::open().unwrap(), table)
+            .with_lease(Duration::from_millis(200))
+            .with_forwarder(forwarder, [AttachConfig::new("lan0").complete_frames(true)])
+            .unwrap()
+            .pinned_in(pins);
+        let handle = gateway.handle();
+        let reports = async {
+            loop {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                let status = handle.status().await.unwrap();
+                let unknown = status.passes.get(PassReason::UnknownPort.name()).unwrap_or(&0);
+                println!("unknown {unknown}\nfast {}", status.traffic().packets);
+            }
+        };
+        let error = gateway.run_until(reports).await.unwrap_err();
+        panic!("{error}");
     });
 }
 
 /// A copy of this program that mirrors.
 struct Mirror {
     process: RefCell<Child>,
-    /// Packets that it counted, of its last report.
+    /// Packets that it counted, of its last report: fast ones, and those from a port that it did not know.
     fast: Arc<AtomicU64>,
+    unknown: Arc<AtomicU64>,
 }
 
 impl Mirror {
@@ -138,10 +179,14 @@ impl Mirror {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let fast = Arc::new(AtomicU64::new(0));
-        let (reports, counted) = (BufReader::new(process.stdout.take().unwrap()), Arc::clone(&fast));
+        let [fast, unknown] = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
+        let reports = BufReader::new(process.stdout.take().unwrap());
+        let (counted, counted_unknown) = (Arc::clone(&fast), Arc::clone(&unknown));
         thread::spawn(move || {
             for line in reports.lines().map_while(Result::ok) {
+                if let Some(now) = line.strip_prefix("unknown ") {
+                    counted_unknown.store(now.parse().unwrap(), Ordering::Relaxed);
+                }
                 if let Some(now) = line.strip_prefix("fast ") {
                     let now: u64 = now.parse().unwrap();
                     let before = counted.swap(now, Ordering::Relaxed);
@@ -149,7 +194,7 @@ impl Mirror {
                 }
             }
         });
-        Self { process: RefCell::new(process), fast }
+        Self { process: RefCell::new(process), fast, unknown }
     }
 
     fn signal(&self, signal: Signal) {
@@ -159,6 +204,10 @@ impl Mirror {
 
     fn counted(&self) -> u64 {
         self.fast.load(Ordering::Relaxed)
+    }
+
+    fn unknown(&self) -> u64 {
+        self.unknown.load(Ordering::Relaxed)
     }
 
     fn wait_for_report(&self, reached: impl Fn(u64) -> bool) {
@@ -198,7 +247,7 @@ struct Arrived {
     kernel: u64,
 }
 
-/// Numbered packets from the client to the peer, one every other millisecond.
+/// Numbered packets from the client to the peer, one after each pause.
 struct Traffic {
     stop: Arc<AtomicBool>,
     arrived: Arc<Mutex<Arrived>>,
@@ -207,7 +256,7 @@ struct Traffic {
 }
 
 impl Traffic {
-    fn start(site: &Site) -> Self {
+    fn start(site: &Site, pause: Duration) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let arrived = Arc::new(Mutex::new(Arrived::default()));
         let mut capture = Capture::open(&site.peer).unwrap();
@@ -236,7 +285,7 @@ impl Traffic {
             while !ending.load(Ordering::Relaxed) {
                 socket.send_to(&[0; 64], ("10.2.0.9", PORT)).unwrap();
                 sent += 1;
-                sleep(Duration::from_millis(2));
+                sleep(pause);
             }
             drop(sink);
             sent

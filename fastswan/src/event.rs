@@ -73,6 +73,12 @@ pub enum StaleCause {
     /// The device with this index went down, or left the namespace. The kernel then deletes what was offloaded
     /// to it and says nothing.
     DeviceLost(u32),
+    /// Policies or associations were given other addresses (`XFRM_MSG_MIGRATE`, `XFRM_MSG_MIGRATE_STATE`). The kernel
+    /// does not tell what they are now.
+    Migrated,
+    /// The kernel has sorted its policies anew, since the prefix lengths changed from which on it hashes them (`hthresh`).
+    /// The order among equal priorities may be another one.
+    Rehashed,
     /// The source asked for a resynchronisation itself.
     Requested,
 }
@@ -86,6 +92,8 @@ impl StaleCause {
             Self::Undecodable => "undecodable",
             Self::DumpInterrupted => "dump_interrupted",
             Self::DeviceLost(_) => "device_lost",
+            Self::Migrated => "migrated",
+            Self::Rehashed => "rehashed",
             Self::Requested => "requested",
         }
     }

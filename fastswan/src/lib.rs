@@ -23,7 +23,8 @@
 //!
 //! Most users need the last two, and a source:
 //!
-//! ```no_run
+#![cfg_attr(feature = "bpf", doc = "```no_run")]
+#![cfg_attr(not(feature = "bpf"), doc = "```ignore")]
 //! use fastswan::{Gateway, HostFacts, NetlinkSource, XdpForwarder};
 //! use fastswan::{forwarder::AttachConfig, table::{Ports as _, TableConfig}};
 //!
@@ -49,31 +50,48 @@
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
 //! for what is removed; for policies that come it stays.
 //!
-//! **Host facts** are read once. Read them again when [`HostWatch`](netlink::HostWatch) says that links, addresses, routes,
+//! **Host facts** are read once. Read them again when [`NetlinkHost`] says that links, addresses, routes,
 //! rules or neighbours have changed; it is not told of sysctls.
 //!
 //! # Features
 //!
-//! - `serde`: `StaticSource::from_toml`.
+//! Features only add. By default there are `bpf` and `netlink`.
+//!
+//! - `netlink`: the kernel as a source, and what it tells of the host. Linux only; brings `tokio`.
+//! - `bpf`: [`forwarder`] and `BpfTable`, which ask the kernel about devices; brings `netlink`.
+//! - `tokio`: [`gateway`] and `ChannelSource`.
+//! - `serde`: `StaticSource::from_toml`, with `netlink`, which finds interfaces by name.
 //! - `metrics`: a gateway records its [`metrics`].
 //! - `guard`: `XdpForwarder::attach_guard`.
 //! - `untrusted-netlink-senders`: for tests only; lets a netlink source believe processes.
 //! - `broken-rules`: for the oracle of the testkit only; lets a compiler break the promise on purpose.
 //!
+//! Without any, what decides is left: [`policy`], [`event`], [`host`], [`database`], [`compiler`], [`table`] with
+//! [`MemoryTable`], [`mirror`] and the sources that do no I/O. That builds on any platform, for simulations, tests and
+//! drivers of your own.
+//!
 //! Needs 64-bit Linux 6.2 or later and, for the forwarder, `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod compiler;
 pub mod database;
 pub mod event;
+#[cfg(feature = "bpf")]
 pub mod forwarder;
+#[cfg(feature = "tokio")]
 pub mod gateway;
 pub mod host;
+#[cfg(feature = "tokio")]
 pub mod metrics;
 pub mod mirror;
+#[cfg(feature = "netlink")]
 pub mod netlink;
 pub mod policy;
 mod prefix_map;
 pub mod source;
+#[cfg(feature = "netlink")]
+#[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "some calls are for programs only"))]
 mod sys;
 pub mod table;
 #[cfg(feature = "serde")]
@@ -83,12 +101,24 @@ pub use compiler::Compiler;
 pub use database::Database;
 pub use event::{PolicyEvent, PolicyOrder, Snapshot};
 pub use fastswan_ebpf::PassReason;
+#[cfg(feature = "bpf")]
 pub use forwarder::XdpForwarder;
+#[cfg(feature = "tokio")]
 pub use gateway::Gateway;
 pub use host::{HostEvent, HostFacts};
 pub use policy::{Policy, PolicyId, SecurityAssociation, Selector};
+#[cfg(feature = "tokio")]
+pub use source::channel::ChannelSource;
 pub use source::{
-    HostSource, NetlinkSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt,
-    channel::ChannelSource, fixed::StaticSource,
+    HostSource, PolicySource, SourceError, VouchedHost, adapters::PolicySourceExt, fixed::StaticSource,
 };
-pub use table::{BpfTable, MemoryTable, OffloadTable};
+#[cfg(feature = "netlink")]
+pub use source::{NetlinkHost, NetlinkSource};
+#[cfg(feature = "bpf")]
+pub use table::BpfTable;
+pub use table::{MemoryTable, OffloadTable};
+
+/// The example in the README is compiled.
+#[cfg(all(doctest, feature = "bpf"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,41 +1,81 @@
 //! System calls that no library here offers safely.
 #![allow(unsafe_code)]
 
-use std::{io, os::fd::AsRawFd as _};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+    time::Duration,
+};
 
 use netlink_sys::Socket;
 use rustix::{
-    net::{AddressFamily, SocketType, netdevice::name_to_index, socket},
+    net::{AddressFamily, SocketType, socket},
+    thread::{MembarrierCommand, membarrier},
     time::{ClockId, clock_gettime},
 };
 use tokio::io::unix::AsyncFd;
 
-/// `linux/ethtool.h`
-const ETHTOOL_GFLAGS: u32 = 0x25;
-/// `ETH_FLAG_RXVLAN`: the device takes VLAN tags off received frames.
-const ETH_FLAG_RXVLAN: u32 = 1 << 8;
-
 /// The index of the interface with this name in this thread's network namespace.
+#[cfg(feature = "serde")]
 pub(crate) fn ifindex(interface: &str) -> io::Result<u32> {
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    Ok(name_to_index(socket, interface)?)
+    Ok(rustix::net::netdevice::name_to_index(any_socket()?, interface)?)
 }
 
-/// Whether an interface of this thread's network namespace takes VLAN tags off received frames.
-pub(crate) fn strips_vlan_tags(interface: &str) -> io::Result<bool> {
-    /// `struct ethtool_value`
-    #[repr(C)]
-    struct Value {
-        command: u32,
-        data: u32,
-    }
-    let mut flags = Value { command: ETHTOOL_GFLAGS, data: 0 };
-    ethtool(interface, &mut flags)?;
-    Ok(flags.data & ETH_FLAG_RXVLAN != 0)
+/// A socket for requests that any socket takes. Of this family because a process that may open few families may
+/// nearly always open this one.
+fn any_socket() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::UNIX, SocketType::DGRAM, None)?)
 }
 
-/// Passes a request to the driver of an interface. `T` must be the structure that its first field asks for.
-fn ethtool<T>(interface: &str, request: &mut T) -> io::Result<()> {
+/// `linux/ethtool.h`
+const ETHTOOL_GSTRINGS: u32 = 0x1b;
+const ETHTOOL_GSSET_INFO: u32 = 0x37;
+const ETHTOOL_GFEATURES: u32 = 0x3a;
+const ETH_SS_FEATURES: u32 = 4;
+const ETH_GSTRING_LEN: usize = 32;
+
+/// The names of the features that are on at an interface of this thread's network namespace, as
+/// `ethtool --show-features` has them in the kernel's spelling (`rx-vlan-hw-parse`, `rx-gro`).
+pub(crate) fn active_features(interface: &str) -> io::Result<Vec<String>> {
+    let count = feature_count(interface)?;
+    // `struct ethtool_gstrings` in words of 32 bits: command, set, length, and the strings.
+    let mut strings = vec![0_u32; 3 + count * ETH_GSTRING_LEN / 4];
+    strings[..3].copy_from_slice(&[ETHTOOL_GSTRINGS, ETH_SS_FEATURES, count_u32(count)?]);
+    ethtool(interface, &mut strings)?;
+    // `struct ethtool_gfeatures`: command, number of blocks, and of each the masks available, requested, active and
+    // never changed.
+    let blocks = count.div_ceil(32);
+    let mut masks = vec![0_u32; 2 + blocks * 4];
+    masks[..2].copy_from_slice(&[ETHTOOL_GFEATURES, count_u32(blocks)?]);
+    ethtool(interface, &mut masks)?;
+
+    let names: Vec<u8> = strings[3..].iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let name = |bytes: &[u8]| {
+        let bytes: Vec<u8> = bytes.iter().copied().take_while(|byte| *byte != 0).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let is_active = |feature: usize| masks[2 + feature / 32 * 4 + 2] & (1 << (feature % 32)) != 0;
+    let names = names.chunks_exact(ETH_GSTRING_LEN).map(name).enumerate();
+    Ok(names.filter(|(feature, _)| is_active(*feature)).map(|(_, name)| name).collect())
+}
+
+/// How many features the running kernel knows, which is the same for each interface and at any time.
+fn feature_count(interface: &str) -> io::Result<usize> {
+    // `struct ethtool_sset_info`: command, reserved, a mask of 64 bits of sets, and the length of the only set.
+    let mask = (1_u64 << ETH_SS_FEATURES).to_ne_bytes();
+    let half = |at: usize| u32::from_ne_bytes([mask[at], mask[at + 1], mask[at + 2], mask[at + 3]]);
+    let mut info = vec![ETHTOOL_GSSET_INFO, 0, half(0), half(4), 0];
+    ethtool(interface, &mut info)?;
+    Ok(info[4] as usize)
+}
+
+fn count_u32(count: usize) -> io::Result<u32> {
+    u32::try_from(count).map_err(io::Error::other)
+}
+
+/// Passes a request to the driver of an interface. The request must have the size that its command and the lengths in it
+/// ask for.
+fn ethtool(interface: &str, request: &mut [u32]) -> io::Result<()> {
     // SAFETY: `ifreq` is plain data, for which zero is valid.
     let mut ifreq: libc::ifreq = unsafe { std::mem::zeroed() };
     if interface.len() >= ifreq.ifr_name.len() {
@@ -44,12 +84,160 @@ fn ethtool<T>(interface: &str, request: &mut T) -> io::Result<()> {
     for (to, from) in ifreq.ifr_name.iter_mut().zip(interface.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    ifreq.ifr_ifru.ifru_data = std::ptr::from_mut(request).cast();
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    ifreq.ifr_ifru.ifru_data = request.as_mut_ptr().cast();
+    let socket = any_socket()?;
     // SAFETY: `ifreq` is terminated by a zero, since the name is shorter than the field, and points to a
     // structure of the size that the kernel writes for its command; both live through the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A number that no other network namespace has had since the kernel started: that of this thread's (Linux 5.14).
+pub(crate) fn network_namespace() -> io::Result<u64> {
+    let socket = any_socket()?;
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of_val(&cookie)).map_err(io::Error::other)?;
+    // SAFETY: the option is a number of 64 bits, which `cookie` has room for; both live through the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Commands of `bpf(2)` and their structures, as in `linux/bpf.h`.
+pub(crate) mod bpf {
+    use std::{
+        ffi::CString,
+        io,
+        os::{
+            fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+            unix::ffi::OsStrExt as _,
+        },
+        path::Path,
+    };
+
+    const BPF_OBJ_PIN: u32 = 6;
+    const BPF_OBJ_GET: u32 = 7;
+    const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
+    const BPF_LINK_CREATE: u32 = 28;
+    const BPF_LINK_UPDATE: u32 = 29;
+    const BPF_LINK_DETACH: u32 = 34;
+    const BPF_XDP: u32 = 37;
+    const BPF_LINK_TYPE_XDP: u32 = 6;
+    /// `linux/if_link.h`
+    const XDP_FLAGS_SKB_MODE: u32 = 2;
+    const XDP_FLAGS_DRV_MODE: u32 = 4;
+
+    #[repr(C)]
+    struct Pin {
+        path: u64,
+        object: u32,
+        flags: u32,
+    }
+
+    #[repr(C)]
+    struct GetInfo {
+        object: u32,
+        length: u32,
+        info: u64,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    struct LinkInfo {
+        kind: u32,
+        link: u32,
+        program: u32,
+        padding: u32,
+        ifindex: u32,
+        padding_too: u32,
+    }
+
+    /// What the kernel says about a link.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct XdpLinkInfo {
+        /// The number of its program.
+        pub(crate) program: u32,
+        /// The index of its interface in the interface's network namespace; 0 if the interface is gone.
+        pub(crate) ifindex: u32,
+    }
+
+    /// Attaches an XDP program to an interface of this thread's network namespace (Linux 5.9).
+    pub(crate) fn attach_xdp(program: BorrowedFd<'_>, ifindex: u32, generic: bool) -> io::Result<OwnedFd> {
+        let mode = if generic { XDP_FLAGS_SKB_MODE } else { XDP_FLAGS_DRV_MODE };
+        let mut create = [program.as_raw_fd().cast_unsigned(), ifindex, BPF_XDP, mode];
+        descriptor(command(BPF_LINK_CREATE, &mut create)?)
+    }
+
+    /// Makes a link run another program, between two packets.
+    pub(crate) fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+        let mut update = [link.as_raw_fd(), program.as_raw_fd(), 0, 0];
+        command(BPF_LINK_UPDATE, &mut update).map(drop)
+    }
+
+    /// Takes a link's program off its interface, also if other processes hold the link.
+    pub(crate) fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
+        command(BPF_LINK_DETACH, &mut [link.as_raw_fd()]).map(drop)
+    }
+
+    /// About a link of an XDP program.
+    pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<XdpLinkInfo> {
+        let mut info = LinkInfo::default();
+        let mut get = GetInfo {
+            object: link.as_raw_fd().cast_unsigned(),
+            length: u32::try_from(size_of_val(&info)).map_err(io::Error::other)?,
+            info: (&raw mut info).expose_provenance() as u64,
+        };
+        command(BPF_OBJ_GET_INFO_BY_FD, &mut get)?;
+        if info.kind != BPF_LINK_TYPE_XDP {
+            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        }
+        Ok(XdpLinkInfo { program: info.program, ifindex: info.ifindex })
+    }
+
+    /// Makes a link, program or map stay at a path of a BPF file system.
+    pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let object = object.as_raw_fd().cast_unsigned();
+        let mut pin = Pin { path: path.as_ptr().expose_provenance() as u64, object, flags: 0 };
+        command(BPF_OBJ_PIN, &mut pin).map(drop)
+    }
+
+    /// The link, program or map at a path of a BPF file system.
+    pub(crate) fn from_pin(path: &Path) -> io::Result<OwnedFd> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut get = Pin { path: path.as_ptr().expose_provenance() as u64, object: 0, flags: 0 };
+        descriptor(command(BPF_OBJ_GET, &mut get)?)
+    }
+
+    fn descriptor(number: i32) -> io::Result<OwnedFd> {
+        if number < 0 {
+            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        }
+        // SAFETY: the kernel has just made this descriptor for the caller, and nothing else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+
+    /// `T` must be how the structure of the command begins; what it points to must live through the call.
+    fn command<T: ?Sized>(command: u32, attributes: &mut T) -> io::Result<i32> {
+        // SAFETY: the kernel reads as many bytes as the structure has and takes the rest for zero. It writes only where
+        // the structure points to, which its maker keeps alive and large enough.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                command,
+                std::ptr::from_mut(attributes).cast::<u8>(),
+                size_of_val(attributes),
+            )
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(-1)) }
+    }
 }
 
 /// Makes a socket known to the tokio runtime that the caller runs in.
@@ -60,6 +248,26 @@ pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
     // SAFETY: `Socket` owns its descriptor, always returns the same, and closes it when it is dropped, which
     // `AsyncFd` sees to.
     let watched = unsafe { AsyncFd::register(socket) };
+    watched.map_err(io::Error::from)
+}
+
+/// Returns when every packet that was in a program at the call has left it.
+///
+/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
+pub(crate) fn grace_period() {
+    if membarrier(MembarrierCommand::Global).is_err() {
+        // Not available with nohz_full. A packet is in the program for microseconds.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Makes a descriptor known to the tokio runtime that the caller runs in.
+pub(crate) fn watch_descriptor(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    if tokio::runtime::Handle::try_current().is_err() {
+        return Err(io::Error::other("there is no tokio runtime: call this inside one"));
+    }
+    // SAFETY: the descriptor is owned and always the same, and is closed when it is dropped, which `AsyncFd` sees to.
+    let watched = unsafe { AsyncFd::register(descriptor) };
     watched.map_err(io::Error::from)
 }
 

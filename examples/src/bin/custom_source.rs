@@ -44,7 +44,7 @@ fn tunnel(destination: &str) -> Option<StaticPolicy> {
     let selector = Selector::between("10.1.0.0/16".parse().ok()?, destination.parse().ok()?).ok()?;
     let egress = Egress { next_hop: NextHop::Device, max_length: Some(1400) };
     let ends = ("192.0.2.1".parse().ok()?, "192.0.2.2".parse().ok()?);
-    Some(StaticPolicy { selector, device: 7, tunnel: ends, priority: 0, egress })
+    Some(StaticPolicy::new(selector, 7, ends.0, ends.1).egress(egress))
 }
 
 #[tokio::main(flavor = "current_thread")]

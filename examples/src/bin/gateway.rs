@@ -1,49 +1,35 @@
-//! An embedder's main: source, table and forwarder, joined by a [`Gateway`].
+//! An embedder's main: sources, table and forwarder, joined by a [`Gateway`]; a status on SIGUSR1, and a hold.
 //!
 //! Run as root, with the interfaces that packets come in on: `cargo run --bin gateway -- lan0 nic0`
 
-use std::time::Duration;
-
 use anyhow::Context as _;
 use fastswan::{
-    Gateway, HostFacts, NetlinkSource, Policy, PolicySourceExt as _, XdpForwarder,
-    forwarder::AttachConfig,
-    policy::NextHop,
-    table::{Ports as _, TableConfig},
+    Gateway, NetlinkHost, NetlinkSource, PolicySourceExt as _, Selector, XdpForwarder,
+    forwarder::AttachConfig, mirror::HoldTarget, table::TableConfig,
 };
-use tokio::time::sleep;
+use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
-    let host = HostFacts::read()?;
-    let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig {
-        cells_v4: 65_536,
-        cells_v6: 65_536,
-        exceptions: 1024,
-        slots: 4096,
-    })?;
-    for interface in std::env::args().skip(1) {
-        let attachment = forwarder.attach(&AttachConfig::new(interface))?;
-        println!("{}: {:?}", attachment.interface, attachment.mode);
-        for port in host.ports(attachment.ifindex) {
-            table.set_port(&port)?;
+    // One customer's traffic is to stay in the kernel.
+    let customer: ipnet::IpNet = "10.99.0.0/16".parse().context("a prefix")?;
+    let source = NetlinkSource::open()?.withhold(move |policy| policy.id.selector.source == customer);
+    let (forwarder, table) = XdpForwarder::load(&TableConfig::default())?;
+    let mut gateway = Gateway::new(source, NetlinkHost::open()?, table)
+        .with_forwarder(forwarder, std::env::args().skip(1).map(AttachConfig::new))?;
+
+    let handle = gateway.handle();
+    let mut wanted = signal(SignalKind::user_defined1())?;
+    tokio::spawn(async move {
+        while wanted.recv().await.is_some() {
+            println!("{}", handle.status().await?);
+            // Before a daemon takes policies away: when this returns, no packet is forwarded for them any longer.
+            let tunnel = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+            let hold = handle.hold(HoldTarget::Selector(tunnel)).await?;
+            handle.release(hold).await?;
         }
-    }
-
-    // What the kernel does not tell, and this embedder knows: its NIC wants frames with the Ethernet header
-    // of the next router, and one customer's traffic is to stay in the kernel.
-    let customer = "10.99.0.0/16".parse().context("a prefix")?;
-    let source = NetlinkSource::open()?
-        .map(|mut policy: Policy| {
-            policy.egress.next_hop = NextHop::Neighbour;
-            policy
-        })
-        .filter(move |policy| policy.id.selector.source != customer);
-
-    let mut gateway = Gateway::new(source, table, &host);
-    loop {
-        // Any future can end a run: here, the time until the next report.
-        gateway.run_until(sleep(Duration::from_secs(10))).await?;
-        print!("{}", gateway.report());
-    }
+        anyhow::Ok(())
+    });
+    gateway.run_until(async { drop(tokio::signal::ctrl_c().await) }).await?;
+    Ok(())
 }

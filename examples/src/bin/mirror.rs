@@ -1,38 +1,34 @@
 //! A daemon to run beside strongSwan: mirrors the kernel's packet-offloaded policies until it is told to stop.
 //!
 //! Run as root: `cargo run --bin mirror -- lan0 nic0`. What it does is logged to stderr (`RUST_LOG=debug` tells
-//! more), and what it did is printed when it ends.
+//! more), and a report is printed now and then, on SIGUSR1, and when it ends. It ends with 3 when another one has taken over.
 
-use std::{collections::BTreeMap, future::Future, io, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    io::{self, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
 use fastswan::{
-    BpfTable, Gateway, HostFacts, NetlinkSource, PolicySource, XdpForwarder,
-    compiler::{Flow, PolicyState},
-    forwarder::{AttachConfig, AttachMode, Guard},
-    gateway::Report,
-    netlink::HostWatch,
-    table::{Port, Ports as _, TableConfig, TableError},
+    Gateway, NetlinkHost, NetlinkSource, XdpForwarder,
+    compiler::Flow,
+    forwarder::{AttachConfig, AttachMode, ForwarderError, Guard, LoadConfig},
+    gateway::{GatewayError, GatewayHandle, Status},
+    table::{TableConfig, Traffic},
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    time::{Instant, sleep, sleep_until},
-};
-use tracing::warn;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-
-/// Seconds between two looks at what metrics do not count by themselves.
-const LOOK: u64 = 5;
-
-/// What the host does is read at most this often, and this long after that has failed.
-const HOST_PAUSE: Duration = Duration::from_millis(100);
-const HOST_RETRY: Duration = Duration::from_secs(1);
 
 /// Upper bounds of the histograms.
 const SECONDS: [f64; 9] = [1e-5, 1e-4, 1e-3, 5e-3, 2e-2, 5e-2, 2e-1, 1.0, 5.0];
 const EVENTS: [f64; 7] = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0];
+/// What it ends with when another process has taken over.
+const SUPERSEDED: u8 = 3;
 
 /// Forwards packets of packet-offloaded IPsec policies at XDP.
 #[derive(Parser)]
@@ -56,6 +52,9 @@ struct Arguments {
     /// Whether the fast path is shut before the kernel removes anything (on, off), or only where that can be had (auto).
     #[arg(long, value_enum, default_value_t = Guarding::Auto)]
     guard: Guarding,
+    /// Run on a kernel on which fastswan's rules have not been judged.
+    #[arg(long)]
+    allow_unjudged_kernel: bool,
     /// Cells, host facts and guards of IPv4 that fit.
     #[arg(long, default_value_t = TableConfig::default().cells_v4)]
     cells_v4: u32,
@@ -65,7 +64,7 @@ struct Arguments {
     /// Policies that can be fast at the same time.
     #[arg(long, default_value_t = TableConfig::default().slots)]
     policies: u32,
-    /// Seconds between two reports; 0 for none but the last.
+    /// Seconds between two reports; 0 for none but the last, and those on SIGUSR1.
     #[arg(long, default_value_t = 60)]
     report: u64,
     /// Prints each report as a JSON object on a line.
@@ -76,21 +75,8 @@ struct Arguments {
     metrics: Option<SocketAddr>,
     /// A packet to explain in each report: why it is fast, or why not. As in
     /// "10.1.0.5 10.2.0.9 17 1000 2000": addresses, and if need be protocol number and ports.
-    #[arg(long, value_parser = flow)]
+    #[arg(long)]
     explain: Vec<Flow>,
-}
-
-fn flow(text: &str) -> anyhow::Result<Flow> {
-    let mut words = text.split_whitespace();
-    let mut address = || words.next().context("two addresses are needed").and_then(|word| Ok(word.parse()?));
-    let mut flow = Flow::between(address()?, address()?);
-    if let Some(protocol) = words.next() {
-        flow.protocol = protocol.parse().context("the protocol is a number: 6 is TCP, 17 is UDP")?;
-    }
-    for port in [&mut flow.source_port, &mut flow.destination_port] {
-        *port = words.next().map_or(Ok(0), str::parse)?;
-    }
-    Ok(flow)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -108,26 +94,22 @@ enum Mode {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    // A log that cannot be written is no reason to stop.
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .log_internal_errors(false)
+        .init();
+    if let Some(address) = arguments.metrics {
+        serve_metrics(address)?;
+    }
     let mode = match arguments.mode {
         Mode::Automatic => AttachMode::Automatic,
         Mode::Native => AttachMode::Native,
         Mode::Generic => AttachMode::Generic,
-    };
-
-    if let Some(address) = arguments.metrics {
-        serve_metrics(address)?;
-    }
-    let mut watch = HostWatch::open()?;
-    let host = loop {
-        match watch.read() {
-            Ok(host) => break host,
-            Err(error) => warn!(%error, "cannot read what the host does, trying again"),
-        }
-        sleep(HOST_RETRY).await;
     };
     let config = TableConfig {
         cells_v4: arguments.cells_v4,
@@ -135,168 +117,93 @@ async fn main() -> anyhow::Result<()> {
         slots: arguments.policies,
         ..TableConfig::default()
     };
-    let (mut forwarder, table) = XdpForwarder::load(&config)?;
+    let config = LoadConfig::new(config).allow_unjudged_kernel(arguments.allow_unjudged_kernel);
+    let (mut forwarder, table) = XdpForwarder::load(config)?;
     let _guard = guard(&mut forwarder, arguments.guard)?;
-    let mut gateway =
-        Gateway::new(NetlinkSource::open()?, table, &host).with_lease(Duration::from_millis(arguments.lease));
-    // Whoever runs before this process goes on until it knows all.
-    gateway.synchronise().await?;
-    let configs: Vec<_> = arguments
+    let interfaces = arguments
         .interfaces
         .iter()
-        .map(|name| AttachConfig::new(name).mode(mode).complete_frames(arguments.complete_frames))
-        .collect();
-    let attachments = match &arguments.pin {
-        Some(directory) => forwarder.attach_pinned(directory, &configs)?,
-        None => configs.iter().map(|config| forwarder.attach(config)).collect::<Result<_, _>>()?,
-    };
-    let interfaces = attachments.iter().map(|attachment| attachment.ifindex).collect();
-    let mut follower = Host { watch, interfaces, ports: Vec::new(), last: Instant::now(), due: None };
-    follower.set_ports(gateway.table_mut(), &host)?;
+        .map(|name| AttachConfig::new(name.as_str()).mode(mode).complete_frames(arguments.complete_frames));
+    let mut gateway = Gateway::new(NetlinkSource::open()?, NetlinkHost::open()?, table)
+        .with_lease(Duration::from_millis(arguments.lease))
+        .with_forwarder(forwarder, interfaces)?;
+    if let Some(directory) = &arguments.pin {
+        gateway = gateway.pinned_in(directory);
+    }
+    match gateway.run_until(report(gateway.handle(), arguments)).await {
+        Err(GatewayError::Forwarder(error @ ForwarderError::Superseded { .. })) => {
+            tracing::error!("{error}");
+            Ok(ExitCode::from(SUPERSEDED))
+        }
+        other => Ok(other.map(|()| ExitCode::SUCCESS)?),
+    }
+}
 
-    let mut stopped = std::pin::pin!(stop_signal()?);
-    let mut ended = false;
-    let mut next_report = seconds_from_now(arguments.report);
-    while !ended {
-        let pause = async {
-            let next_look = arguments.metrics.and_then(|_| seconds_from_now(LOOK));
-            match [next_report, next_look].into_iter().flatten().min() {
-                Some(next) => sleep_until(next).await,
-                None => std::future::pending().await,
-            }
+/// Prints reports until the process is told to stop.
+async fn report(handle: GatewayHandle, arguments: Arguments) {
+    let signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::user_defined1()];
+    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut wanted)] = signals.map(signal) else { return };
+    let mut gone = Traffic::default();
+    loop {
+        let is_last = tokio::select! {
+            biased;
+            () = received(&mut interrupt) => true,
+            () = received(&mut terminate) => true,
+            () = received(&mut wanted) => false,
+            () = tokio::time::sleep(Duration::from_secs(arguments.report)), if arguments.report > 0 => false,
         };
-        let mut watched = Ok(());
-        gateway
-            .run_until(async {
-                tokio::select! {
-                    () = &mut stopped => ended = true,
-                    () = superseded(&forwarder) => ended = true,
-                    result = follower.changed() => watched = result,
-                    () = pause => {}
-                }
-            })
-            .await?;
-        watched.context("watching links, addresses, routes, rules and neighbours")?;
-        follower.follow(&mut gateway)?;
-        // It looks at all policies, which is of no use to anybody if nobody is served.
-        if arguments.metrics.is_some() {
-            gateway.record_metrics();
-        }
-        if !ended && next_report.is_none_or(|next| Instant::now() < next) {
-            continue;
-        }
-        next_report = seconds_from_now(arguments.report);
-        let report = gateway.report();
-        if arguments.json {
-            println!("{}", json(&report));
-        } else {
-            print!("{report}");
-        }
+        let Ok(status) = handle.status().await else { return };
+        let mut text = if arguments.json { json(&status, &mut gone) } else { status.to_string() };
         for flow in &arguments.explain {
-            println!("{} to {}: {}", flow.source, flow.destination, gateway.explain(flow));
+            let Ok(explanation) = handle.explain(*flow).await else { return };
+            text += &format!("{} to {}: {explanation}\n", flow.source, flow.destination);
+        }
+        // Whoever read the reports may have gone.
+        let _ = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
+        if is_last {
+            return;
         }
     }
-    if let Some(directory) = arguments.pin.filter(|_| forwarder.is_superseded()) {
-        bail!("another process has taken over the ports pinned in {}", directory.display());
-    }
-    Ok(())
 }
 
-/// Takes up what the host does with addresses whenever that changes.
-struct Host {
-    watch: HostWatch,
-    /// Packets come in on these.
-    interfaces: Vec<u32>,
-    /// As they are in the table.
-    ports: Vec<Port>,
-    /// When it was read last.
-    last: Instant,
-    /// When it is to be read again.
-    due: Option<Instant>,
+async fn received(signal: &mut Signal) {
+    signal.recv().await;
 }
 
-impl Host {
-    /// Waits until there is something to [follow](Self::follow).
-    async fn changed(&mut self) -> io::Result<()> {
-        if let Some(due) = self.due {
-            sleep_until(due).await;
-        } else {
-            self.watch.changed().await?;
-            self.due = Some(self.last + HOST_PAUSE);
-        }
-        Ok(())
-    }
-
-    /// Reads again, if it is time to. Until then what has changed must not be relied on.
-    fn follow<S: PolicySource>(&mut self, gateway: &mut Gateway<S, BpfTable>) -> anyhow::Result<()> {
-        let Some(due) = self.due else { return Ok(()) };
-        if Instant::now() < due {
-            gateway.forget_host();
-            return Ok(());
-        }
-        match self.watch.read() {
-            Ok(host) => {
-                self.set_ports(gateway.table_mut(), &host)?;
-                gateway.set_host(&host)?;
-                self.last = Instant::now();
-                self.due = None;
-            }
-            Err(error) => {
-                warn!(%error, "cannot read what the host does: everything passes, trying again");
-                gateway.forget_host();
-                self.due = Some(Instant::now() + HOST_RETRY);
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes the table's ports those of the interfaces.
-    fn set_ports(&mut self, table: &mut BpfTable, host: &HostFacts) -> Result<(), TableError> {
-        let ports: Vec<Port> = self.interfaces.iter().flat_map(|ifindex| host.ports(*ifindex)).collect();
-        for old in std::mem::replace(&mut self.ports, ports) {
-            if !self.ports.iter().any(|port| (port.ifindex, port.vlan) == (old.ifindex, old.vlan)) {
-                table.remove_port(old.ifindex, old.vlan);
-            }
-        }
-        self.ports.iter().try_for_each(|port| table.set_port(port))
-    }
+/// A report in numbers. `gone` is what policies forwarded that were gone at an earlier one.
+fn json(status: &Status, gone: &mut Traffic) -> String {
+    let all = *gone + status.traffic();
+    *gone = status.removed.iter().fold(*gone + status.removed_unnamed, |sum, policy| sum + policy.traffic);
+    let statistics = &status.statistics;
+    let report = serde_json::json!({
+        "policies": status.policies.len(),
+        "fast_policies": status.fast_policies(),
+        "fast_packets": all.packets,
+        "fast_bytes": all.bytes,
+        "passed": status.passes,
+        "resyncs": statistics.resyncs,
+        "lease_expiries": statistics.lease_expiries,
+        "audit_repairs": statistics.audit_repairs,
+        "times_shut": statistics.times_shut,
+        "interfaces": status.interfaces,
+        "state": status.state,
+    });
+    format!("{report}\n")
 }
 
 /// Attaches the guard, as it was asked for, and says what came of it.
 fn guard(forwarder: &mut XdpForwarder, guarding: Guarding) -> anyhow::Result<Option<Guard>> {
-    if guarding == Guarding::Off {
-        tracing::info!("no guard: packets follow removals with a lag");
-        return Ok(None);
-    }
-    match forwarder.attach_guard() {
-        Ok(guard) => {
+    let guard = if guarding == Guarding::Off { None } else { Some(forwarder.attach_guard()) };
+    match guard {
+        Some(Ok(guard)) => {
             tracing::info!("the guard shuts the fast path before anything is removed");
-            Ok(Some(guard))
+            return Ok(Some(guard));
         }
-        Err(error) if guarding == Guarding::Auto => {
-            tracing::warn!(%error, "no guard: packets follow removals with a lag");
-            Ok(None)
-        }
-        Err(error) => Err(error.into()),
+        Some(Err(error)) if guarding == Guarding::On => return Err(error.into()),
+        Some(Err(error)) => tracing::warn!(%error, "no guard: packets follow removals with a lag"),
+        None => tracing::info!("no guard: packets follow removals with a lag"),
     }
-}
-
-/// A report in numbers: packets of policies that are gone are not in it.
-fn json(report: &Report) -> serde_json::Value {
-    let fast = report.policies.iter().filter(|(policy, _)| policy.state == PolicyState::Fast);
-    let passed: BTreeMap<_, _> =
-        report.passes.iter().map(|(reason, packets)| (reason.name(), packets)).collect();
-    serde_json::json!({
-        "policies": report.policies.len(),
-        "fast_policies": fast.count(),
-        "fast_packets": report.policies.iter().map(|(_, traffic)| traffic.packets).sum::<u64>(),
-        "fast_bytes": report.policies.iter().map(|(_, traffic)| traffic.bytes).sum::<u64>(),
-        "passed": passed,
-        "resyncs": report.resyncs,
-        "lease_expiries": report.lease_expiries,
-        "audit_repairs": report.audit_repairs,
-        "times_shut": report.times_shut,
-    })
+    Ok(None)
 }
 
 /// Serves what the gateway records, from a task of this runtime.
@@ -309,29 +216,4 @@ fn serve_metrics(address: SocketAddr) -> anyhow::Result<()> {
         .with_context(|| {
             format!("cannot serve metrics on {address}: choose a free port of an address of this host")
         })
-}
-
-/// `None` is never.
-fn seconds_from_now(seconds: u64) -> Option<Instant> {
-    (seconds > 0).then(|| Instant::now() + Duration::from_secs(seconds))
-}
-
-/// Waits until another process has taken over.
-async fn superseded(forwarder: &XdpForwarder) {
-    while !forwarder.is_superseded() {
-        sleep(Duration::from_millis(200)).await;
-    }
-}
-
-/// Waits until this process is told to stop. Then the program is detached, unless it is pinned, since the forwarder is
-/// dropped.
-fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-    })
 }

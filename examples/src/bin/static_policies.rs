@@ -4,9 +4,7 @@
 
 use anyhow::Context as _;
 use fastswan::{
-    Gateway, HostFacts, StaticSource, XdpForwarder,
-    forwarder::AttachConfig,
-    table::{Ports as _, TableConfig},
+    Gateway, NetlinkHost, StaticSource, XdpForwarder, forwarder::AttachConfig, table::TableConfig,
 };
 
 #[tokio::main(flavor = "current_thread")]
@@ -16,16 +14,9 @@ async fn main() -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&file).with_context(|| format!("reading {file}"))?;
     let source = StaticSource::from_toml(&text)?;
 
-    let host = HostFacts::read()?;
-    let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;
-    for interface in arguments {
-        let attachment = forwarder.attach(&AttachConfig::new(interface))?;
-        for port in host.ports(attachment.ifindex) {
-            table.set_port(&port)?;
-        }
-    }
-    let mut gateway = Gateway::new(source, table, &host);
+    let (forwarder, table) = XdpForwarder::load(&TableConfig::default())?;
+    let mut gateway = Gateway::new(source, NetlinkHost::open()?, table)
+        .with_forwarder(forwarder, arguments.map(AttachConfig::new))?;
     gateway.run_until(async { drop(tokio::signal::ctrl_c().await) }).await?;
-    print!("{}", gateway.report());
     Ok(())
 }

@@ -9,6 +9,8 @@ use crate::lab::{End, LabError, Namespace, join};
 /// Where packets come from, and the port that they enter by.
 pub(super) const SENDER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xaa]);
 pub(super) const PORT: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+/// The name of that port.
+pub(super) const INGRESS: &str = "in0";
 /// The outer addresses of tunnels through the device that stays.
 pub(super) const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 pub(super) const PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
@@ -36,7 +38,7 @@ impl Host {
         others.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
         let other = MacAddr([2, 0, 0, 0, 0, 3]);
         for (device, there, mac, remote, addresses) in [
-            ("in0", "wire0", PORT, SENDER, &["10.1.0.1/16", "2001:db8:1::1/48"][..]),
+            (INGRESS, "wire0", PORT, SENDER, &["10.1.0.1/16", "2001:db8:1::1/48"][..]),
             ("out0", "exit0", MacAddr([2, 0, 0, 0, 0, 2]), other, &["192.0.2.1/24", "2001:db8:f::1/48"]),
             // Its routes come back with it, since they are those of its addresses.
             ("nic0", "exit1", MacAddr([2, 0, 0, 0, 0, 4]), other, &["198.51.100.1/24", "10.3.0.1/16"]),

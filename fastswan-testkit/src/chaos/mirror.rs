@@ -1,25 +1,24 @@
 //! The mirror under test, on a thread of its own: the kernel as its source, the XDP program's table, the loop that
-//! joins them, and the host's facts as they change. What passes between the parts is noted.
+//! joins them, and the host as it changes. What passes between the parts is noted.
 
 use std::{
-    sync::mpsc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, Database, Gateway, NetlinkSource, OffloadTable, PassReason, PolicyEvent, PolicySource,
-    Snapshot, SourceError,
-    netlink::HostWatch,
+    BpfTable, Database, Gateway, NetlinkHost, NetlinkSource, OffloadTable, PassReason, PolicyEvent,
+    PolicySource, Snapshot, SourceError,
     policy::OffloadDev,
     source::{BoxFuture, NetlinkConfig},
-    table::{Capacity, Port, Ports, Slot, TableCounters, TableError, TableUpdate, Traffic},
+    table::{Capacity, Devices, Port, Ports, Slot, TableCounters, TableError, TableUpdate, Traffic},
 };
 use tokio::sync::{mpsc::UnboundedReceiver, oneshot};
 
 use super::{
-    host::Host,
+    host::{Host, INGRESS},
     lag::{Note, Subject},
     offload::pretend,
 };
@@ -60,8 +59,6 @@ async fn follow(
     notes: &mpsc::Sender<Note>,
     drops: Option<u64>,
 ) -> anyhow::Result<Life> {
-    let mut watch = HostWatch::open()?;
-    let facts = watch.read()?;
     let config = NetlinkConfig::default()
         .receive_buffer(RECEIVE_BUFFER)
         .audit(Some(AUDIT))
@@ -76,32 +73,23 @@ async fn follow(
         drops,
         removals: 0,
     };
-    let table = Timed::new(table, notes.clone());
-    let mut gateway = Gateway::new(source, table, &facts).with_lease(LEASE);
+    let passed = Arc::new(Mutex::new(Passed::begin()));
+    let table = Timed::new(table, notes.clone(), passed.clone());
+    let mut gateway =
+        Gateway::new(source, NetlinkHost::open()?, table).with_lease(LEASE).with_interface(INGRESS);
     loop {
-        let (mut question, mut change) = (None, None);
-        let interrupted = async {
-            tokio::select! {
-                asked = questions.recv() => question = Some(asked),
-                changed = watch.changed() => change = Some(changed),
-            }
-        };
-        gateway.run_until(interrupted).await?;
-        if let Some(changed) = change {
-            changed?;
-            gateway.set_host(&watch.read()?)?;
-        }
+        let mut question = None;
+        gateway.run_until(async { question = questions.recv().await }).await?;
+        let database = gateway.mirror().database();
         match question {
-            Some(Some(question)) => {
-                let database = gateway.database();
+            Some(question) => {
                 // Whoever does not wait for the answer does not need it.
                 let _ = question.send(database.is_current().then(|| database.snapshot()));
             }
-            Some(None) => {
-                let audit_repairs = gateway.database().audit_repairs();
-                return Ok(Life { passed: gateway.table_mut().passed(), audit_repairs });
+            None => {
+                let passed = lock(&passed).until_now();
+                return Ok(Life { passed, audit_repairs: database.audit_repairs() });
             }
-            None => {}
         }
     }
 }
@@ -199,31 +187,19 @@ impl Starvation {
     }
 }
 
-/// The table, and for how long everything passed: while the kill switch was on, the lease was out, or something was
-/// being written.
-struct Timed {
-    table: BpfTable,
-    notes: mpsc::Sender<Note>,
+/// For how long everything passed: while the kill switch was on, the lease was out, or something was being written.
+struct Passed {
     enabled: bool,
     leased_until: Instant,
     /// Everything before is in `passed`.
     counted_until: Instant,
     passed: Duration,
-    starvation: Starvation,
 }
 
-impl Timed {
-    fn new(table: BpfTable, notes: mpsc::Sender<Note>) -> Self {
+impl Passed {
+    fn begin() -> Self {
         let now = Instant::now();
-        Self {
-            table,
-            notes,
-            enabled: false,
-            leased_until: now,
-            counted_until: now,
-            passed: Duration::ZERO,
-            starvation: Starvation { next: now },
-        }
+        Self { enabled: false, leased_until: now, counted_until: now, passed: Duration::ZERO }
     }
 
     fn count(&mut self) {
@@ -233,39 +209,76 @@ impl Timed {
         self.counted_until = now;
     }
 
-    fn passed(&mut self) -> Duration {
+    fn until_now(&mut self) -> Duration {
         self.count();
         self.passed
+    }
+}
+
+fn lock(passed: &Mutex<Passed>) -> MutexGuard<'_, Passed> {
+    passed.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The table, whose times are noted.
+struct Timed {
+    table: BpfTable,
+    notes: mpsc::Sender<Note>,
+    passed: Arc<Mutex<Passed>>,
+    starvation: Starvation,
+    /// Something was written since it was last told that all is.
+    is_new: bool,
+}
+
+impl Timed {
+    fn new(table: BpfTable, notes: mpsc::Sender<Note>, passed: Arc<Mutex<Passed>>) -> Self {
+        Self { table, notes, passed, starvation: Starvation { next: Instant::now() }, is_new: false }
+    }
+
+    /// The gateway renews the lease, and turns the fast path on, when all that it was told is written.
+    fn note_written(&mut self) {
+        if std::mem::take(&mut self.is_new) {
+            let _ = self.notes.send(Note::Written(Instant::now()));
+        }
     }
 }
 
 impl OffloadTable for Timed {
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
         self.starvation.strike();
-        self.count();
+        lock(&self.passed).count();
         let applied = self.table.apply(update);
         let now = Instant::now();
         if !update.is_empty() {
-            self.passed += now - self.counted_until;
-            self.counted_until = now;
+            let mut passed = lock(&self.passed);
+            let since = passed.counted_until;
+            passed.passed += now - since;
+            passed.counted_until = now;
         }
+        self.is_new = true;
         applied
     }
 
     fn set_enabled(&mut self, enabled: bool) {
         self.table.set_enabled(enabled);
-        self.count();
-        self.enabled = enabled;
+        {
+            let mut passed = lock(&self.passed);
+            passed.count();
+            passed.enabled = enabled;
+        }
         if enabled {
-            // The gateway does so when all that it was told is written.
-            let _ = self.notes.send(Note::Written(self.counted_until));
+            self.is_new = true;
+            self.note_written();
         }
     }
 
     fn renew_lease(&mut self, lease: Duration) {
         self.table.renew_lease(lease);
-        self.count();
-        self.leased_until = self.counted_until + lease;
+        {
+            let mut passed = lock(&self.passed);
+            passed.count();
+            passed.leased_until = passed.counted_until + lease;
+        }
+        self.note_written();
         self.starvation.strike();
     }
 
@@ -295,5 +308,15 @@ impl TableCounters for Timed {
 
     fn passes(&self) -> Vec<(PassReason, u64)> {
         self.table.passes()
+    }
+}
+
+impl Devices for Timed {
+    fn refresh_devices(&mut self) {
+        self.table.refresh_devices();
+    }
+
+    fn takes_redirects(&self, ifindex: u32) -> bool {
+        self.table.takes_redirects(ifindex)
     }
 }

@@ -35,10 +35,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use fastswan::{
-    HostFacts, XdpForwarder,
-    table::{Ports as _, TableConfig},
-};
+use fastswan::{XdpForwarder, table::TableConfig};
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -94,9 +91,7 @@ impl Chaos {
 
     /// Takes a thread that is on the host.
     fn run_on(&self, host: &Host) -> anyhow::Result<Report> {
-        let facts = HostFacts::read()?;
-        let (forwarder, mut table) = XdpForwarder::load(&TABLE)?;
-        table.set_port(&facts.port(host.ingress, 0).context("packets have no port to enter by")?)?;
+        let (forwarder, table) = XdpForwarder::load(&TABLE)?;
         let listener = Listener::open()?;
         let (asking, questions) = unbounded_channel();
         let (noting, notes) = mpsc::channel();

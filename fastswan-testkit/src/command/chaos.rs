@@ -8,7 +8,7 @@ use fastswan_testkit::{
     lab::{clean_up_on_signals, remove_leftovers},
 };
 
-use super::ci::Count;
+use super::count::Count;
 
 /// How long `cargo testkit ci` has the mirror watched, and how long until a broken one must have been noticed.
 const CI_SECONDS: u64 = 20;

@@ -14,11 +14,11 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use fastswan::{
-    BpfTable, Gateway, HostFacts, NetlinkSource, PassReason, PolicySource, XdpForwarder,
+    BpfTable, Gateway, NetlinkHost, NetlinkSource, PolicySource, XdpForwarder,
     compiler::PolicyState,
     forwarder::AttachConfig,
-    gateway::Report,
-    table::{Ports as _, TableConfig, Traffic as Forwarded},
+    gateway::Status,
+    table::{TableConfig, Traffic as Forwarded},
 };
 use fastswan_testkit::{
     lab::{clean_up_on_signals, remove_leftovers},
@@ -77,23 +77,19 @@ fn run_as_root() -> anyhow::Result<()> {
 
 /// Attaches the program, sends for some time, deletes a policy half-way.
 async fn story(tunnels: &Tunnels, duration: Duration) -> anyhow::Result<Outcome> {
-    let host = HostFacts::read()?;
-    let (mut forwarder, mut table) =
+    let (forwarder, table) =
         XdpForwarder::load(&TableConfig { cells_v4: 1024, cells_v6: 1024, exceptions: 64, slots: 64 })?;
-    let attachment = forwarder.attach(&AttachConfig::new(INGRESS).complete_frames(true))?;
-    for port in host.ports(attachment.ifindex) {
-        table.set_port(&port)?;
-    }
-    let device = host.ifindex(EGRESS).context("the egress device is gone")?;
+    let device = nix::net::if_::if_nametoindex(EGRESS).context("the egress device is gone")?;
     let source = Promote::new(NetlinkSource::open()?, device, Tunnels::next_hop(), |_| true);
-    let mut gateway = Gateway::new(source, table, &host);
-    let all_fast =
-        |gateway: &Gateway<_, _>| rows(&gateway.report(), None).iter().all(|row| row.state == FAST);
-    wait(&mut gateway, "policies did not become fast", |gateway| {
-        gateway.report().policies.len() == TUNNELS.len() && all_fast(gateway)
+    let ingress = AttachConfig::new(INGRESS).complete_frames(true);
+    let mut gateway =
+        Gateway::new(source, NetlinkHost::open()?, table).with_forwarder(forwarder, [ingress])?;
+    let all_fast = |status: &Status| rows(status, None).iter().all(|row| row.state == FAST);
+    wait(&mut gateway, "policies did not become fast", |status| {
+        status.policies.len() == TUNNELS.len() && all_fast(status)
     })
     .await?;
-    println!("XDP on {INGRESS} ({:?}), {} policies fast to {EGRESS}", attachment.mode, TUNNELS.len());
+    println!("XDP on {INGRESS}, {} policies fast to {EGRESS}", TUNNELS.len());
 
     let tally = Tally::start(&tunnels.0)?;
     let traffic = Traffic::start(&tunnels.0)?;
@@ -102,12 +98,10 @@ async fn story(tunnels: &Tunnels, duration: Duration) -> anyhow::Result<Outcome>
     traffic.hold(true);
     wait(&mut gateway, "packets of the policy to delete did not arrive", settled(&tally, DELETED)).await?;
     let until_deleted = tally.of(DELETED);
-    let deleted = rows(&gateway.report(), None).into_iter().find(|row| row.network == DELETED.to_string());
+    let deleted = rows(&gateway.status(), None).into_iter().find(|row| row.network == DELETED.to_string());
     tunnels.delete(DELETED)?;
-    wait(&mut gateway, "the deletion was not noticed", |gateway| {
-        gateway.report().policies.len() == TUNNELS.len() - 1
-    })
-    .await?;
+    wait(&mut gateway, "the deletion was not noticed", |status| status.policies.len() == TUNNELS.len() - 1)
+        .await?;
     println!("policy for {DELETED} deleted: its packets take the kernel's path from now on");
     traffic.hold(false);
     send(&mut gateway, &tally, duration / 2).await?;
@@ -123,10 +117,10 @@ async fn story(tunnels: &Tunnels, duration: Duration) -> anyhow::Result<Outcome>
     let after_deletion = tally.of(DELETED) - until_deleted;
     let fast_when_sent = TUNNELS.into_iter().filter(|tunnel| ![DELETED, SHADOWED].contains(tunnel));
     let eligible = fast_when_sent.map(|tunnel| tally.of(tunnel).sent).sum::<u64>() + until_deleted.sent;
-    let report = gateway.report();
+    let status = gateway.status();
     let outcome = Outcome {
-        policies: rows(&report, deleted),
-        passes: report.passes,
+        policies: rows(&status, deleted),
+        passes: status.passes,
         total: tally.total(),
         eligible,
         shadowed_fast: tally.of(SHADOWED).fast,
@@ -138,25 +132,23 @@ async fn story(tunnels: &Tunnels, duration: Duration) -> anyhow::Result<Outcome>
 
 /// Lets the gateway run until something holds.
 async fn wait<S: PolicySource>(
-    gateway: &mut Gateway<S, BpfTable>,
+    gateway: &mut Gateway<S, NetlinkHost, BpfTable>,
     otherwise: &str,
-    mut holds: impl FnMut(&Gateway<S, BpfTable>) -> bool,
+    mut holds: impl FnMut(&Status) -> bool,
 ) -> anyhow::Result<()> {
     let start = Instant::now();
-    while !holds(gateway) {
-        ensure!(
-            start.elapsed() < PATIENCE,
-            "{otherwise} within {} s:\n{}",
-            PATIENCE.as_secs(),
-            gateway.report()
-        );
+    loop {
+        let status = gateway.status();
+        if holds(&status) {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < PATIENCE, "{otherwise} within {} s:\n{status}", PATIENCE.as_secs());
         gateway.run_until(sleep(Duration::from_millis(20))).await?;
     }
-    Ok(())
 }
 
 /// Whether all that was sent into a tunnel has arrived, and nothing more comes.
-fn settled<S: PolicySource>(tally: &Tally, tunnel: Tunnel) -> impl FnMut(&Gateway<S, BpfTable>) -> bool {
+fn settled(tally: &Tally, tunnel: Tunnel) -> impl FnMut(&Status) -> bool {
     let (mut before, mut looks) = (None, 0);
     move |_| {
         let now = tally.of(tunnel);
@@ -168,7 +160,7 @@ fn settled<S: PolicySource>(tally: &Tally, tunnel: Tunnel) -> impl FnMut(&Gatewa
 
 /// Lets the gateway run, and tells how far it is.
 async fn send<S: PolicySource>(
-    gateway: &mut Gateway<S, BpfTable>,
+    gateway: &mut Gateway<S, NetlinkHost, BpfTable>,
     tally: &Tally,
     duration: Duration,
 ) -> anyhow::Result<()> {
@@ -201,15 +193,15 @@ struct Row {
 
 const FAST: &str = "fast";
 
-/// The policies of a report, and one that is no longer in it.
-fn rows(report: &Report, deleted: Option<Row>) -> Vec<Row> {
-    let rows = report.policies.iter().map(|(policy, forwarded)| Row {
+/// The policies of a status, and one that is no longer in it.
+fn rows(status: &Status, deleted: Option<Row>) -> Vec<Row> {
+    let rows = status.policies.iter().map(|policy| Row {
         network: policy.id.selector.destination.to_string(),
         state: match policy.state {
             PolicyState::Fast => FAST.to_owned(),
             PolicyState::Pass(reason) => reason.name().to_owned(),
         },
-        forwarded: *forwarded,
+        forwarded: policy.traffic,
     });
     rows.chain(deleted.map(|row| Row { state: "deleted".to_owned(), ..row })).collect()
 }
@@ -217,7 +209,7 @@ fn rows(report: &Report, deleted: Option<Row>) -> Vec<Row> {
 /// What the demo found.
 struct Outcome {
     policies: Vec<Row>,
-    passes: Vec<(PassReason, u64)>,
+    passes: BTreeMap<&'static str, u64>,
     total: Count,
     /// Packets of policies that were fast when they were sent.
     eligible: u64,
@@ -247,7 +239,7 @@ impl Outcome {
         }
         println!("\npassed to the kernel, by reason");
         for (reason, packets) in &self.passes {
-            println!("{:<40} {packets:>12}", reason.name());
+            println!("{reason:<40} {packets:>12}");
         }
         let Count { sent, fast, kernel, .. } = self.total;
         println!(
@@ -272,7 +264,7 @@ impl Outcome {
             "kernel_packets": self.total.kernel,
             "shadowed_fast": self.shadowed_fast,
             "lost": self.lost(),
-            "pass_reasons": self.passes.iter().map(|(reason, packets)| (reason.name(), packets)).collect::<BTreeMap<_, _>>(),
+            "pass_reasons": self.passes,
         })
     }
 

@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use clap::Subcommand;
 use fastswan_testkit::guest::{Scenario, append_line, nic};
 
-use super::guest_oracle;
+use super::oracle::guest as guest_oracle;
 
 /// What a guest can do.
 #[derive(Debug, Subcommand)]

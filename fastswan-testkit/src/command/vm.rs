@@ -17,7 +17,7 @@ use fastswan_testkit::{
 };
 use serde_json::{Value, json};
 
-use super::{cargo, ci::Count, workspace};
+use super::{cargo, count::Count, workspace};
 
 /// What is done with guests.
 #[derive(Debug, Subcommand)]

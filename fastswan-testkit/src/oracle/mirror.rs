@@ -8,7 +8,9 @@ use fastswan::{
     PolicySourceExt as _,
     compiler::BrokenRule,
     forwarder::RunAction,
-    policy::{Direction, NextHop},
+    policy::{
+        Direction, {Egress, NextHop},
+    },
     source::StaleCause,
     table::{Ports as _, TableConfig},
 };
@@ -66,12 +68,13 @@ impl Mirror {
         let egress = lab.egress;
         let choose = if lab.offloads() { Policy::is_packet_offloaded } else { is_promoted };
         let mut open = move || -> anyhow::Result<Box<dyn PolicySource>> {
-            let source = Promote::new(open()?, egress, NextHop::Device, choose).map(|mut policy| {
+            let source = Promote::new(open()?, egress, NextHop::Device, choose).with_egress(|policy| {
                 // Of a frame that was forwarded, the address tells which tunnel it was for.
-                if let [template] = policy.templates[..] {
-                    policy.egress.next_hop = naming(template.reqid);
-                }
-                policy
+                let next_hop = match policy.templates[..] {
+                    [template] => naming(template.reqid),
+                    _ => policy.egress.next_hop,
+                };
+                Egress { next_hop, ..policy.egress }
             });
             Ok(Box::new(source))
         };

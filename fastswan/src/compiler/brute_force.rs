@@ -14,7 +14,7 @@ use crate::{
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
     host::{HostFacts, Link, Route, RouteKind, Rule},
     policy::{
-        Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Policy, PolicyType, PortMatch,
+        Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Origin, Policy, PolicyType, PortMatch,
         SecurityAssociation, Template, Templates,
     },
     table::{Capacity, ReversePath, Slot, TableUpdate},
@@ -102,13 +102,21 @@ impl Choices<'_> {
                 policy.id.selector.destination_port = PortMatch::exactly(500);
             }
         }
+        match self.next() % 24 {
+            0..19 => {}
+            19 => policy.withheld = true,
+            20 => policy.disputed = true,
+            21 => policy.origin = Origin(1),
+            _ => policy.assumed = association_of(family(v6)).overhead,
+        }
         policy
     }
 
     fn sa(&mut self) -> SecurityAssociation {
         let mut sa = association_of(family(self.next() % 2 == 1));
         sa.reqid = u32::from(self.next() % 2 + 1);
-        sa.id.spi = u32::from(self.next() % 3);
+        let which = self.next();
+        (sa.id.spi, sa.id.origin) = (u32::from(which % 3), Origin(u32::from(which / 3 % 8 == 7)));
         sa.offload = Some(to(self.one_of(&[NIC, NIC, NIC, LAN]), OffloadKind::Packet));
         sa
     }
@@ -276,13 +284,19 @@ impl World {
         routes.max_by_key(|route| route.destination.prefix_len()).map(|route| route.kind)
     }
 
-    /// Whether a forward or sub policy is about the packet's source.
+    /// Whether a forward, sub or disputed policy is about the packet's source.
     pub(super) fn is_guarded(&self, packet: &Packet) -> bool {
-        self.database.policies().any(|policy| {
-            (policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub)
-                && policy.id.selector.source.contains(&packet.source)
-        })
+        self.database
+            .policies()
+            .any(|policy| is_check(policy) && policy.id.selector.source.contains(&packet.source))
     }
+}
+
+/// Whether a policy makes packets pass whatever else matches.
+fn is_check(policy: &Policy) -> bool {
+    policy.id.direction == Direction::Forward
+        || policy.id.policy_type == PolicyType::Sub
+        || policy.disputed && policy.id.direction == Direction::Out
 }
 
 /// The rule, applied to one packet at a time.
@@ -322,10 +336,7 @@ impl Judge<'_> {
             return None;
         }
         let matching: Vec<_> = self.matching(packet).collect();
-        let passes = |policy: &&Policy| {
-            policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub
-        };
-        if matching.iter().any(passes) {
+        if matching.iter().any(|policy| is_check(policy)) {
             return None;
         }
         let of_device = matching.iter().copied().filter(|policy| policy.is_packet_offloaded());
@@ -340,13 +351,15 @@ impl Judge<'_> {
         let device = best.offload.filter(|device| device.kind == OffloadKind::Packet)?.ifindex;
         let is_live = |sa: &SecurityAssociation| {
             sa.id.spi != 0
+                && sa.id.origin == best.origin
                 && sa.id.destination == best.templates[0].destination
                 && sa.reqid == best.templates[0].reqid
                 && sa.offload.is_some_and(|offload| offload.ifindex == device)
         };
         let routed = self.world.route(packet.destination) == Some(via(device))
             && matches!(self.world.route(packet.source), None | Some(RouteKind::Unicast { .. }));
-        (device == NIC && self.sas.iter().any(is_live) && routed).then_some(best)
+        let is_served = best.assumed.is_some() || self.sas.iter().any(is_live);
+        (device == NIC && is_served && routed).then_some(best)
     }
 
     /// R8.
@@ -357,6 +370,7 @@ impl Judge<'_> {
             && policy.id.selector.ifindex == 0
             && !policy.id.selector.looks_at_upper_layer()
             && !policy.use_limited
+            && !policy.withheld
             && policy.templates.len() == 1
             && policy.templates[0].destination.is_ipv4() == packet.source.is_ipv4()
             && !policy.templates[0].optional
@@ -377,6 +391,7 @@ impl Judge<'_> {
                     && policy.templates == best.templates
                     && policy.offload == best.offload
                     && policy.expires == best.expires
+                    && (policy.assumed, policy.origin) == (best.assumed, best.origin)
         };
         if self.order == PolicyOrder::ByPriority {
             return software.iter().all(|other| other.priority > best.priority)
@@ -457,7 +472,8 @@ fn assert_explained(world: &World, packet: &Packet, found: Result<Slot, PassReas
     let explanation = world.compiler.explain(&world.database, &flow, None);
     let explained = match &explanation {
         Explanation::Fast { policy, sas, .. } => {
-            assert!(!sas.is_empty(), "{packet:?}: {explanation}");
+            let is_assumed = world.database.policy(policy).is_some_and(|policy| policy.assumed.is_some());
+            assert_eq!(sas.is_empty(), is_assumed, "{packet:?}: {explanation}");
             world.compiler.slot(&world.database, policy).ok_or(PassReason::NoPolicy)
         }
         Explanation::Pass { reason, .. } => Err(*reason),

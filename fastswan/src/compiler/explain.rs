@@ -2,19 +2,19 @@
 //!
 //! The answer comes from what is compiled, so it is the program's; the reasons are looked up in the database.
 
-use std::{fmt, net::IpAddr};
+use std::{fmt, net::IpAddr, str::FromStr};
 
 use fastswan_ebpf::PassReason;
 use ipnet::IpNet;
 
 use super::{
     Compiler, exceptions,
-    rule::{Candidate, Terms, eligible, judge, same_way},
+    rule::{Candidate, Terms, eligible, is_check, judge, same_way},
     standing,
 };
 use crate::{
     database::{Database, Freshness},
-    policy::{Direction, Family, OffloadDev, Policy, PolicyId, PolicyType, SaId, Selector},
+    policy::{Direction, Family, Policy, PolicyId, SaId, Selector, Template},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
 
@@ -45,6 +45,37 @@ impl Flow {
     }
 }
 
+impl FromStr for Flow {
+    type Err = ParseFlowError;
+
+    /// Reads addresses, and if need be the number of the protocol, and ports: `10.1.0.5 10.2.0.9 17 1000 2000`.
+    fn from_str(text: &str) -> Result<Self, ParseFlowError> {
+        let mut words = text.split_whitespace();
+        let error = |what| ParseFlowError { text: text.to_owned(), what };
+        let mut address = || words.next()?.parse().ok();
+        let (Some(source), Some(destination)) = (address(), address()) else {
+            return Err(error("two addresses"));
+        };
+        let mut flow = Self::between(source, destination);
+        let number =
+            |word: Option<&str>, what| word.map_or(Ok(0), |word| word.parse().map_err(|_| error(what)));
+        let protocol: u16 = number(words.next(), "the protocol's number (6 is TCP, 17 is UDP)")?;
+        flow.protocol =
+            protocol.try_into().map_err(|_| error("the protocol's number (6 is TCP, 17 is UDP)"))?;
+        flow.source_port = number(words.next(), "a source port")?;
+        flow.destination_port = number(words.next(), "a destination port")?;
+        if words.next().is_some() { Err(error("nothing after the ports")) } else { Ok(flow) }
+    }
+}
+
+/// A text does not describe a [`Flow`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is no packet: {what} is needed, as in \"10.1.0.5 10.2.0.9 17 1000 2000\"")]
+pub struct ParseFlowError {
+    text: String,
+    what: &'static str,
+}
+
 /// Whether a packet is fast, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -53,7 +84,7 @@ pub enum Explanation {
     Fast {
         /// The policy that the kernel is certain to choose.
         policy: PolicyId,
-        /// The associations that the device may use.
+        /// The associations that the device may use; none if the policy is [assumed](Policy::assumed) to have one.
         sas: Vec<SaId>,
         /// How it leaves.
         forwarding: Forwarding,
@@ -112,6 +143,10 @@ pub enum Cause {
     },
     /// A forward policy or a sub policy is about the packet, or about its source.
     Check(PolicyId),
+    /// The sources that were merged disagree about a policy that is about the packet, or about its source.
+    Disputed(PolicyId),
+    /// The embedder keeps the policy from being fast.
+    Held(PolicyId),
     /// The policy asks for what the fast path does not do.
     Ineligible(PolicyId, &'static str),
     /// The policy has no live packet-offload association on its device.
@@ -231,7 +266,7 @@ impl Compiler {
                 .policies()
                 .filter(is_guard)
                 .max_by_key(|policy| policy.id.selector.destination.contains(&flow.destination));
-            let cause = guard.map_or(Cause::Capacity, |policy| Cause::Check(policy.id.clone()));
+            let cause = guard.map_or(Cause::Capacity, of_check);
             return Err(pass(PassReason::Guarded, cause));
         }
         let addresses = (flow.source, flow.destination);
@@ -241,31 +276,23 @@ impl Compiler {
                 pass(reason, Cause::Address { side, prefix, fact })
             },
         )?;
-        let sas = eligible(policy)
-            .ok()
-            .zip(policy.offload)
-            .map(|(template, OffloadDev { ifindex, .. })| {
-                let live = database.live_sas(template, &policy.id.selector, policy.id.if_id, ifindex);
-                let mut sas: Vec<SaId> = live.map(|sa| sa.id).collect();
-                sas.sort_unstable();
-                sas
-            })
-            .unwrap_or_default();
+        let mut sas: Vec<SaId> = match policy.assumed {
+            Some(_) => Vec::new(),
+            None => database.live_sas(policy).map(|sa| sa.id).collect(),
+        };
+        sas.sort_unstable();
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
     }
 
     fn of_standing(&self, database: &Database, policy: &Policy, reason: PassReason) -> Cause {
-        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else {
-            return of_standing(policy, reason);
-        };
-        let PolicyId { selector, if_id, .. } = &policy.id;
-        let found = match reason {
-            PassReason::NoPath if !self.paths.may_send_from(template.source) => {
-                Some(Cause::ForeignSource(policy.id.clone(), template.source))
+        let found = match (reason, eligible(policy)) {
+            (PassReason::NoPath, Ok(Template { source, .. })) if !self.paths.may_send_from(*source) => {
+                Some(Cause::ForeignSource(policy.id.clone(), *source))
             }
-            PassReason::NoSa => database
-                .narrow_sa(template, selector, *if_id, device.ifindex)
-                .map(|(sa, selector)| Cause::NarrowSa { policy: policy.id.clone(), sa, selector }),
+            (PassReason::NoSa, _) => {
+                let narrow = database.narrow_sa(policy);
+                narrow.map(|(sa, selector)| Cause::NarrowSa { policy: policy.id.clone(), sa, selector })
+            }
             _ => None,
         };
         found.unwrap_or_else(|| of_standing(policy, reason))
@@ -290,10 +317,6 @@ fn is_about(policy: &Policy, flow: &Flow) -> bool {
                 && selector.destination_port.matches(flow.destination_port))
 }
 
-fn is_check(policy: &Policy) -> bool {
-    policy.id.direction == Direction::Forward || policy.id.policy_type == PolicyType::Sub
-}
-
 /// What is behind the reason of a cell, by the policies that match a packet in it.
 fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause {
     let mut outbound: Vec<&Policy> = matching.iter().copied().filter(|policy| !is_check(policy)).collect();
@@ -303,7 +326,7 @@ fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause
         PassReason::NotOffloaded => outbound.first().map(|policy| Cause::NotOffloaded(policy.id.clone())),
         PassReason::ForwardOrSubPolicy => {
             let check = matching.iter().find(|policy| is_check(policy));
-            check.map(|policy| Cause::Check(policy.id.clone()))
+            check.copied().map(of_check)
         }
         PassReason::Shadowed => offloaded.and_then(|policy| shadow(database, &outbound, policy)),
         PassReason::DeniedDestination | PassReason::RouteElsewhere | PassReason::DeniedSource => {
@@ -347,10 +370,16 @@ fn shadow(database: &Database, outbound: &[&Policy], policy: &Policy) -> Option<
     Some(Cause::Shadowed { policy: policy.id.clone(), by: by.id.clone(), how: how(by) })
 }
 
+fn of_check(policy: &Policy) -> Cause {
+    let id = policy.id.clone();
+    if policy.disputed { Cause::Disputed(id) } else { Cause::Check(id) }
+}
+
 fn of_standing(policy: &Policy, reason: PassReason) -> Cause {
     let id = policy.id.clone();
     match reason {
         PassReason::NotOffloaded => Cause::NotOffloaded(id),
+        PassReason::Held => Cause::Held(id),
         PassReason::Ineligible => Cause::Ineligible(id, why_ineligible(policy)),
         PassReason::NoSa => Cause::NoSa(id),
         PassReason::DefaultBlock => Cause::DefaultBlock,
@@ -444,6 +473,8 @@ impl fmt::Display for Cause {
                 write!(f, "{policy} is shadowed by {by}, which {how}")
             }
             Self::Check(policy) => write!(f, "the kernel must check {policy}"),
+            Self::Disputed(policy) => write!(f, "the sources disagree about {policy}"),
+            Self::Held(policy) => write!(f, "{policy} is kept from being fast by choice"),
             Self::Ineligible(policy, why) => write!(f, "{policy} {why}"),
             Self::NoSa(policy) => {
                 write!(f, "{policy} has no live outbound packet-offload association on its device")

@@ -53,12 +53,12 @@ pub use self::broken::BrokenRule;
 #[doc(hidden)]
 pub use self::brute_force::fuzz;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, iter};
 
 use fastswan_ebpf::PassReason;
 
 pub use self::{
-    explain::{Cause, Explanation, Flow, Shadow},
+    explain::{Cause, Explanation, Flow, ParseFlowError, Shadow},
     obstacles::Obstacle,
 };
 use self::{
@@ -71,7 +71,7 @@ use self::{
 use crate::{
     database::{Change, Database, PolicyKey, Revision},
     host::HostFacts,
-    policy::{Action, Direction, Family, Policy, PolicyId},
+    policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
     table::{Capacity, Slot, Standing, TableUpdate, Verdict},
 };
 
@@ -114,6 +114,17 @@ pub enum PolicyState {
     Fast,
     /// They pass.
     Pass(PassReason),
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for PolicyState {
+    /// As the name of the reason, or `fast`.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Self::Fast => "fast",
+            Self::Pass(reason) => reason.name(),
+        })
+    }
 }
 
 /// What changes leave to be looked at again.
@@ -246,6 +257,36 @@ impl Compiler {
         reports
     }
 
+    /// The same of some policies: of those from `first` on, the first `limit`, in no particular order; and where to go on.
+    pub(crate) fn some_policies(
+        &self,
+        database: &Database,
+        first: PolicyKey,
+        limit: usize,
+    ) -> (Vec<(PolicyReport, Option<OffloadDev>)>, Option<PolicyKey>) {
+        let mut policies = database.keyed_policies_from(first);
+        let mut next = None;
+        let reports = policies.by_ref().take(limit).inspect(|(key, _)| next = Some(PolicyKey(key.0 + 1)));
+        let reports = reports.filter(|(_, policy)| is_candidate(policy)).map(|(key, policy)| {
+            let state = self.state(database, key, policy);
+            (PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state }, policy.offload)
+        });
+        let reports: Vec<_> = reports.collect();
+        let is_last = policies.next().is_none();
+        (reports, next.filter(|_| !is_last))
+    }
+
+    /// The policy that has a slot. Looks through all slots.
+    pub(crate) fn policy_of<'d>(&self, database: &'d Database, slot: Slot) -> Option<&'d PolicyId> {
+        let key = self.slots.owners().find(|key| self.slots.get(*key) == Some(slot))?;
+        database.policy_with_key(key).map(|policy| &policy.id)
+    }
+
+    /// The slot of a policy that was just removed, and is not compiled yet.
+    pub(crate) fn slot_of_key(&self, key: PolicyKey) -> Option<Slot> {
+        self.slots.get(key)
+    }
+
     /// Slots and states of the same policies, in no particular order.
     pub(crate) fn states(&self, database: &Database) -> impl Iterator<Item = (Option<Slot>, PolicyState)> {
         candidates(database).map(|(key, policy)| (self.slots.get(key), self.state(database, key, policy)))
@@ -358,9 +399,11 @@ impl Compiler {
 
 /// The packet-offloaded outbound policies.
 fn candidates(database: &Database) -> impl Iterator<Item = (PolicyKey, &Policy)> {
-    database
-        .keyed_policies()
-        .filter(|(_, policy)| policy.id.direction == Direction::Out && policy.is_packet_offloaded())
+    database.keyed_policies().filter(|(_, policy)| is_candidate(policy))
+}
+
+fn is_candidate(policy: &Policy) -> bool {
+    policy.id.direction == Direction::Out && policy.is_packet_offloaded()
 }
 
 /// How a policy's packets leave, or why they must not.
@@ -374,10 +417,16 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
         return Err(PassReason::DefaultBlock);
     }
-    let associations = database.live_sas(template, &policy.id.selector, policy.id.if_id, device.ifindex);
+    if policy.assumed.is_some() {
+        return paths
+            .forwarding(policy, device, template, iter::once(policy.assumed))
+            .ok_or(PassReason::NoPath);
+    }
+    let associations = database.live_sas(policy);
     if associations.clone().all(|sa| database.is_about_to_expire(sa.expires)) {
         return Err(PassReason::NoSa);
     }
     // The device may go on using one that is about to expire, beside another.
-    paths.forwarding(policy, device, template, associations).ok_or(PassReason::NoPath)
+    let overheads = associations.map(|sa| sa.overhead);
+    paths.forwarding(policy, device, template, overheads).ok_or(PassReason::NoPath)
 }

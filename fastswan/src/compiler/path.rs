@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::IpAddr};
 use super::obstacles::Obstacle;
 use crate::{
     host::{HostFacts, Link, RouteKind, routing::Routing},
-    policy::{Family, MacAddr, NextHop, OffloadDev, Policy, SecurityAssociation, Template},
+    policy::{Family, MacAddr, NextHop, OffloadDev, Overhead, Policy, Template},
     table::{Forwarding, ReversePath},
 };
 
@@ -59,13 +59,13 @@ impl Paths {
 
     /// How a policy's packets leave its device, or `None` if that is not known or not possible.
     ///
-    /// `associations` are those that the device may use, at least one.
-    pub(super) fn forwarding<'s>(
+    /// `overheads` are those of the associations that the device may use, at least one; `None` is not known.
+    pub(super) fn forwarding(
         &self,
         policy: &Policy,
         device: OffloadDev,
         template: &Template,
-        associations: impl Iterator<Item = &'s SecurityAssociation>,
+        overheads: impl Iterator<Item = Option<Overhead>>,
     ) -> Option<Forwarding> {
         let family = policy.id.selector.family();
         let link = self.link(device.ifindex);
@@ -78,12 +78,12 @@ impl Paths {
             return None;
         }
         let (gateway, route_mtu) = self.outer_route(template.destination, device.ifindex)?;
-        let max_length = policy.egress.max_length.or_else(|| {
-            let link = link?;
+        let longest = link.and_then(|link| {
             let outer_mtu = bytes(route_mtu.unwrap_or(u32::MAX).min(link.mtu(family)));
             // A rekey is no reason for a packet that is too long for one of the two associations.
-            associations.map(|sa| Some(sa.overhead?.longest_inner_packet(outer_mtu))).min()?
-        })?;
+            overheads.map(|overhead| Some(overhead?.longest_inner_packet(outer_mtu))).min()?
+        });
+        let max_length = [policy.egress.max_length, longest].into_iter().flatten().min()?;
         let rewrite = match policy.egress.next_hop {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),

@@ -17,7 +17,7 @@ use crate::{
 };
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    vec(any::<u8>(), 0..320).prop_map(|bytes| Choices(&bytes).steps())
+    vec(any::<u8>(), 0..360).prop_map(|bytes| Choices(&bytes).steps())
 }
 
 fn capacity() -> impl Strategy<Value = Capacity> {

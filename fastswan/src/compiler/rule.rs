@@ -67,21 +67,28 @@ pub(super) enum Role {
     Offloaded,
     /// An outbound policy of the kernel's.
     Software,
-    /// A forward or sub policy: it makes packets pass whatever else matches.
+    /// A forward or sub policy, or one that sources disagree about: it makes packets pass whatever else matches.
     Check,
 }
 
 impl Candidate {
     /// A policy that is not inbound.
     pub(super) fn of(key: PolicyKey, policy: &Policy, broken: Option<BrokenRule>) -> Self {
-        let chosen_among = policy.id.direction == Direction::Out && policy.id.policy_type == PolicyType::Main;
-        let role = match chosen_among {
-            false => Role::Check,
-            true if policy.is_packet_offloaded() => Role::Offloaded,
-            true => Role::Software,
+        let role = if is_check(policy) {
+            Role::Check
+        } else if policy.is_packet_offloaded() {
+            Role::Offloaded
+        } else {
+            Role::Software
         };
         Self { policy: key, priority: broken::priority(broken, policy), role, widened: false }
     }
+}
+
+/// Whether a policy makes packets pass whatever else matches: a forward or sub policy, or one that sources disagree
+/// about.
+pub(super) fn is_check(policy: &Policy) -> bool {
+    (policy.id.direction, policy.id.policy_type) != (Direction::Out, PolicyType::Main) || policy.disputed
 }
 
 /// What the rule needs to know about all policies that match a region.
@@ -337,6 +344,10 @@ pub(super) fn same_way(one: &Policy, other: &Policy, broken: Option<BrokenRule>)
         asks_per_cpu: _,
         expires,
         egress,
+        assumed,
+        withheld: _,
+        disputed: _,
+        origin,
     } = one;
     let is_eligible = eligible(one).is_ok() && eligible(other).is_ok();
     if broken == Some(BrokenRule::Reqids) {
@@ -347,6 +358,7 @@ pub(super) fn same_way(one: &Policy, other: &Policy, broken: Option<BrokenRule>)
         || is_eligible
             && (templates, offload, expires, egress)
                 == (&other.templates, &other.offload, &other.expires, &other.egress)
+            && (assumed, origin) == (&other.assumed, &other.origin)
 }
 
 /// The template of a policy whose packets could be fast, if an association is there and the path is known.
@@ -354,8 +366,8 @@ pub(super) fn eligible(policy: &Policy) -> Result<&Template, PassReason> {
     if !policy.is_packet_offloaded() || policy.action == Action::Block || policy.templates.is_empty() {
         return Err(PassReason::NotOffloaded);
     }
-    if policy.held {
-        return Err(PassReason::Ineligible);
+    if policy.held || policy.withheld {
+        return Err(PassReason::Held);
     }
     let [template] = &policy.templates[..] else { return Err(PassReason::Ineligible) };
     let plain = policy.id.mark.mask == 0

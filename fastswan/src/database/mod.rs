@@ -8,7 +8,8 @@ use std::{collections::BTreeSet, fmt, thread};
 
 use self::{
     journal::Journal,
-    stored::{Item, Key, Stored},
+    key::Key,
+    stored::{Item, Stored},
 };
 pub(crate) use self::{
     journal::{Change, Revision},
@@ -23,6 +24,7 @@ use crate::{
 };
 
 mod journal;
+mod key;
 mod request;
 mod stored;
 
@@ -72,6 +74,8 @@ pub struct Database {
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
     journal: Journal,
+    /// The packet-offloaded outbound policies that were removed since somebody asked; `None` if nobody will.
+    departed: Option<Vec<(PolicyKey, PolicyId)>>,
 }
 
 /// The number of a policy, as long as it is in the database. Afterwards another one may get it.
@@ -112,7 +116,7 @@ impl Item for Policy {
     /// What the only template of a policy that may be fast asks for.
     fn request(&self) -> Option<Request> {
         let [template] = &self.templates[..] else { return None };
-        is_candidate(self).then(|| template.into())
+        is_candidate(self).then(|| Request::of(self, template))
     }
 }
 
@@ -233,16 +237,20 @@ impl Database {
     fn store(&mut self, policies: Vec<Policy>, sas: Vec<SecurityAssociation>) {
         let is_worth_it = policies.len().min(sas.len()) >= MANY;
         let mut sas = Some(sas);
+        let mut gone = Vec::new();
         thread::scope(|scope| {
             let store_sas = || self.sas.replace(sas.take().unwrap_or_default());
             if is_worth_it {
                 // Where there can be no other thread, it is done below.
                 let _ = thread::Builder::new().spawn_scoped(scope, store_sas);
             }
-            self.policies.replace(policies);
+            gone = self.policies.replace(policies);
         });
         if let Some(sas) = sas {
             self.sas.replace(sas);
+        }
+        for (key, policy) in gone {
+            self.note_departure(key, &policy);
         }
     }
 
@@ -319,6 +327,7 @@ impl Database {
     fn remove_policy(&mut self, id: &PolicyId) {
         let Some((key, before)) = self.policies.remove(id) else { return };
         self.forget_offloaded(&before);
+        self.note_departure(key, &before);
         self.expires_instead(Expiring::Policy(key), before.expires, None);
         if let Some(age) = self.ages.get_mut(key.index()) {
             *age = 0;
@@ -348,6 +357,22 @@ impl Database {
         if let Some(policy) = self.policies.get(key).filter(|policy| is_candidate(policy)) {
             let before = Some(Box::new(policy.clone()));
             self.journal.record(Change::Policy { key, before });
+        }
+    }
+
+    /// Remembers from now on which packet-offloaded outbound policies are removed, for [`Self::departed`].
+    pub(crate) fn remember_departures(&mut self) {
+        self.departed = Some(Vec::new());
+    }
+
+    /// Those that were removed since the last call. Their keys may belong to others after the next event.
+    pub(crate) fn departed(&mut self) -> Vec<(PolicyKey, PolicyId)> {
+        self.departed.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn note_departure(&mut self, key: PolicyKey, policy: &Policy) {
+        if let Some(departed) = self.departed.as_mut().filter(|_| is_candidate(policy)) {
+            departed.push((key, policy.id.clone()));
         }
     }
 
@@ -401,6 +426,7 @@ impl Database {
     }
 
     /// Everything, in no particular order.
+    #[cfg(feature = "netlink")]
     pub(crate) fn into_snapshot(self) -> Snapshot {
         let (policies, sas) = (self.policies.into_all(), self.sas.into_all());
         Snapshot { policies, sas, default_policy: self.default_policy, order: self.order }
@@ -484,10 +510,10 @@ impl Database {
         self.order
     }
 
-    /// The associations that a device may use for a step of a policy without a mark, in no particular order.
+    /// The associations that the device of an offloaded policy without a mark may use for its only template, in no
+    /// particular order; none if it has not exactly one. That which it is [assumed](Policy::assumed) to have is not here.
     ///
-    /// `selector` is the policy's, `device` the interface index that it is offloaded to, `if_id` its interface id. During a
-    /// rekey there are several, and the kernel does not tell which one the device takes. This is
+    /// During a rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
     /// only itself. A reqid of 0 matches only itself there. The kernel compares an association's own selector with
     /// the inner packet: one counts if its selector covers the policy's.
@@ -495,43 +521,36 @@ impl Database {
     /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
     /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
     /// (`XFRM_STATE_INSERT`; Linux 6.12 and 7.3).
-    pub fn live_sas(
-        &self,
-        template: &Template,
-        selector: &Selector,
-        if_id: u32,
-        device: u32,
-    ) -> impl Iterator<Item = &SecurityAssociation> + Clone {
-        let selector = *selector;
-        let serving = self.serving(template, if_id, device);
-        serving.filter(move |sa| sa.selector.is_none_or(|of_sa| of_sa.covers(&selector)))
+    pub fn live_sas<'a>(
+        &'a self,
+        policy: &'a Policy,
+    ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
+        let selector = &policy.id.selector;
+        self.serving(policy).filter(move |sa| sa.selector.is_none_or(|of_sa| of_sa.covers(selector)))
     }
 
     /// One that would be among these, but its selector covers only some of the policy's packets, or none.
-    pub(crate) fn narrow_sa(
-        &self,
-        template: &Template,
-        selector: &Selector,
-        if_id: u32,
-        device: u32,
-    ) -> Option<(SaId, Selector)> {
-        let mut selectors =
-            self.serving(template, if_id, device).filter_map(|sa| Some((sa.id, sa.selector?)));
-        selectors.find(|(_, of_sa)| !of_sa.covers(selector))
+    pub(crate) fn narrow_sa(&self, policy: &Policy) -> Option<(SaId, Selector)> {
+        let mut selectors = self.serving(policy).filter_map(|sa| Some((sa.id, sa.selector?)));
+        selectors.find(|(_, of_sa)| !of_sa.covers(&policy.id.selector))
     }
 
-    /// The associations that a device may use for some packets.
-    fn serving(
-        &self,
-        template: &Template,
-        if_id: u32,
-        device: u32,
-    ) -> impl Iterator<Item = &SecurityAssociation> + Clone {
-        let asked =
-            self.sas.of_request(template.into()).map(|(_, sa)| sa).filter(|sa| sa.source == template.source);
-        let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
-        let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
-        asked.filter(move |sa| !hidden && serves(sa, template, if_id, device))
+    /// The associations that the device of a policy may use for some packets.
+    fn serving<'a>(
+        &'a self,
+        policy: &'a Policy,
+    ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
+        let step = match policy.templates[..] {
+            [ref template] => policy.offload.map(|device| (template, device.ifindex)),
+            _ => None,
+        };
+        step.into_iter().flat_map(move |(template, device)| {
+            let asked = self.sas.of_request(Request::of(policy, template)).map(|(_, sa)| sa);
+            let asked = asked.filter(|sa| sa.source == template.source);
+            let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
+            let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
+            asked.filter(move |sa| !hidden && serves(sa, policy, template, device))
+        })
     }
 
     /// When this is.
@@ -547,6 +566,11 @@ impl Database {
     /// All policies with their keys.
     pub(crate) fn keyed_policies(&self) -> impl Iterator<Item = (PolicyKey, &Policy)> {
         self.policies.iter()
+    }
+
+    /// All policies with this key or a higher one, in order of keys.
+    pub(crate) fn keyed_policies_from(&self, first: PolicyKey) -> impl Iterator<Item = (PolicyKey, &Policy)> {
+        self.policies.from(first)
     }
 
     pub(crate) fn policy_with_key(&self, key: PolicyKey) -> Option<&Policy> {
@@ -586,7 +610,7 @@ impl Database {
 
 /// Whether the kernel would take an association with the addresses and the reqid of a template for some packets of its
 /// policy, if that is offloaded to this device and has no mark.
-fn serves(sa: &SecurityAssociation, template: &Template, if_id: u32, device: u32) -> bool {
+fn serves(sa: &SecurityAssociation, policy: &Policy, template: &Template, device: u32) -> bool {
     sa.is_outbound_packet_offload()
         && sa.offload.is_some_and(|offload| offload.ifindex == device)
         && sa.id.protocol == IPPROTO_ESP
@@ -594,7 +618,7 @@ fn serves(sa: &SecurityAssociation, template: &Template, if_id: u32, device: u32
         && sa.id.spi != 0
         && (template.spi == 0 || sa.id.spi == template.spi)
         && sa.mode == template.mode
-        && sa.if_id == if_id
+        && sa.if_id == policy.id.if_id
         && sa.id.mark.value == 0
         && sa.cpu.is_none()
         && !sa.receives_only
@@ -631,10 +655,12 @@ mod tests {
     }
 
     fn live_spis(database: &Database, template: &Template) -> Vec<u32> {
-        database
-            .live_sas(template, &policy("10.0.1.0/24", PolicyType::Main).id.selector, 0, NIC)
-            .map(|sa| sa.id.spi)
-            .collect()
+        database.live_sas(&offloaded(template)).map(|sa| sa.id.spi).collect()
+    }
+
+    fn offloaded(template: &Template) -> Policy {
+        let offload = Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false });
+        Policy { templates: [*template].into(), offload, ..policy("10.0.1.0/24", PolicyType::Main) }
     }
 
     #[test]
@@ -900,8 +926,7 @@ mod tests {
             change(&mut selector);
             let mut database = Database::default();
             database.apply(PolicyEvent::Sa(SecurityAssociation { selector: Some(selector), ..sa(1) }));
-            let policy = policy("10.0.1.0/24", PolicyType::Main).id.selector;
-            let is_narrow = database.narrow_sa(&template(), &policy, 0, NIC).is_some();
+            let is_narrow = database.narrow_sa(&offloaded(&template())).is_some();
             assert_eq!(live_spis(&database, &template()).is_empty(), is_narrow);
             !is_narrow
         };

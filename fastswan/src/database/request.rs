@@ -1,28 +1,30 @@
-//! Which policies and associations belong together: those of one outer destination and reqid.
+//! Which policies and associations belong together: those of one outer destination and reqid, from one source.
 
 use std::{hash::BuildHasher as _, iter, net::IpAddr};
 
 use hashbrown::{DefaultHashBuilder, HashTable, hash_table::Entry};
 
-use super::stored::Key;
-use crate::policy::{SecurityAssociation, Template};
+use super::key::Key;
+use crate::policy::{Origin, Policy, SecurityAssociation, Template};
 
 /// What a template asks for, and an association answers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Request {
     destination: IpAddr,
     reqid: u32,
+    origin: Origin,
 }
 
-impl From<&Template> for Request {
-    fn from(template: &Template) -> Self {
-        Self { destination: template.destination, reqid: template.reqid }
+impl Request {
+    /// What a step of a policy asks for.
+    pub(super) fn of(policy: &Policy, template: &Template) -> Self {
+        Self { destination: template.destination, reqid: template.reqid, origin: policy.origin }
     }
 }
 
 impl From<&SecurityAssociation> for Request {
     fn from(sa: &SecurityAssociation) -> Self {
-        Self { destination: sa.id.destination, reqid: sa.reqid }
+        Self { destination: sa.id.destination, reqid: sa.reqid, origin: sa.id.origin }
     }
 }
 

@@ -5,17 +5,10 @@ use std::hash::{BuildHasher as _, Hash};
 
 use hashbrown::{DefaultHashBuilder, HashTable, hash_table};
 
-use super::request::{ByRequest, Request};
-
-/// The number of something stored, as long as it is there. Afterwards something else may get it.
-pub(super) trait Key: Copy + Eq + Send {
-    fn new(number: u32) -> Self;
-    fn number(self) -> u32;
-
-    fn index(self) -> usize {
-        self.number() as usize
-    }
-}
+use super::{
+    key::Key,
+    request::{ByRequest, Request},
+};
 
 /// A policy or an association.
 pub(super) trait Item: PartialEq + Send {
@@ -69,6 +62,13 @@ impl<K: Key, T: Item> Stored<K, T> {
     pub(super) fn iter(&self) -> impl Iterator<Item = (K, &T)> {
         let keys = (0..).map(K::new);
         keys.zip(&self.places).filter_map(|(key, place)| Some((key, place.as_ref()?)))
+    }
+
+    /// Those with this key or a higher one, in order of keys.
+    pub(super) fn from(&self, first: K) -> impl Iterator<Item = (K, &T)> {
+        let keys = (first.number()..).map(K::new);
+        let places = self.places.get(first.index()..).unwrap_or_default();
+        keys.zip(places).filter_map(|(key, place)| Some((key, place.as_ref()?)))
     }
 
     /// Those of a request, the newest first.
@@ -131,11 +131,12 @@ impl<K: Key, T: Item> Stored<K, T> {
         Some((key, removed))
     }
 
-    /// Stores these and nothing else. What stays keeps its key. Of several with one identity, the last counts.
-    pub(super) fn replace(&mut self, all: Vec<T>) {
+    /// Stores these and nothing else, and returns those that are there no longer. What stays keeps its key. Of several with
+    /// one identity, the last counts.
+    pub(super) fn replace(&mut self, all: Vec<T>) -> Vec<(K, T)> {
         if self.places.is_empty() {
             self.fill(all);
-            return;
+            return Vec::new();
         }
         let mut stays = vec![false; self.places.len()];
         for new in all {
@@ -148,9 +149,7 @@ impl<K: Key, T: Item> Stored<K, T> {
         let leaves = |key: K| stays.get(key.index()).is_some_and(|stays| !stays);
         let leaving = self.iter().filter(|(key, _)| leaves(*key));
         let leaving: Vec<T::Id> = leaving.map(|(_, item)| item.id().clone()).collect();
-        for id in &leaving {
-            self.remove(id);
-        }
+        leaving.iter().filter_map(|id| self.remove(id)).collect()
     }
 
     /// The same when nothing is stored yet: it takes them over where they are.
@@ -181,6 +180,7 @@ impl<K: Key, T: Item> Stored<K, T> {
     }
 
     /// Everything, in no particular order.
+    #[cfg(feature = "netlink")]
     pub(super) fn into_all(self) -> Vec<T> {
         self.places.into_iter().flatten().collect()
     }

@@ -11,7 +11,10 @@ use aya::{
     programs::{FEntry, ProgramError, fentry::FEntryLink},
 };
 
-use super::{XdpForwarder, error::errno};
+use super::{
+    XdpForwarder,
+    error::{chain, errno},
+};
 use crate::table::begin_removal;
 
 /// The programs of the object, and the kernel's functions that they are attached to. What is on a device that goes down
@@ -34,11 +37,10 @@ pub struct Guard {
 #[non_exhaustive]
 pub enum GuardError {
     /// The kernel does not describe its functions.
-    #[error("the kernel tells no types of its functions ({error}): the guard needs CONFIG_DEBUG_INFO_BTF")]
+    #[error("the kernel tells no types of its functions ({}): the guard needs CONFIG_DEBUG_INFO_BTF", chain(.error.as_ref()))]
     NoBtf {
         /// What reading them gave.
-        #[source]
-        error: BtfError,
+        error: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A function that removals pass through is not there, or was inlined.
     #[error("the kernel has no function {function} that the guard could be attached to")]
@@ -55,14 +57,12 @@ pub enum GuardError {
         /// The function that it was to be attached to.
         function: &'static str,
         /// What the kernel said.
-        #[source]
         error: io::Error,
     },
     /// Something else failed.
-    #[error("attaching the guard failed: {error}")]
+    #[error("attaching the guard failed: {}", chain(.error.as_ref()))]
     Bpf {
         /// Why.
-        #[source]
         error: Box<dyn std::error::Error + Send + Sync>,
     },
 }
@@ -84,7 +84,7 @@ impl XdpForwarder {
     ///
     /// [`GuardError`]. The forwarder works without.
     pub fn attach_guard(&mut self) -> Result<Guard, GuardError> {
-        let btf = Btf::from_sys_fs().map_err(|error| GuardError::NoBtf { error })?;
+        let btf = Btf::from_sys_fs().map_err(|error| GuardError::NoBtf { error: error.into() })?;
         let links = HOOKS
             .map(|(program, function)| attach(&mut self.ebpf, &btf, program, function))
             .into_iter()

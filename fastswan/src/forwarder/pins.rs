@@ -1,9 +1,10 @@
 //! What outlives a process: links to ports, and counters, pinned in a directory of a BPF file system.
 //!
 //! ```text
-//! DIRECTORY/owner         the program of the process that took over last (`next` while it does)
-//! DIRECTORY/ports/INDEX   the link to the port with this interface index
-//! DIRECTORY/ID/MAP        the maps with the counters of the program with this number
+//! DIRECTORY/owner             the program of the process that took over last (`next` while it does)
+//! DIRECTORY/ports/INDEX       the link to the port with this interface index
+//! DIRECTORY/ID/MAP            the maps with the counters of the program with this number
+//! DIRECTORY/namespace/COOKIE  a directory: the network namespace whose interface indices those are
 //! ```
 //!
 //! Whoever changes any of it holds a lock on the directory, but not longer: the lock of a process that is stopped
@@ -12,23 +13,23 @@
 use std::{
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    os::fd::AsFd as _,
+    path::{Component, Path, PathBuf},
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use aya::{
-    Ebpf,
-    maps::MapData,
-    programs::{
-        ProgramInfo, Xdp,
-        links::{FdLink, PinnedLink},
-    },
-};
+use aya::{Ebpf, maps::MapData, programs::ProgramInfo};
 use rustix::fs::{FlockOperation, flock, fstatfs};
 
-use super::{ForwarderError, link::read_link};
-use crate::table::{Counters, MapsError, array};
+use super::{
+    ForwarderError,
+    hook::xdp::{Joined, Link, Program},
+};
+use crate::{
+    sys::{bpf, network_namespace},
+    table::{Counters, MapsError, array},
+};
 
 /// `linux/magic.h`
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
@@ -36,11 +37,12 @@ const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 /// How long another process may take to take over.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long the kernel may take to let go of a link.
-const RELEASE: Duration = Duration::from_secs(2);
-
 /// Between two looks at something that is waited for.
 const PAUSE: Duration = Duration::from_millis(10);
+
+const OWNER: &str = "owner";
+const PORTS: &str = "ports";
+const NAMESPACE: &str = "namespace";
 
 /// The directory, locked.
 #[derive(Debug)]
@@ -50,16 +52,24 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    /// Makes the directory if it is not there, and waits for its lock.
+    /// Makes the directory if it is not there, waits for its lock, and makes sure that it is this network namespace's.
     pub(super) fn lock(directory: &Path) -> Result<Self, ForwarderError> {
         let error = |error: io::Error| ForwarderError::new(making(directory), error);
-        let parent = directory.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(directory);
-        // The kernel answers EPERM when it is to pin elsewhere, which says little.
+        let parent = directory.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("."));
+        // The kernel answers EPERM when it is to pin elsewhere, or to make a name with a dot, which says little.
         let file_system = File::open(parent).and_then(|parent| Ok(fstatfs(parent)?)).map_err(error)?;
         if file_system.f_type.to_ne_bytes()[..4] != BPF_FS_MAGIC.to_ne_bytes() {
             return Err(ForwarderError::NotABpfFileSystem { directory: directory.to_owned() });
         }
-        fs::create_dir_all(directory.join("ports")).map_err(error)?;
+        let has_dot = |component: Component<'_>| match component {
+            Component::Normal(name) => name.as_encoded_bytes().contains(&b'.'),
+            _ => false,
+        };
+        let new = directory.strip_prefix(parent).unwrap_or(directory);
+        if new.components().any(has_dot) {
+            return Err(ForwarderError::DotInName { directory: directory.to_owned() });
+        }
+        fs::create_dir_all(directory.join(PORTS)).map_err(error)?;
         let lock = File::open(directory).map_err(error)?;
         let deadline = Instant::now() + PATIENCE;
         while let Err(errno) = flock(&lock, FlockOperation::NonBlockingLockExclusive) {
@@ -69,35 +79,75 @@ impl Pins {
             }
             sleep(PAUSE);
         }
-        Ok(Self { directory: directory.to_owned(), _lock: lock })
+        let pins = Self { directory: directory.to_owned(), _lock: lock };
+        pins.settle_in_namespace()?;
+        Ok(pins)
+    }
+
+    /// Marks the directory as this network namespace's. What is left of another one goes, unless its ports are there:
+    /// a port of the same index is another interface here.
+    fn settle_in_namespace(&self) -> Result<(), ForwarderError> {
+        let ours = network_namespace()
+            .map_err(|error| ForwarderError::new("reading the cookie of the network namespace", error))?
+            .to_string();
+        let marks = self.directory.join(NAMESPACE);
+        let entries = fs::read_dir(&marks).into_iter().flatten().flatten();
+        let others: Vec<_> = entries.map(|entry| entry.file_name()).filter(|name| *name != *ours).collect();
+        if !others.is_empty() {
+            let is_alive = |ifindex| self.link(ifindex).is_some_and(|(_, joined)| joined.ifindex.is_some());
+            if self.ports().into_iter().any(is_alive) {
+                return Err(ForwarderError::OtherNamespace { directory: self.directory.clone() });
+            }
+            self.remove_all()?;
+        }
+        fs::create_dir_all(marks.join(&ours)).map_err(|error| ForwarderError::new(making(&marks), error))
     }
 
     /// The path of the link to a port.
     pub(super) fn port(&self, ifindex: u32) -> PathBuf {
-        self.directory.join("ports").join(ifindex.to_string())
+        self.directory.join(PORTS).join(ifindex.to_string())
     }
 
     /// The interface indices of the ports whose links are pinned.
     pub(super) fn ports(&self) -> Vec<u32> {
-        let entries = fs::read_dir(self.directory.join("ports")).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+        numbers(&self.directory.join(PORTS))
     }
 
-    /// The link to a port, if it is pinned, and the number of the program that it runs.
-    pub(super) fn link(&self, ifindex: u32) -> Option<(FdLink, u32)> {
-        let link = FdLink::from(PinnedLink::from_pin(self.port(ifindex)).ok()?);
-        let program = link.info().ok()?.program_id();
-        Some((link, program))
+    /// The link that is pinned for a port, and what it joins.
+    pub(super) fn link(&self, ifindex: u32) -> Option<(Link, Joined)> {
+        let link = Link::from_pin(&self.port(ifindex)).ok()?;
+        let joined = link.joined().ok()?;
+        Some((link, joined))
     }
 
-    /// Gives up a port. Unless somebody else holds its link, the program is detached.
+    /// Pins the link to a port.
+    pub(super) fn add_port(&self, ifindex: u32, link: &Link) -> Result<(), ForwarderError> {
+        let path = self.port(ifindex);
+        link.pin(&path).map_err(|error| ForwarderError::new(format!("pinning {}", path.display()), error))
+    }
+
+    /// Gives up a port: detaches the program, whoever else holds the link, and removes the pin.
     pub(super) fn remove_port(&self, ifindex: u32) -> Result<(), ForwarderError> {
+        if let Some((link, _)) = self.link(ifindex) {
+            link.detach()
+                .map_err(|error| ForwarderError::new(format!("detaching from port #{ifindex}"), error))?;
+        }
+        self.unpin_port(ifindex)
+    }
+
+    /// Removes the pin of a port.
+    pub(super) fn unpin_port(&self, ifindex: u32) -> Result<(), ForwarderError> {
         remove(&self.port(ifindex))
     }
 
-    /// The program of the process that took over last.
+    /// The number of the program of the process that took over last.
     pub(super) fn owner(&self) -> Option<u32> {
         owner(&self.directory)
+    }
+
+    /// The program of the process that took over last.
+    pub(super) fn owner_program(&self) -> Option<Program> {
+        Program::from_pin(&self.directory.join(OWNER), self.owner()?).ok()
     }
 
     /// The counters of a program.
@@ -115,7 +165,7 @@ impl Pins {
             let path = folder.join(name);
             remove(&path)?;
             let map = array(ebpf, name).map_err(|error| ForwarderError::new("looking for a map", error))?;
-            map.pin(&path)
+            bpf::pin(map.fd().as_fd(), &path)
                 .map_err(|error| ForwarderError::new(format!("pinning {}", path.display()), error))?;
         }
         Ok(())
@@ -130,15 +180,25 @@ impl Pins {
         let _ = fs::remove_dir(folder);
     }
 
+    /// Removes the pins of the counters of all programs but these: a process that ended while it took over left them.
+    pub(super) fn remove_stale_counters(&self, kept: &[u32]) {
+        numbers(&self.directory)
+            .into_iter()
+            .filter(|program| !kept.contains(program))
+            .for_each(|program| self.remove_counters(program));
+    }
+
     /// Makes a program the owner, at once and for good.
-    pub(super) fn set_owner(&self, program: &mut Xdp) -> Result<(), ForwarderError> {
+    pub(super) fn set_owner(&self, program: &Program) -> Result<(), ForwarderError> {
         let (path, next) = (self.directory.join(OWNER), self.directory.join("next"));
+        let error =
+            |attempt: &str, error| ForwarderError::new(format!("{attempt} {}", next.display()), error);
         remove(&next)?;
-        program
-            .pin(&next)
-            .map_err(|error| ForwarderError::new(format!("pinning {}", next.display()), error))?;
-        fs::rename(&next, &path)
-            .map_err(|error| ForwarderError::new(format!("renaming {}", next.display()), error))
+        program.pin(&next).map_err(|failure| error("pinning", failure))?;
+        fs::rename(&next, &path).map_err(|failure| {
+            let _ = fs::remove_file(&next);
+            error("renaming", failure)
+        })
     }
 
     /// Removes everything but the directory.
@@ -146,9 +206,12 @@ impl Pins {
         for ifindex in self.ports() {
             self.remove_port(ifindex)?;
         }
-        if let Some(owner) = self.owner() {
-            self.remove_counters(owner);
+        self.remove_stale_counters(&[]);
+        let marks = self.directory.join(NAMESPACE);
+        for mark in fs::read_dir(&marks).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(mark.path());
         }
+        let _ = fs::remove_dir(marks);
         remove(&self.directory.join(OWNER))
     }
 
@@ -157,19 +220,15 @@ impl Pins {
     }
 }
 
-/// Waits until a port runs no program, but not for long: the kernel lets go of a link a moment after its pin is removed.
-pub(super) fn wait_for_release(ifindex: u32) {
-    let deadline = Instant::now() + RELEASE;
-    while Instant::now() < deadline && !read_link(ifindex).is_ok_and(|port| port.program.is_none()) {
-        sleep(PAUSE);
-    }
-}
-
-const OWNER: &str = "owner";
-
 /// The number of the program that a directory belongs to, if there is one.
 pub(super) fn owner(directory: &Path) -> Option<u32> {
     Some(ProgramInfo::from_pin(directory.join(OWNER)).ok()?.id())
+}
+
+/// The names in a directory that are numbers.
+fn numbers(directory: &Path) -> Vec<u32> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// Removes a file if it is there.

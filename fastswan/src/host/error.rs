@@ -7,12 +7,14 @@ use std::io;
 #[non_exhaustive]
 pub enum HostError {
     /// A system call failed.
-    #[error("{attempt} failed: {error}; it needs a kernel with rtnetlink, but no privilege")]
+    #[error("{attempt} failed: {error}{remedy}")]
     System {
         /// What was tried.
         attempt: String,
         /// Why it failed. It is in the text, and so not the source of this error: it is printed once.
         error: io::Error,
+        /// What to do, starting with "; ", or empty.
+        remedy: &'static str,
     },
     /// The kernel said something that could not be understood.
     #[error("the kernel's list of {object} could not be decoded: {reason}; please report this")]

@@ -7,6 +7,7 @@
 
 mod error;
 mod event;
+mod port;
 pub(crate) mod routing;
 
 use std::net::IpAddr;
@@ -16,11 +17,9 @@ use ipnet::IpNet;
 pub use self::{
     error::HostError,
     event::{HostEvent, HostStaleCause},
+    port::{Forwards, Port, ReversePath},
 };
-use crate::{
-    policy::{Family, MacAddr},
-    table::{Forwards, Port, ReversePath},
-};
+use crate::policy::{Family, MacAddr};
 
 /// What is known about the host.
 ///

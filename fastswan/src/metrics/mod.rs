@@ -1,24 +1,24 @@
 //! Numbers for those who run a gateway, through the facade of the crate `metrics` (feature `metrics`).
 //!
-//! A [`Gateway`](crate::Gateway) counts what happens in its loop, and `Gateway::record_metrics` looks at all the rest:
-//! call it every few seconds. Install a recorder before the gateway is made, so that it learns the descriptions.
-//! Without the feature, nothing is counted and nothing is paid.
+//! A [`Gateway`](crate::Gateway) counts what happens in its loop, and looks at all the rest every five seconds. Install a
+//! recorder before the gateway is made, so that it learns the descriptions. Without the feature, nothing is counted and
+//! nothing is paid.
 //!
-//! No metric has a policy or an address as a label: [`Gateway::report`](crate::Gateway::report) tells each policy's
-//! traffic.
+//! No metric has a policy or an address as a label: [`GatewayHandle::status`](crate::gateway::GatewayHandle::status) tells
+//! each policy's traffic.
 //!
 //! | metric | kind | labels | what it is |
 //! |---|---|---|---|
 //! | `fastswan_policies` | gauge | `state`, `reason` | Packet-offloaded outbound policies: `fast`, or `kernel` with a [`PassReason`](crate::PassReason); the reason of fast ones is empty. |
 //! | `fastswan_associations` | gauge | | Security associations. |
-//! | `fastswan_current` | gauge | | 1 if the database is what the source has, else 0: everything passes. |
+//! | `fastswan_current` | gauge | | 1 while the fast path is on: every input is current, and no kill switch is on. Else everything passes. |
 //! | `fastswan_queued_events` | gauge | | Events that the source holds and the loop has not read. |
 //! | `fastswan_fast_packets_total` | counter | | Packets that were forwarded at XDP. |
 //! | `fastswan_fast_bytes_total` | counter | | Their bytes, from the IP header on. |
 //! | `fastswan_passed_packets_total` | counter | `reason` | Packets that were passed to the kernel. |
 //! | `fastswan_events_total` | counter | | Events that were applied. |
-//! | `fastswan_stale_total` | counter | `cause` | Times that the source lost track. |
-//! | `fastswan_resyncs_total` | counter | `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that nobody announced. |
+//! | `fastswan_stale_total` | counter | `input`, `cause` | Times that a source lost track: the one of `policies`, or of the `host`. |
+//! | `fastswan_resyncs_total` | counter | `input`, `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that nobody announced. |
 //! | `fastswan_audit_repairs_total` | counter | | Policies and associations that were not as an audit found them. |
 //! | `fastswan_lease_expiries_total` | counter | | Renewals of the lease that came too late: packets passed for a while. |
 //! | `fastswan_guard_shut_total` | counter | | Times that the guard has shut the fast path and the loop has opened it again. |

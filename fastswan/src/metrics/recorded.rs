@@ -9,10 +9,7 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogra
 
 use fastswan_ebpf::PassReason;
 
-use crate::{
-    compiler::PolicyState,
-    table::{Slot, TableUpdate, Traffic},
-};
+use crate::{compiler::PolicyState, table::Traffic};
 
 /// What a gateway has counted that nobody else remembers.
 #[derive(Debug)]
@@ -30,7 +27,6 @@ pub(crate) struct Moment {
     pub(crate) policies: Vec<(PolicyState, Traffic)>,
     pub(crate) passes: Vec<(PassReason, u64)>,
     pub(crate) associations: usize,
-    pub(crate) is_current: bool,
     pub(crate) queued: usize,
 }
 
@@ -41,13 +37,12 @@ impl Meters {
         Self { retired: Traffic::default(), reasons: BTreeSet::new() }
     }
 
-    pub(crate) fn lost_track(&mut self, cause: &'static str) {
-        counter!("fastswan_stale_total", "cause" => cause).increment(1);
-        gauge!("fastswan_current").set(0.0);
+    pub(crate) fn lost_track(&mut self, input: &'static str, cause: &'static str) {
+        counter!("fastswan_stale_total", "input" => input, "cause" => cause).increment(1);
     }
 
-    pub(crate) fn resynchronised(&mut self, cause: &'static str) {
-        counter!("fastswan_resyncs_total", "cause" => cause).increment(1);
+    pub(crate) fn resynchronised(&mut self, input: &'static str, cause: &'static str) {
+        counter!("fastswan_resyncs_total", "input" => input, "cause" => cause).increment(1);
     }
 
     pub(crate) fn repaired(&mut self, repairs: u64) {
@@ -65,22 +60,17 @@ impl Meters {
         histogram!("fastswan_compile_seconds").record(took);
     }
 
-    /// Remembers the traffic of slots that are about to be freed.
-    pub(crate) fn writing(&mut self, update: &TableUpdate, traffic: impl Fn(Slot) -> Traffic) {
-        for (slot, standing) in &update.slots {
-            if standing.is_none() {
-                let Traffic { packets, bytes } = traffic(*slot);
-                self.retired.packets += packets;
-                self.retired.bytes += bytes;
-            }
-        }
+    /// Remembers the traffic of a policy that is gone.
+    pub(crate) fn retired(&mut self, traffic: Traffic) {
+        self.retired = self.retired + traffic;
     }
 
-    pub(crate) fn written(&mut self, changes: usize, lag: Duration) {
-        if changes > 0 {
-            counter!("fastswan_table_writes_total").increment(1);
-            counter!("fastswan_table_changes_total").increment(changes as u64);
-        }
+    pub(crate) fn written(&mut self, changes: usize) {
+        counter!("fastswan_table_writes_total").increment(1);
+        counter!("fastswan_table_changes_total").increment(changes as u64);
+    }
+
+    pub(crate) fn caught_up(&mut self, lag: Duration) {
         histogram!("fastswan_lag_seconds").record(lag);
     }
 
@@ -89,8 +79,14 @@ impl Meters {
         histogram!("fastswan_guard_open_seconds").record(took);
     }
 
-    pub(crate) fn lease_expired(&mut self) {
-        counter!("fastswan_lease_expiries_total").increment(1);
+    pub(crate) fn lease_expired(&mut self, times: u64) {
+        if times > 0 {
+            counter!("fastswan_lease_expiries_total").increment(times);
+        }
+    }
+
+    pub(crate) fn switched(&mut self, on: bool) {
+        gauge!("fastswan_current").set(if on { 1.0 } else { 0.0 });
     }
 
     pub(crate) fn look(&mut self, moment: &Moment) {
@@ -112,7 +108,6 @@ impl Meters {
             self.reasons.insert(reason);
         }
         gauge!("fastswan_associations").set(float(moment.associations as u64));
-        gauge!("fastswan_current").set(if moment.is_current { 1.0 } else { 0.0 });
         gauge!("fastswan_queued_events").set(float(moment.queued as u64));
         counter!("fastswan_fast_packets_total").absolute(total.packets);
         counter!("fastswan_fast_bytes_total").absolute(total.bytes);
@@ -130,7 +125,10 @@ fn float(number: u64) -> f64 {
 fn describe() {
     describe_gauge!("fastswan_policies", "packet-offloaded outbound policies by state and reason");
     describe_gauge!("fastswan_associations", "security associations");
-    describe_gauge!("fastswan_current", "1 if the database is what the source has, else 0");
+    describe_gauge!(
+        "fastswan_current",
+        "1 while the fast path is on: every input is current, and no kill switch is on"
+    );
     describe_gauge!("fastswan_queued_events", "events that the source holds and the loop has not read");
     describe_counter!("fastswan_fast_packets_total", "packets forwarded at XDP");
     describe_counter!(
@@ -140,8 +138,8 @@ fn describe() {
     );
     describe_counter!("fastswan_passed_packets_total", "packets passed to the kernel by reason");
     describe_counter!("fastswan_events_total", "events applied");
-    describe_counter!("fastswan_stale_total", "times that the source lost track by cause");
-    describe_counter!("fastswan_resyncs_total", "snapshots applied by what made them necessary");
+    describe_counter!("fastswan_stale_total", "times that a source lost track by input and cause");
+    describe_counter!("fastswan_resyncs_total", "snapshots applied by input and what made them necessary");
     describe_counter!("fastswan_audit_repairs_total", "policies and associations that an audit repaired");
     describe_counter!("fastswan_lease_expiries_total", "renewals of the lease that came too late");
     describe_counter!("fastswan_guard_shut_total", "times that the guard has shut the fast path");
@@ -174,8 +172,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        ChannelSource, Gateway, HostFacts, MemoryTable, PolicyEvent, PolicySource as _, Selector,
-        StaticSource,
+        ChannelSource, Gateway, MemoryTable, PolicyEvent, PolicySource as _, SecurityAssociation, Selector,
+        StaticSource, VouchedHost,
         policy::{Egress, NextHop},
         source::{Snapshot, StaleCause, channel::PolicySender, fixed::StaticPolicy},
         table::TableConfig,
@@ -212,7 +210,7 @@ mod tests {
 
     /// A gateway of one tunnel.
     struct Host {
-        gateway: Gateway<ChannelSource, MemoryTable>,
+        gateway: Gateway<ChannelSource, VouchedHost, MemoryTable>,
         sender: PolicySender,
         snapshot: Snapshot,
     }
@@ -233,19 +231,25 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
         metrics::with_local_recorder(recorder, || {
             runtime.unwrap().block_on(async {
-                let mut source = StaticSource::new(&[StaticPolicy {
-                    selector: selector(),
-                    device: 7,
-                    tunnel: ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()),
-                    priority: 100,
-                    egress: Egress { next_hop: NextHop::Device, max_length: Some(1400) },
-                }]);
-                let Some(PolicyEvent::Snapshot(snapshot)) = source.next_event().await.unwrap() else {
+                let mut source = StaticSource::new(&[StaticPolicy::new(
+                    selector(),
+                    7,
+                    "192.0.2.1".parse().unwrap(),
+                    "192.0.2.2".parse().unwrap(),
+                )
+                .priority(100)
+                .egress(Egress { next_hop: NextHop::Device, max_length: Some(1400) })]);
+                let Some(PolicyEvent::Snapshot(mut snapshot)) = source.next_event().await.unwrap() else {
                     panic!()
                 };
+                for policy in &mut snapshot.policies {
+                    let overhead = policy.assumed.take();
+                    let sa = SecurityAssociation::for_template(&policy.templates[0], 0x100);
+                    snapshot.sas.push(SecurityAssociation { offload: policy.offload, overhead, ..sa });
+                }
                 let (sender, source) = ChannelSource::new(snapshot.clone(), 8);
                 let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 16, slots: 8 };
-                let gateway = Gateway::new(source, MemoryTable::new(&config), &HostFacts::vouched());
+                let gateway = Gateway::new(source, VouchedHost::new(), MemoryTable::new(&config));
                 tell(Host { gateway: gateway.with_lease(LEASE), sender, snapshot }).await;
             });
         });
@@ -259,14 +263,18 @@ mod tests {
     fn what_a_gateway_does_is_counted() {
         let recorder = DebuggingRecorder::new();
         story(&recorder, async |mut host| {
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let before = Scrape::take(&recorder);
             before.expect(&[("current", 0), ("queued_events", 1), ("associations", 0)]);
 
             host.follow().await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let first = Scrape::take(&recorder);
-            first.expect(&[("resyncs_total cause=start", 1), ("events_total", 1), ("table_writes_total", 1)]);
+            first.expect(&[
+                ("resyncs_total input=policies cause=start", 1),
+                ("events_total", 1),
+                ("table_writes_total", 1),
+            ]);
             first.expect(&[("batch_events", 1), ("compile_seconds", 1), ("lag_seconds", 1)]);
             first.expect(&[("current", 1), ("queued_events", 0), ("associations", 1)]);
             first.expect(&[("policies state=fast reason=", 1)]);
@@ -274,15 +282,19 @@ mod tests {
 
             let sa = host.snapshot.sas[0].clone();
             host.hear(PolicyEvent::SaRemoved(sa.id)).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let without = Scrape::take(&recorder);
             without.expect(&[("policies state=fast reason=", 0), ("policies state=kernel reason=no_sa", 1)]);
-            without.expect(&[("associations", 0), ("resyncs_total cause=start", 0), ("lag_seconds", 1)]);
+            without.expect(&[
+                ("associations", 0),
+                ("resyncs_total input=policies cause=start", 0),
+                ("lag_seconds", 1),
+            ]);
 
             host.hear(PolicyEvent::Sa(sa)).await;
             // The recorder forgets gauges when it is looked at; a real one would still say so.
             gauge!("fastswan_policies", "state" => "kernel", "reason" => "no_sa").set(1.0);
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let again = Scrape::take(&recorder);
             again.expect(&[("policies state=fast reason=", 1), ("policies state=kernel reason=no_sa", 0)]);
         });
@@ -294,21 +306,24 @@ mod tests {
         story(&recorder, async |mut host| {
             host.follow().await;
             host.hear(PolicyEvent::Stale(StaleCause::Overrun)).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let lost = Scrape::take(&recorder);
-            lost.expect(&[("stale_total cause=overrun", 1), ("current", 0)]);
+            lost.expect(&[("stale_total input=policies cause=overrun", 1), ("current", 0)]);
             lost.expect(&[("policies state=kernel reason=disabled", 1)]);
 
             let snapshot = PolicyEvent::Snapshot(host.snapshot.clone());
             host.hear(snapshot.clone()).await;
             host.hear(snapshot).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let found = Scrape::take(&recorder);
-            found.expect(&[("resyncs_total cause=overrun", 1), ("resyncs_total cause=snapshot", 1)]);
-            found.expect(&[("stale_total cause=overrun", 0), ("current", 1)]);
-            let report = host.gateway.report();
-            assert_eq!(report.resyncs, [("overrun", 1), ("snapshot", 1), ("start", 1)].into());
-            assert!(report.to_string().contains("resynchronised, overrun: 1\n"), "{report}");
+            found.expect(&[
+                ("resyncs_total input=policies cause=overrun", 1),
+                ("resyncs_total input=policies cause=snapshot", 1),
+            ]);
+            found.expect(&[("stale_total input=policies cause=overrun", 0), ("current", 1)]);
+            let status = host.gateway.status();
+            assert_eq!(status.statistics.resyncs, [("overrun", 1), ("snapshot", 1), ("start", 1)].into());
+            assert!(status.to_string().contains("policies read, overrun: 1\n"), "{status}");
         });
     }
 
@@ -320,13 +335,13 @@ mod tests {
             host.hear(PolicyEvent::Audit(host.snapshot.clone())).await;
             assert_eq!(Scrape::take(&recorder).0.get("fastswan_audit_repairs_total"), None);
             host.hear(PolicyEvent::Audit(Snapshot::default())).await;
-            host.gateway.record_metrics();
+            host.gateway.record_now();
             let repaired = Scrape::take(&recorder);
-            repaired.expect(&[("audit_repairs_total", 2), ("resyncs_total cause=start", 0)]);
+            repaired.expect(&[("audit_repairs_total", 2), ("resyncs_total input=policies cause=start", 0)]);
             repaired.expect(&[("associations", 0), ("policies state=fast reason=", 0)]);
-            let report = host.gateway.report();
-            assert_eq!(report.audit_repairs, 2);
-            assert!(report.to_string().contains("repaired by audits: 2\n"), "{report}");
+            let status = host.gateway.status();
+            assert_eq!(status.statistics.audit_repairs, 2);
+            assert!(status.to_string().contains("repaired by audits: 2\n"), "{status}");
         });
     }
 
@@ -343,9 +358,9 @@ mod tests {
             advance(LEASE * 2).await;
             host.follow().await;
             assert_eq!(expiries(), Some(1.0));
-            let report = host.gateway.report();
-            assert_eq!(report.lease_expiries, 1);
-            assert!(report.to_string().contains("lease expired: 1\n"), "{report}");
+            let status = host.gateway.status();
+            assert_eq!(status.statistics.lease_expiries, 1);
+            assert!(status.to_string().contains("lease expired: 1\n"), "{status}");
 
             host.hear(PolicyEvent::Stale(StaleCause::Requested)).await;
             advance(LEASE * 2).await;
@@ -363,13 +378,11 @@ mod tests {
             policies,
             passes: vec![(PassReason::Fragment, 9)],
             associations: 0,
-            is_current: true,
             queued: 0,
         };
         metrics::with_local_recorder(&recorder, || {
             let mut meters = Meters::new();
-            let freed = TableUpdate { slots: vec![(Slot(3), None)], ..TableUpdate::default() };
-            meters.writing(&freed, |slot| if slot == Slot(3) { traffic } else { panic!("{slot:?}") });
+            meters.retired(traffic);
             meters.look(&moment(vec![(PolicyState::Fast, Traffic { packets: 2, bytes: 300 })]));
         });
         let scrape = Scrape::take(&recorder);

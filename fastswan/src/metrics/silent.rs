@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::table::{Slot, TableUpdate, Traffic};
+use crate::table::Traffic;
 
 #[derive(Debug)]
 pub(crate) struct Meters;
@@ -13,9 +13,9 @@ impl Meters {
         Self
     }
 
-    pub(crate) fn lost_track(&mut self, _: &'static str) {}
+    pub(crate) fn lost_track(&mut self, _: &'static str, _: &'static str) {}
 
-    pub(crate) fn resynchronised(&mut self, _: &'static str) {}
+    pub(crate) fn resynchronised(&mut self, _: &'static str, _: &'static str) {}
 
     pub(crate) fn repaired(&mut self, _: u64) {}
 
@@ -23,11 +23,15 @@ impl Meters {
 
     pub(crate) fn compiled(&mut self, _: Duration) {}
 
-    pub(crate) fn writing(&mut self, _: &TableUpdate, _: impl Fn(Slot) -> Traffic) {}
+    pub(crate) fn retired(&mut self, _: Traffic) {}
 
-    pub(crate) fn written(&mut self, _: usize, _: Duration) {}
+    pub(crate) fn written(&mut self, _: usize) {}
+
+    pub(crate) fn caught_up(&mut self, _: Duration) {}
 
     pub(crate) fn opened(&mut self, _: Duration) {}
 
-    pub(crate) fn lease_expired(&mut self) {}
+    pub(crate) fn lease_expired(&mut self, _: u64) {}
+
+    pub(crate) fn switched(&mut self, _: bool) {}
 }

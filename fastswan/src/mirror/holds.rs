@@ -1,6 +1,6 @@
 //! Policies whose packets pass because the embedder wants it so for a time.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use super::input::Revision;
 use crate::policy::{Policy, PolicyId, Selector};
@@ -26,6 +26,15 @@ impl HoldTarget {
                 let selector = &policy.selector;
                 overlap(&held.source, &selector.source) && overlap(&held.destination, &selector.destination)
             }
+        }
+    }
+}
+
+impl fmt::Display for HoldTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Policy(policy) => write!(f, "{policy}"),
+            Self::Selector(selector) => write!(f, "all policies that overlap {selector}"),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     time::{Duration, Instant},
 };
 
@@ -35,6 +36,21 @@ pub enum InterfaceState {
         /// Why, and what to do.
         reason: String,
     },
+}
+
+impl fmt::Display for InterfaceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("there is no such interface; it is attached when it comes"),
+            Self::Waiting => f.write_str("the program is not attached so far"),
+            Self::Attached { vlans } if vlans.is_empty() => f.write_str(
+                "attached, but it is down, has no Ethernet address, or belongs to a bridge, bond or VRF",
+            ),
+            Self::Attached { vlans } => write!(f, "attached, VLANs {vlans:?}"),
+            Self::Refused { reason } => write!(f, "not attached: {reason}"),
+            Self::Unsuitable { reason } => write!(f, "its packets pass: {reason}"),
+        }
+    }
 }
 
 /// Interfaces that are to be attached to, by name.

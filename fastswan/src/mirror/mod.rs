@@ -91,7 +91,7 @@ use crate::{
     event::PolicyEvent,
     host::{HostEvent, HostFacts},
     policy::PolicyId,
-    table::{Capacity, Removals, TableUpdate},
+    table::{Capacity, Removals, Slot, TableUpdate},
 };
 
 /// Shorter leases count as this: it must outlast a few turns of whoever drives the mirror.
@@ -108,6 +108,8 @@ pub struct Mirror {
     /// The links of the host, for ports. Routes and the rest are in the compiler.
     links: HostFacts,
     lease: Duration,
+    /// Of the table.
+    slots: usize,
     policies: Track,
     host: Track,
     clock: Track,
@@ -130,6 +132,8 @@ pub struct Mirror {
     removals: Pending,
     holds: Holds,
     interfaces: Interfaces,
+    /// Policies that were removed, and the slots that they have in the table until the next write.
+    departed: Vec<(Slot, PolicyId)>,
     statistics: Statistics,
     #[cfg(test)]
     mutation: Option<Mutation>,
@@ -160,11 +164,14 @@ impl Mirror {
     /// Nothing is known yet.
     #[must_use]
     pub fn new(capacity: Capacity, lease: Duration) -> Self {
+        let mut database = Database::default();
+        database.remember_departures();
         Self {
-            database: Database::default(),
+            database,
             compiler: Compiler::new(capacity),
             links: HostFacts::default(),
             lease: lease.max(SHORTEST_LEASE),
+            slots: capacity.slots,
             policies: Track::default(),
             host: Track::default(),
             clock: Track::default(),
@@ -180,6 +187,7 @@ impl Mirror {
             removals: Pending::default(),
             holds: Holds::default(),
             interfaces: Interfaces::default(),
+            departed: Vec::new(),
             statistics: Statistics::default(),
             #[cfg(test)]
             mutation: None,
@@ -207,6 +215,12 @@ impl Mirror {
             _ => {}
         }
         self.database.apply(event);
+        for (key, id) in self.database.departed() {
+            // More than once if it comes and goes before anything is written.
+            if let Some(slot) = self.compiler.slot_of_key(key).filter(|_| self.departed.len() < self.slots) {
+                self.departed.push((slot, id));
+            }
+        }
         self.statistics.audit_repairs = self.database.audit_repairs();
         self.revision += 1;
     }
@@ -387,6 +401,11 @@ impl Mirror {
         Some(self.clock.asked()? + self.look())
     }
 
+    /// Sets how long the lease lasts, from its next renewal on.
+    pub fn set_lease(&mut self, lease: Duration) {
+        self.lease = lease.max(SHORTEST_LEASE);
+    }
+
     /// Time between two looks at the clock and the sources.
     #[must_use]
     pub fn look(&self) -> Duration {
@@ -410,6 +429,12 @@ impl Mirror {
     #[must_use]
     pub fn is_synchronised(&self) -> bool {
         self.written == self.revision && Input::ALL.iter().all(|input| self.track(*input).asked().is_some())
+    }
+
+    /// Whether the table holds everything that was told.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.written == self.revision
     }
 
     /// Whether the kill switch is on.
@@ -450,6 +475,12 @@ impl Mirror {
     #[must_use]
     pub fn compiler(&self) -> &Compiler {
         &self.compiler
+    }
+
+    /// The policies that the update just handed out removes, and the slots that their traffic was counted in. Each is told
+    /// once.
+    pub fn take_departed(&mut self) -> Vec<(Slot, PolicyId)> {
+        std::mem::take(&mut self.departed)
     }
 
     /// Whether a packet is fast, via which policy and association, or why not.

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 type Work = Box<dyn FnOnce() + Send>;
 /// Tells whether somebody still waits for a job.
-pub(super) type IsAwaited = dyn Fn() -> bool + Sync;
+pub(super) type IsAwaited<'a> = dyn Fn() -> bool + Sync + 'a;
 
 /// Keeps the network namespace of the thread that made it. Its thread ends when the last clone is dropped.
 #[derive(Clone, Debug)]
@@ -49,7 +49,7 @@ impl Anchor {
     pub(super) fn run_unless_dropped<T: Send + 'static>(
         &self,
         name: &'static str,
-        work: impl FnOnce(&IsAwaited) -> T + Send + 'static,
+        work: impl FnOnce(&IsAwaited<'_>) -> T + Send + 'static,
     ) -> Job<T> {
         let (result, receiver) = oneshot::channel();
         let work = Box::new(move || {

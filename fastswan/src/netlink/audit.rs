@@ -7,6 +7,7 @@ use std::{future::pending, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
+use super::anchor::Anchor;
 use super::dump::{Dump, DumpConfig, DumpError, Dumped};
 use crate::{database::Database, event::PolicyEvent};
 
@@ -68,12 +69,16 @@ impl Audit {
 
     /// Waits for the next step and takes it. What it has found when it is done; the devices are those of the dump. Call it
     /// only while no notification is unread. Cancel-safe.
-    pub(crate) async fn advance(&mut self, config: DumpConfig) -> Result<Option<Dumped>, DumpError> {
+    pub(crate) async fn advance(
+        &mut self,
+        anchor: &Anchor,
+        config: DumpConfig,
+    ) -> Result<Option<Dumped>, DumpError> {
         match &mut self.stage {
             Stage::Waiting(None) => pending().await,
             Stage::Waiting(Some(until)) => {
                 sleep_until(*until).await;
-                self.stage = Stage::Dumping(Dump::start(config)?);
+                self.stage = Stage::Dumping(Dump::start(anchor, config));
             }
             Stage::Dumping(dump) => {
                 let dumped = dump.finish().await?;

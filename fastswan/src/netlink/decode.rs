@@ -17,8 +17,8 @@ use netlink_packet_xfrm::{
 use crate::{
     event::PolicyEvent,
     policy::{
-        Action, DefaultPolicy, Direction, Egress, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead,
-        Policy, PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
+        Action, DefaultPolicy, Direction, Family, Mark, Mode, OffloadDev, OffloadKind, Overhead, Policy,
+        PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
     },
 };
 
@@ -26,6 +26,8 @@ const XFRM_OFFLOAD_INBOUND: u8 = 2;
 const XFRM_OFFLOAD_PACKET: u8 = 4;
 const XFRM_POLICY_CPU_ACQUIRE: u8 = 4;
 const XFRM_USERPOLICY_BLOCK: u8 = 1;
+/// Moves one association (Linux 7.2).
+const XFRM_MSG_MIGRATE_STATE: u16 = 0x29;
 /// `XFRMA_SPD_INFO` and `XFRMA_SAD_CNT`: both are structures of counts only.
 const XFRMA_INFO: u16 = 1;
 const INFO_FLAGS_LENGTH: usize = 4;
@@ -66,6 +68,8 @@ pub enum Content {
     /// An association that is not complete, and none yet. Without an SPI, the kernel waits for it to be made; with one
     /// but without keys, a daemon has reserved the SPI (`XFRM_MSG_ALLOCSPI`). Dumps have these, notifications do not.
     Larval(SecurityAssociation),
+    /// Policies or associations were given other addresses. What they are now is not told.
+    Migrated,
     /// Nothing that concerns forwarded packets: a soft limit, a per-socket policy, or a kind of message that changes
     /// no policy and no association.
     Ignored,
@@ -190,7 +194,7 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
             let id = UserSaId::parse(payload).map_err(text)?;
             let attributes = Attributes::read(payload, xfrm_length::SA_ID)?;
             let destination = address(id.family, &id.daddr)?;
-            let id = SaId { destination, spi: id.spi, protocol: id.proto, mark: attributes.mark };
+            let id = SaId { mark: attributes.mark, ..SaId::new(destination, id.spi, id.proto) };
             Some(id).filter(|id| id.spi != 0).map(PolicyEvent::SaRemoved)
         }
         xfrm::XFRM_MSG_EXPIRE => {
@@ -204,7 +208,7 @@ fn content(kind: u16, payload: &[u8]) -> Result<Content, String> {
         }
         // What SETDEFAULT changes is told as an answer to GETDEFAULT.
         xfrm::XFRM_MSG_GETDEFAULT => Some(PolicyEvent::DefaultPolicy(default_policy(payload)?)),
-        xfrm::XFRM_MSG_MIGRATE => return Err("addresses of policies and associations were migrated".into()),
+        xfrm::XFRM_MSG_MIGRATE | XFRM_MSG_MIGRATE_STATE => return Ok(Content::Migrated),
         _ => None,
     };
     Ok(event.map_or(Content::Ignored, Content::Event))
@@ -315,7 +319,6 @@ fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Po
         other => return Err(format!("policy action {other}")),
     };
     Ok(Some(Policy {
-        id,
         index: info.index,
         priority: info.priority,
         action,
@@ -324,8 +327,7 @@ fn policy(info: &UserPolicyInfo, mut attributes: Attributes) -> Result<Option<Po
         use_limited: is_use_limited(&info.lifetime_cfg),
         asks_per_cpu: info.flags & XFRM_POLICY_CPU_ACQUIRE != 0,
         expires: expires(&info.lifetime_cur, &[info.lifetime_cfg.hard_add_expires_seconds]),
-        egress: Egress::default(),
-        held: false,
+        ..Policy::new(id)
     }))
 }
 
@@ -412,7 +414,7 @@ fn is_ipsec(protocol: u8) -> bool {
 
 fn sa_id(info: &UserSaInfo, attributes: &Attributes) -> Result<SaId, String> {
     let destination = address(info.family, &info.id.daddr)?;
-    Ok(SaId { destination, spi: info.id.spi, protocol: info.id.proto, mark: attributes.mark })
+    Ok(SaId { mark: attributes.mark, ..SaId::new(destination, info.id.spi, info.id.proto) })
 }
 
 fn overhead(info: &UserSaInfo, attributes: &Attributes) -> Option<Overhead> {

@@ -13,9 +13,9 @@ use netlink_packet_xfrm::constants::{
     XFRM_MSG_GETDEFAULT, XFRM_MSG_GETPOLICY, XFRM_MSG_GETSA, XFRM_MSG_GETSADINFO, XFRM_MSG_GETSPDINFO,
 };
 use netlink_sys::protocols::NETLINK_XFRM;
-use tokio::sync::oneshot;
 
 use super::{
+    anchor::{Anchor, Job},
     decode::{self, Content, DecodeError, counted},
     request::{DUMP, RequestError, Requests},
 };
@@ -109,17 +109,15 @@ pub(crate) struct Dumped {
 
 /// A dump in progress. If it is dropped, its threads end with the next datagram.
 #[derive(Debug)]
-pub(crate) struct Dump(oneshot::Receiver<Result<Dumped, DumpError>>);
+pub(crate) struct Dump(Job<Result<Dumped, DumpError>>);
 
 impl Dump {
-    /// Begins to read.
-    pub(crate) fn start(config: DumpConfig) -> io::Result<Self> {
-        let (policies, sas) = (Reader::open(config)?, Reader::open(config)?);
-        let (result, receiver) = oneshot::channel();
-        thread::Builder::new().name("fastswan-dump".to_owned()).spawn(move || {
+    /// Begins to read, in the namespace of the anchor.
+    pub(crate) fn start(anchor: &Anchor, config: DumpConfig) -> Self {
+        Self(anchor.run_unless_dropped("fastswan-dump", move |is_awaited| {
             let began = Instant::now();
             let go_on = || {
-                if result.is_closed() {
+                if !is_awaited() {
                     Err(DumpError::Interrupted)
                 } else if began.elapsed() > DUMP_LIMIT {
                     Err(io::Error::from(io::ErrorKind::TimedOut).into())
@@ -127,17 +125,13 @@ impl Dump {
                     Ok(())
                 }
             };
-            let dumped = read_all(policies, sas, &go_on);
-            // Nobody waits for it any longer if this fails.
-            let _ = result.send(dumped);
-        })?;
-        Ok(Self(receiver))
+            read_all(Reader::open(config)?, Reader::open(config)?, &go_on)
+        }))
     }
 
     /// Waits until everything is there. Cancel-safe.
     pub(crate) async fn finish(&mut self) -> Result<Dumped, DumpError> {
-        let gone = |_| DumpError::System(io::Error::other("the thread that reads has gone"));
-        (&mut self.0).await.map_err(gone)?
+        (&mut self.0).await.map_err(DumpError::System)?
     }
 }
 

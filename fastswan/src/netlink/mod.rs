@@ -1,28 +1,75 @@
 //! Everything that speaks netlink: sockets, requests, dumps, settling, and reading messages of all families.
 //!
 //! [`decode`] reads what the kernel's XFRM netlink says, for programs that have a socket of their own. All else here
-//! serves [`NetlinkSource`](crate::NetlinkSource) and what reads [`HostFacts`](crate::HostFacts).
+//! serves [`NetlinkSource`](crate::NetlinkSource) and [`NetlinkHost`](crate::NetlinkHost).
 
+mod anchor;
 mod audit;
 mod back_off;
 mod decode;
 mod dump;
+#[cfg(feature = "bpf")]
+mod interface;
 mod links;
+#[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "redirects need a program"))]
 mod netdev;
 mod request;
 mod route;
 mod socket;
+mod thresholds;
 mod watch;
 
+use std::io;
+
+pub use self::decode::{Content, DecodeError, Message, decode};
 pub(crate) use self::{
+    anchor::{Anchor, Job},
     audit::Audit,
     back_off::BackOff,
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
     links::{Links, settle as settle_links},
-    netdev::takes_redirected_frames,
+    route::read_host,
     socket::{Datagram, NetlinkSocket},
+    thresholds::{ThresholdWatch, Thresholds, thresholds},
+    watch::HostChanges,
 };
-pub use self::{
-    decode::{Content, DecodeError, Message, decode},
-    watch::HostWatch,
+#[cfg(feature = "bpf")]
+pub(crate) use self::{
+    interface::{PortLink, find_link, members, read_link},
+    netdev::takes_redirected_frames,
 };
+
+/// What to do about an error of a netlink socket, starting with "; ", or nothing.
+pub(crate) fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => "; run with CAP_NET_ADMIN, or as root",
+        Some(libc::EPROTONOSUPPORT) => {
+            "; the kernel needs CONFIG_XFRM_USER for policies: `modprobe xfrm_user` loads it where it is a module"
+        }
+        Some(libc::EAFNOSUPPORT) => {
+            "; this process is not allowed to open netlink sockets: if systemd starts it, add AF_NETLINK to its \
+             RestrictAddressFamilies="
+        }
+        Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files",
+        Some(libc::EAGAIN) => "; raise the limit of threads",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_forbids_a_socket_is_named_with_a_remedy() {
+        for (errno, names) in [
+            (libc::EPERM, "CAP_NET_ADMIN"),
+            (libc::EPROTONOSUPPORT, "CONFIG_XFRM_USER"),
+            (libc::EAFNOSUPPORT, "RestrictAddressFamilies"),
+            (libc::EMFILE, "open files"),
+        ] {
+            let remedy = remedy(&io::Error::from_raw_os_error(errno));
+            assert!(remedy.starts_with("; ") && remedy.contains(names), "{remedy}");
+        }
+    }
+}

@@ -9,7 +9,10 @@ use netlink_packet_core::{
 };
 use netlink_packet_generic::{
     GenlFamily, GenlHeader, GenlMessage,
-    ctrl::{GenlCtrl, GenlCtrlCmd, nlas::GenlCtrlAttrs},
+    ctrl::{
+        GenlCtrl, GenlCtrlCmd,
+        nlas::{GenlCtrlAttrs, McastGrpAttrs},
+    },
 };
 use netlink_sys::protocols::NETLINK_GENERIC;
 
@@ -20,6 +23,8 @@ const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
 const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
+/// `NETDEV_MCGRP_MGMT`
+const MANAGEMENT: &str = "mgmt";
 
 /// Whether a device of this thread's network namespace takes redirected frames at the moment.
 ///
@@ -29,11 +34,8 @@ const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
 pub(crate) fn takes_redirected_frames(ifindex: u32) -> io::Result<bool> {
     let mut kernel = Requests::open(NETLINK_GENERIC)?;
 
-    let name = GenlCtrlAttrs::FamilyName(Netdev::family_name().to_owned());
-    let family = GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] };
-    let family = request(&mut kernel, &GenlMessage::from_payload(family))?;
-    let id = family.nlas.iter().find_map(|attribute| match attribute {
-        GenlCtrlAttrs::FamilyId(id) => Some(*id),
+    let id = family(&mut kernel)?.into_iter().find_map(|attribute| match attribute {
+        GenlCtrlAttrs::FamilyId(id) => Some(id),
         _ => None,
     });
 
@@ -48,6 +50,35 @@ pub(crate) fn takes_redirected_frames(ifindex: u32) -> io::Result<bool> {
         value.try_into().ok().map(u64::from_ne_bytes)
     });
     Ok(features.is_some_and(|features| features & NETDEV_XDP_ACT_NDO_XMIT != 0))
+}
+
+/// The multicast group that hears when what a device can do changes.
+///
+/// # Errors
+///
+/// The errno of a system call; `ENOENT` before Linux 6.3.
+pub(super) fn management_group() -> io::Result<u32> {
+    let attributes = family(&mut Requests::open(NETLINK_GENERIC)?)?;
+    let groups = attributes.into_iter().find_map(|attribute| match attribute {
+        GenlCtrlAttrs::McastGroups(groups) => Some(groups),
+        _ => None,
+    });
+    let is_named = |group: &Vec<McastGrpAttrs>| {
+        group.iter().any(|attribute| matches!(attribute, McastGrpAttrs::Name(name) if name == MANAGEMENT))
+    };
+    let group = groups.into_iter().flatten().find(is_named);
+    let id = group.into_iter().flatten().find_map(|attribute| match attribute {
+        McastGrpAttrs::Id(id) => Some(id),
+        McastGrpAttrs::Name(_) => None,
+    });
+    id.ok_or_else(|| invalid("the netdev family has no group that tells of devices"))
+}
+
+/// What there is to know about the `netdev` family.
+fn family(kernel: &mut Requests) -> io::Result<Vec<GenlCtrlAttrs>> {
+    let name = GenlCtrlAttrs::FamilyName(Netdev::family_name().to_owned());
+    let family = GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] };
+    Ok(request(kernel, &GenlMessage::from_payload(family))?.nlas)
 }
 
 /// A message of the `netdev` family: its attributes.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -18,7 +18,11 @@ use netlink_packet_route::{
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::request::{DUMP, RequestError, Requests};
+use super::{
+    links::settle as settle_links,
+    remedy,
+    request::{DUMP, RequestError, Requests},
+};
 use crate::{
     host::{HostError, HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{Family, MacAddr},
@@ -31,27 +35,43 @@ const ATTEMPTS: u32 = 16;
 impl HostFacts {
     /// Reads them from the kernel, in the network namespace of the calling thread.
     ///
-    /// The kernel answers at once, so this does not wait for anything; it takes a few microseconds for each
-    /// route and neighbour. It needs no privilege. A change while it reads may be seen in part: read again
-    /// after a change.
-    ///
     /// # Errors
     ///
     /// [`HostError`].
     pub fn read() -> Result<Self, HostError> {
-        let mut dumps = Dumps::open()?;
-        let sysctls = Sysctls::default();
-        let links = dumps.links()?.iter().map(|message| link(message, &sysctls)).collect();
-        let mut facts = Self { links, ..Self::default() };
-        for family in [Family::V4, Family::V6] {
-            facts.rules.extend(dumps.rules(family)?.iter().filter_map(|message| rule(message, family)));
-            for message in dumps.routes(family)? {
-                facts.routes.extend(route(&message, family)?);
-            }
-        }
-        facts.neighbours = dumps.neighbours()?.iter().filter_map(neighbour).collect();
-        Ok(facts)
+        read_host()
     }
+}
+
+/// Reads the facts from the kernel, in the network namespace of this thread.
+///
+/// The kernel answers at once, so this waits for nothing but what is being done to links; it takes a few microseconds for
+/// each route and neighbour. A change while it reads may be seen in part: read again after a change.
+pub(crate) fn read_host() -> Result<HostFacts, HostError> {
+    // A link's notification comes before the routes go that it takes along, which are not notified of.
+    match settle_links() {
+        // Whoever lacks privilege for that cannot forward either.
+        Err(error) if error.raw_os_error() != Some(libc::EPERM) => {
+            return Err(system("waiting for changes of links", error));
+        }
+        _ => {}
+    }
+    let mut dumps = Dumps::open()?;
+    let sysctls = Sysctls::default();
+    let links = dumps.links()?.iter().map(|message| link(message, &sysctls)).collect();
+    let mut facts = HostFacts { links, ..HostFacts::default() };
+    for family in [Family::V4, Family::V6] {
+        facts.rules.extend(dumps.rules(family)?.iter().filter_map(|message| rule(message, family)));
+        for message in dumps.routes(family)? {
+            facts.routes.extend(route(&message, family)?);
+        }
+    }
+    facts.neighbours = dumps.neighbours()?.iter().filter_map(neighbour).collect();
+    Ok(facts)
+}
+
+fn system(attempt: &str, error: io::Error) -> HostError {
+    HostError::System { attempt: attempt.to_owned(), remedy: remedy(&error), error }
 }
 
 /// Asks for one list after the other.
@@ -59,11 +79,8 @@ struct Dumps(Requests);
 
 impl Dumps {
     fn open() -> Result<Self, HostError> {
-        let kernel = Requests::open(NETLINK_ROUTE).map_err(|error| HostError::System {
-            attempt: "opening a NETLINK_ROUTE socket".to_owned(),
-            error,
-        })?;
-        Ok(Self(kernel))
+        let kernel = Requests::open(NETLINK_ROUTE);
+        kernel.map(Self).map_err(|error| system("opening a NETLINK_ROUTE socket", error))
     }
 
     fn links(&mut self) -> Result<Vec<LinkMessage>, HostError> {
@@ -108,7 +125,7 @@ impl Dumps {
         select: impl Fn(RouteNetlinkMessage) -> Option<T>,
     ) -> Result<Vec<T>, HostError> {
         for _ in 0..ATTEMPTS {
-            let failed = |error| HostError::System { attempt: format!("listing {object}"), error };
+            let failed = |error| system(&format!("listing {object}"), error);
             match self.0.ask_for(DUMP, request) {
                 Ok(messages) => return Ok(messages.into_iter().filter_map(select).collect()),
                 // The kernel was built without it.

@@ -2,7 +2,7 @@
 
 use std::{fmt, net::IpAddr};
 
-use super::{Family, Mark, Mode, OffloadDev, OffloadKind, Selector, Template};
+use super::{Family, Mark, Mode, OffloadDev, OffloadKind, Origin, Selector, Template};
 
 /// What makes two security associations the same to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -15,6 +15,16 @@ pub struct SaId {
     pub protocol: u8,
     /// Mark match.
     pub mark: Mark,
+    /// The source that told of it, if several were merged: to the kernel of each it is another one.
+    pub origin: Origin,
+}
+
+impl SaId {
+    /// The identity of an association without a mark.
+    #[must_use]
+    pub fn new(destination: IpAddr, spi: u32, protocol: u8) -> Self {
+        Self { destination, spi, protocol, mark: Mark::default(), origin: Origin::default() }
+    }
 }
 
 impl fmt::Display for SaId {
@@ -61,7 +71,7 @@ impl SecurityAssociation {
     pub fn for_template(template: &Template, spi: u32) -> Self {
         let Template { protocol, destination, .. } = *template;
         Self {
-            id: SaId { destination, spi, protocol, mark: Mark::default() },
+            id: SaId::new(destination, spi, protocol),
             source: template.source,
             reqid: template.reqid,
             mode: template.mode,

@@ -48,7 +48,23 @@ pub struct Policy {
     pub held: bool,
     /// How its packets leave the device when they take the fast path.
     pub egress: Egress,
+    /// An association that its author vouches for, by what it adds to a packet: the device encrypts all that it is
+    /// handed for this policy. It serves this policy alone, and none from elsewhere is looked for.
+    pub assumed: Option<Overhead>,
+    /// The embedder keeps it from being fast, and it is what it was in all else: see
+    /// [`withhold`](crate::PolicySourceExt::withhold).
+    pub withheld: bool,
+    /// Sources that were [merged](crate::source::adapters::merge) disagree about it: packets that it matches pass,
+    /// whatever else matches.
+    pub disputed: bool,
+    /// The source that told of it, if several were merged.
+    pub origin: Origin,
 }
+
+/// Which of several [merged](crate::source::adapters::merge) sources told of a policy or an association. Policies are
+/// served by associations of their own origin only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin(pub(crate) u32);
 
 impl Policy {
     /// A policy that allows, with priority 0 and nothing else set.
@@ -66,6 +82,10 @@ impl Policy {
             expires: None,
             held: false,
             egress: Egress::default(),
+            assumed: None,
+            withheld: false,
+            disputed: false,
+            origin: Origin::default(),
         }
     }
 

@@ -27,8 +27,8 @@ pub struct OffloadDev {
 pub struct Egress {
     /// The Ethernet header they leave with.
     pub next_hop: NextHop,
-    /// The longest packet, in bytes from the IP header on, that may be fast. `None` derives it from the
-    /// association and the MTU of the path; if that is not known, nothing is fast.
+    /// The longest packet, in bytes from the IP header on, that may be fast. What the association and the MTU of the path
+    /// leave room for is a limit as well; if neither is known, nothing is fast.
     pub max_length: Option<u16>,
 }
 

@@ -1,7 +1,6 @@
 //! A source of policies that are written down: in code, or in a TOML file.
 //!
-//! Whoever writes a static policy vouches for its security association. The source yields an assumed
-//! association beside each policy; this exists here and in the testkit's lab adapter only.
+//! Their author vouches for a security association of each: see [`Policy::assumed`].
 
 use std::net::IpAddr;
 
@@ -9,15 +8,28 @@ use async_trait::async_trait;
 
 use super::{PolicyEvent, PolicySource, Snapshot, SourceError};
 use crate::policy::{
-    Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, Policy, PolicyId, SecurityAssociation,
-    Selector, Template,
+    Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, Policy, PolicyId, Selector, Template,
 };
 
-/// SPIs of assumed associations count up from here. Real ones may be the same; they are never on the wire.
-const FIRST_ASSUMED_SPI: u32 = 0xffff_0000;
-
-/// A tunnel policy that someone vouches for: its device encrypts what is sent to it.
+/// A tunnel policy whose author vouches for it: its device encrypts what is sent to it.
+///
+/// ```
+/// use fastswan::policy::{Egress, NextHop};
+/// use fastswan::source::fixed::StaticPolicy;
+/// use fastswan::{Selector, StaticSource};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// let device = 7;
+/// let tunnel = StaticPolicy::new(selector, device, "192.0.2.1".parse()?, "192.0.2.2".parse()?)
+///     .priority(100)
+///     .egress(Egress { next_hop: NextHop::Neighbour, max_length: Some(1400) });
+/// let source = StaticSource::new(&[tunnel]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StaticPolicy {
     /// Its packets.
     pub selector: Selector,
@@ -29,36 +41,76 @@ pub struct StaticPolicy {
     pub priority: u32,
     /// How its packets leave.
     pub egress: Egress,
+    /// What the device adds to each packet.
+    pub overhead: Overhead,
 }
 
 impl StaticPolicy {
-    /// The policy with this number in its source, and the association that it is assumed to have.
-    fn assume(&self, number: u32) -> (Policy, SecurityAssociation) {
+    /// A tunnel of the device with this interface index, from this host's outer address to its peer's: priority 0, the
+    /// default [`Egress`], and AES-GCM with an ICV of 16 bytes and without UDP encapsulation.
+    #[must_use]
+    pub fn new(selector: Selector, device: u32, local: IpAddr, peer: IpAddr) -> Self {
+        let overhead = Overhead::aes_gcm_tunnel(Family::from(peer), false, 16);
+        Self { selector, device, tunnel: (local, peer), priority: 0, egress: Egress::default(), overhead }
+    }
+
+    /// Sets the priority: lower is better.
+    #[must_use]
+    pub fn priority(self, priority: u32) -> Self {
+        Self { priority, ..self }
+    }
+
+    /// Sets how its packets leave.
+    #[must_use]
+    pub fn egress(self, egress: Egress) -> Self {
+        Self { egress, ..self }
+    }
+
+    /// Sets what the device adds to each packet.
+    #[must_use]
+    pub fn overhead(self, overhead: Overhead) -> Self {
+        Self { overhead, ..self }
+    }
+
+    /// The policy with this number in its source.
+    fn policy(&self, number: u32) -> Policy {
         let (source, destination) = self.tunnel;
-        let offload = Some(OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false });
-        let reqid = number + 1;
-        let template = Template::esp_tunnel(source, destination, reqid);
-        let policy = Policy {
+        Policy {
             priority: self.priority,
-            templates: [template].into(),
-            offload,
+            templates: [Template::esp_tunnel(source, destination, number + 1)].into(),
+            offload: Some(OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false }),
             egress: self.egress,
+            assumed: Some(self.overhead),
             ..Policy::new(PolicyId::new(Direction::Out, self.selector))
-        };
-        let outer = Family::from(destination);
-        let spi = FIRST_ASSUMED_SPI.wrapping_add(number);
-        let sa = SecurityAssociation {
-            offload,
-            overhead: Some(Overhead::aes_gcm_tunnel(outer, false, 16)),
-            ..SecurityAssociation::for_template(&template, spi)
-        };
-        (policy, sa)
+        }
     }
 }
 
 /// A source that says all it knows at once and never changes.
 ///
 /// It yields one [`PolicyEvent::Snapshot`] and ends.
+///
+/// ```
+/// # #[cfg(feature = "serde")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fastswan::StaticSource;
+///
+/// let source = StaticSource::from_toml(
+///     r#"
+///     [[policy]]
+///     source = "10.1.0.0/16"
+///     destination = "10.2.0.0/16"
+///     device = "lo"
+///     local = "192.0.2.1"
+///     peer = "192.0.2.2"
+///     next-hop = "neighbour"
+///     "#,
+/// )?;
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "serde"))]
+/// # fn main() {}
+/// ```
 #[derive(Clone, Debug)]
 pub struct StaticSource(Option<Snapshot>);
 
@@ -66,9 +118,8 @@ impl StaticSource {
     /// These policies, each with an assumed association.
     #[must_use]
     pub fn new(policies: &[StaticPolicy]) -> Self {
-        let assumed = (0..).zip(policies).map(|(number, policy)| policy.assume(number));
-        let (policies, sas) = assumed.unzip();
-        Self(Some(Snapshot { policies, sas, ..Snapshot::default() }))
+        let policies = (0..).zip(policies).map(|(number, policy)| policy.policy(number)).collect();
+        Self(Some(Snapshot { policies, ..Snapshot::default() }))
     }
 
     /// What a TOML text says: an array `policy` of tables with the fields
@@ -84,9 +135,9 @@ impl StaticSource {
     /// # Errors
     ///
     /// [`StaticSourceError`] with the line, the field and what is allowed there.
-    #[cfg(feature = "serde")]
+    #[cfg(all(feature = "netlink", feature = "serde"))]
     pub fn from_toml(text: &str) -> Result<Self, StaticSourceError> {
-        let file: written::File = toml::from_str(text)?;
+        let file: written::File = toml::from_str(text).map_err(|error| not_understood(text, &error))?;
         let policies: Result<Vec<_>, _> = file.policy.into_iter().map(TryInto::try_into).collect();
         Ok(Self::new(&policies?))
     }
@@ -104,13 +155,23 @@ impl PolicySource for StaticSource {
 }
 
 /// A TOML text does not describe policies.
-#[cfg(feature = "serde")]
+#[cfg(all(feature = "netlink", feature = "serde"))]
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StaticSourceError {
     /// It is not TOML, or a field is wrong, missing or unknown.
-    #[error("static policies: {0}")]
-    Toml(#[from] toml::de::Error),
+    #[error("static policies, line {line}, column {column}: {message}, in `{written}`")]
+    #[non_exhaustive]
+    Toml {
+        /// Where it is, counted from 1.
+        line: usize,
+        /// Characters from the start of the line, counted from 1.
+        column: usize,
+        /// What is wrong, and what is allowed there.
+        message: String,
+        /// The line.
+        written: String,
+    },
     /// A policy is for a device that does not exist.
     #[error("policy {selector}: no interface named {device}: check its name with `ip link`")]
     NoSuchInterface {
@@ -137,8 +198,22 @@ pub enum StaticSourceError {
     },
 }
 
-/// What a file looks like.
 #[cfg(feature = "serde")]
+fn not_understood(text: &str, error: &toml::de::Error) -> StaticSourceError {
+    let at = error.span().map_or(0, |span| span.start);
+    let before = text.get(..at).unwrap_or(text);
+    let line = before.matches('\n').count();
+    let start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    StaticSourceError::Toml {
+        line: line + 1,
+        column: before[start..].chars().count() + 1,
+        message: error.message().to_owned(),
+        written: text.lines().nth(line).unwrap_or_default().trim().to_owned(),
+    }
+}
+
+/// What a file looks like.
+#[cfg(all(feature = "netlink", feature = "serde"))]
 mod written {
     use super::{Egress, Family, IpAddr, Selector, StaticPolicy, StaticSourceError};
     use crate::{
@@ -213,12 +288,12 @@ mod written {
                 device: written.device,
             })?;
             let egress = Egress { next_hop: written.next_hop.0, max_length: written.max_length };
-            Ok(Self { selector, device, tunnel: (local, peer), priority: written.priority, egress })
+            Ok(Self::new(selector, device, local, peer).priority(written.priority).egress(egress))
         }
     }
 }
 
-#[cfg(all(test, feature = "serde"))]
+#[cfg(all(test, feature = "netlink", feature = "serde"))]
 mod tests {
     use super::*;
     use crate::policy::NextHop;
@@ -253,10 +328,9 @@ mod tests {
         let database = database(&text).await;
         let policies: Vec<_> = database.policies().collect();
         assert_eq!(policies.len(), 2);
-        for policy in &policies {
-            let live = database.live_sas(&policy.templates[0], &policy.id.selector, 0, 1).count();
-            assert_eq!(live, 1, "each policy has its own association");
-        }
+        let overhead = Overhead::aes_gcm_tunnel(Family::V4, false, 16);
+        assert!(policies.iter().all(|policy| policy.assumed == Some(overhead)));
+        assert_eq!(database.sas().count(), 0, "an assumed association is none of the kernel's");
         assert_eq!((policies[0].priority, policies[0].egress.max_length), (7, Some(1400)));
         let fixed =
             NextHop::Fixed { source: MacAddr([2, 0, 0, 0, 0, 1]), destination: MacAddr([2, 0, 0, 0, 0, 2]) };
@@ -270,7 +344,7 @@ mod tests {
         let wrong = |from: &str, to: &str| error(&POLICY.replace(from, to));
         let unknown = wrong("peer =", "per =");
         assert!(
-            unknown.contains("line 7") && unknown.contains("`per`") && unknown.contains("`peer`"),
+            unknown.contains("line 7, column 9") && unknown.contains("`per`") && unknown.contains("`peer`"),
             "{unknown}"
         );
         assert!(wrong("10.1.0.0/16", "10.1.0.0/33").contains("source = \"10.1.0.0/33\""));

@@ -10,21 +10,26 @@ use async_trait::async_trait;
 use futures::{FutureExt as _, Stream, future::ready, stream};
 
 pub mod adapters;
+#[cfg(feature = "tokio")]
 pub mod channel;
 pub mod fixed;
 mod host;
+#[cfg(feature = "netlink")]
 mod netlink;
+#[cfg(feature = "netlink")]
+mod netlink_host;
 
+pub use self::host::{HostSource, VouchedHost};
+#[cfg(feature = "netlink")]
 pub use self::{
-    host::{HostSource, VouchedHost},
     netlink::{NetlinkConfig, NetlinkSource, NetlinkStatistics},
+    netlink_host::NetlinkHost,
 };
 
 /// What [`PolicySource::settle`] returns.
 pub use futures::future::BoxFuture;
 
 pub use crate::event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause};
-use crate::policy::PolicyId;
 
 /// A source of policies.
 ///
@@ -32,6 +37,33 @@ use crate::policy::PolicyId;
 /// dyn-safe: `Box<dyn PolicySource>` is a source too. [`into_stream`] makes a [`futures::Stream`] of any source.
 ///
 /// A source that wraps others passes all five methods on to them.
+///
+/// # A source of your own
+///
+/// Events that come over a channel need no trick: the channel says whether there are any left. A future that is
+/// pending does not, since a runtime may make it wait to let other tasks run.
+///
+/// ```
+/// use fastswan::{PolicyEvent, PolicySource, SourceError};
+/// use tokio::sync::mpsc::Receiver;
+///
+/// struct Daemon {
+///     /// A snapshot first, then changes.
+///     events: Receiver<PolicyEvent>,
+/// }
+///
+/// #[async_trait::async_trait]
+/// impl PolicySource for Daemon {
+///     async fn next_event(&mut self) -> Result<Option<PolicyEvent>, SourceError> {
+///         // When the daemon is gone, what it said is true no longer.
+///         self.events.recv().await.map(Some).ok_or(SourceError::ChannelClosed)
+///     }
+///
+///     fn caught_up(&mut self) -> Result<bool, SourceError> {
+///         Ok(self.events.is_empty() && !self.events.is_closed())
+///     }
+/// }
+/// ```
 #[async_trait]
 pub trait PolicySource: Send {
     /// Waits for the next event. Cancel-safe: dropping the future loses nothing.
@@ -127,7 +159,4 @@ pub enum SourceError {
     /// The sender of a channel source is gone, and with it the truth of what it said.
     #[error("the sender of the policy channel was dropped: keep it as long as its policies are valid")]
     ChannelClosed,
-    /// A function given to [`map`](adapters::PolicySourceExt::map) made another policy of one.
-    #[error("the identity of policy {0} was changed on its way: a map must leave it as it is")]
-    IdentityChanged(Box<PolicyId>),
 }

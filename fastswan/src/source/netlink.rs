@@ -5,23 +5,25 @@
 //! yields is what the kernel had at one moment. From then on it yields each change. When it loses track (the
 //! receive buffer overran, a message could not be read, a dump was cut short) it says so at once with
 //! [`PolicyEvent::Stale`], and starts over. So it does when a device goes down or leaves to which policies or
-//! associations are offloaded: the kernel deletes those without a notification.
+//! associations are offloaded: the kernel deletes those without a notification. So it does when policies or associations
+//! are migrated to other addresses, since the message does not tell what they are now.
+//!
+//! Nothing tells that the kernel has sorted its policies anew (`ip xfrm policy set hthresh4 …`), after which another one
+//! of the same priority may be the first. So the thresholds are looked at ten times a second.
 //!
 //! Now and then it asks for everything again in the background and yields [`PolicyEvent::Audit`], so that a
 //! change that was never told is found and repaired.
 
 use std::{
     collections::{BTreeSet, VecDeque},
+    convert::identity,
     fmt::Display,
     io,
     time::Duration,
 };
 
 use async_trait::async_trait;
-use futures::{
-    FutureExt as _,
-    future::{BoxFuture, ready},
-};
+use futures::{FutureExt as _, future::BoxFuture};
 use netlink_sys::protocols::NETLINK_XFRM;
 use tokio::time::{Instant, sleep_until};
 
@@ -29,15 +31,15 @@ use super::{PolicyEvent, PolicySource, Snapshot, SourceError, StaleCause};
 use crate::{
     database::Database,
     netlink::{
-        Audit, BackOff, Content, Datagram, Dump, DumpConfig, DumpError, Dumped, Links, NetlinkSocket, decode,
-        settle_links, settle_requests,
+        Anchor, Audit, BackOff, Content, Datagram, Dump, DumpConfig, DumpError, Dumped, Job, Links,
+        NetlinkSocket, ThresholdWatch, Thresholds, decode, remedy, settle_links, settle_requests, thresholds,
     },
     policy::OffloadDev,
-    table::grace_period,
+    sys::grace_period,
 };
 
-/// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies.
-const GROUPS: [u32; 3] = [2, 3, 4];
+/// Multicast groups of `NETLINK_XFRM` (`enum xfrm_nlgroups`): expiries, associations, policies, migrations.
+const GROUPS: [u32; 4] = [2, 3, 4, 7];
 
 /// More devices that went down during a dump, or are in one datagram, cause another one.
 const MOST_LOST: usize = 1024;
@@ -45,6 +47,9 @@ const MOST_LOST: usize = 1024;
 /// More notifications than a receive buffer holds: if they go on coming while they are thrown away before a dump, there
 /// is a pause first.
 const MOST_UNREAD: usize = 1 << 20;
+
+/// Datagrams that are read to find out whether there is anything to be told.
+const MOST_LOOKED_AT: usize = 64;
 
 /// How a [`NetlinkSource`] listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,6 +129,8 @@ pub struct NetlinkStatistics {
     pub overruns: u64,
     /// Datagrams that could not be read.
     pub undecodable: u64,
+    /// Times that policies or associations were given other addresses.
+    pub migrations: u64,
     /// Dumps that gave a snapshot.
     pub dumps: u64,
     /// Dumps that failed and were started again.
@@ -142,6 +149,8 @@ pub struct NetlinkStatistics {
 #[derive(Debug)]
 pub struct NetlinkSource {
     config: NetlinkConfig,
+    /// Whoever polls, it is asked in the namespace that it was opened in.
+    anchor: Anchor,
     notifications: NetlinkSocket,
     links: Links,
     /// Devices that something has been offloaded to since the last dump.
@@ -152,6 +161,7 @@ pub struct NetlinkSource {
     /// Events of the last datagram that were not yielded yet.
     ready: VecDeque<PolicyEvent>,
     audit: Audit,
+    thresholds: ThresholdWatch,
     back_off: BackOff,
     statistics: NetlinkStatistics,
 }
@@ -160,6 +170,8 @@ pub struct NetlinkSource {
 enum State {
     /// The next dump starts then.
     Waiting(Instant),
+    /// What links have lost is being deleted.
+    Settling(Job<io::Result<Thresholds>>),
     /// A dump is being read.
     Dumping(Dump),
     /// What was yielded is what the kernel has.
@@ -182,21 +194,15 @@ impl NetlinkSource {
     ///
     /// Those of [`Self::open`].
     pub fn with_config(config: NetlinkConfig) -> Result<Self, SourceError> {
-        let notifications =
-            NetlinkSocket::open(NETLINK_XFRM, &GROUPS, Some(config.receive_buffer)).map_err(|error| {
-                SourceError::System {
-                    attempt: "subscribing to XFRM notifications".to_owned(),
-                    error,
-                    remedy: "; the kernel needs CONFIG_XFRM_USER",
-                }
-            })?;
-        let links = Links::open(config.receive_buffer).map_err(|error| SourceError::System {
-            attempt: "subscribing to notifications about links".to_owned(),
-            error,
-            remedy: "",
-        })?;
+        let notifications = NetlinkSocket::open(NETLINK_XFRM, &GROUPS, Some(config.receive_buffer))
+            .map_err(|error| system("subscribing to notifications about policies (NETLINK_XFRM)", error))?;
+        let links = Links::open(config.receive_buffer)
+            .map_err(|error| system("subscribing to notifications about links (NETLINK_ROUTE)", error))?;
+        let anchor = Anchor::here().map_err(|error| system("starting a thread", error))?;
         Ok(Self {
             audit: Audit::new(config.audit),
+            thresholds: ThresholdWatch::new(Thresholds::default()),
+            anchor,
             config,
             notifications,
             links,
@@ -228,12 +234,22 @@ impl NetlinkSource {
                     if Instant::now() < *until {
                         sleep_until(*until).await;
                     }
-                    match self.start_dump() {
+                    match self.begin() {
+                        Ok(settled) => {
+                            self.state = State::Settling(settled);
+                            continue;
+                        }
+                        Err(error) => DumpError::from(error),
+                    }
+                }
+                State::Settling(settled) => {
+                    let settled = settled.await.and_then(identity);
+                    match settled.and_then(|thresholds| self.start_dump(thresholds)) {
                         Ok(dump) => {
                             self.state = State::Dumping(dump);
                             continue;
                         }
-                        Err(error) => DumpError::System(error),
+                        Err(error) => DumpError::from(error),
                     }
                 }
                 State::Dumping(dump) => match dump.finish().await {
@@ -251,11 +267,8 @@ impl NetlinkSource {
                 },
             };
             if failure.errno() == Some(libc::EPERM) {
-                return Err(SourceError::System {
-                    attempt: "reading the kernel's policies and associations".to_owned(),
-                    error: io::Error::from_raw_os_error(libc::EPERM),
-                    remedy: "; run with CAP_NET_ADMIN, or as root",
-                });
+                let error = io::Error::from_raw_os_error(libc::EPERM);
+                return Err(system("reading the kernel's policies and associations", error));
             }
             self.statistics.failed_dumps += 1;
             let pause = self.wait();
@@ -271,9 +284,9 @@ impl NetlinkSource {
         pause
     }
 
-    /// Asks for everything. The order matters: links that were lost before have lost their offloads when this
-    /// has settled, and so has every notification about those come, which must not be replayed after the dump.
-    fn start_dump(&mut self) -> io::Result<Dump> {
+    /// Begins to ask for everything. The order matters: links that were lost before have lost their offloads when what
+    /// this returns is done, and so has every notification about those come, which must not be replayed after the dump.
+    fn begin(&mut self) -> io::Result<Job<io::Result<Thresholds>>> {
         // Nothing is lost here that the dump does not tell.
         drain(MOST_UNREAD, || {
             let lost = self.links.try_lost();
@@ -281,14 +294,22 @@ impl NetlinkSource {
             !matches!(lost, Ok(None))
         })?;
         self.lost.clear();
-        settle_links()?;
+        Ok(self.anchor.run("fastswan-settle", || {
+            settle_links()?;
+            thresholds()
+        }))
+    }
+
+    /// Goes on when that has settled, with the thresholds as they were then.
+    fn start_dump(&mut self, thresholds: Thresholds) -> io::Result<Dump> {
+        self.thresholds = ThresholdWatch::new(thresholds);
         drain(MOST_UNREAD, || {
             let received = self.notifications.try_receive();
             self.statistics.datagrams += u64::from(matches!(received, Ok(Some(_))));
             self.statistics.overruns += u64::from(received.is_err());
             !matches!(received, Ok(None))
         })?;
-        Dump::start(self.config.dump())
+        Ok(Dump::start(&self.anchor, self.config.dump()))
     }
 
     /// Applies what was notified during a dump, until nothing is left. A change that the dump has seen already
@@ -376,31 +397,33 @@ impl NetlinkSource {
             biased;
             lost = self.links.lost() => self.judge(lost),
             received = self.notifications.receive() => self.read(received),
-            step = self.audit.advance(self.config.dump()) => {
+            step = self.audit.advance(&self.anchor, self.config.dump()) => {
                 self.take_audit(step);
                 Ok(())
             }
+            () = self.thresholds.changed(&self.anchor) => Err(StaleCause::Rehashed),
         }
     }
 
-    /// Reads one datagram of each kind, if there is one. True if there is none, and nothing that was read before is to
-    /// be told.
+    /// Reads what is there until something is to be told. True if there is nothing left, and nothing to be told. Many
+    /// datagrams that say nothing are left for the next look.
     fn look(&mut self) -> Result<bool, StaleCause> {
-        let lost = self.links.try_lost().transpose();
-        let has_lost = lost.is_some();
-        lost.map_or(Ok(()), |lost| self.judge(lost))?;
-        match self.notifications.try_receive().transpose() {
-            Some(received) => {
+        for _ in 0..MOST_LOOKED_AT {
+            if let Some(lost) = self.links.try_lost().transpose() {
+                self.judge(lost)?;
+            } else if let Some(received) = self.notifications.try_receive().transpose() {
                 self.read(received)?;
                 self.judge(Ok(Vec::new()))?;
-                Ok(false)
-            }
-            None => {
+            } else {
                 // Each offload that is older than the loss has been told.
                 self.lost.clear();
-                Ok(!has_lost)
+                return Ok(true);
+            }
+            if !self.ready.is_empty() {
+                break;
             }
         }
+        Ok(false)
     }
 
     /// Forgets what was read: there will be another dump.
@@ -446,6 +469,10 @@ impl NetlinkSource {
                     self.statistics.overruns += 1;
                     return Err(StaleCause::Overrun);
                 }
+                Content::Migrated => {
+                    self.statistics.migrations += 1;
+                    return Err(StaleCause::Migrated);
+                }
                 Content::Done(_) | Content::Error(_) | Content::Larval(_) | Content::Ignored => {
                     self.statistics.ignored += 1;
                 }
@@ -461,6 +488,11 @@ fn drain(most: usize, mut read: impl FnMut() -> bool) -> io::Result<()> {
         return Err(io::Error::other("notifications come faster than they can be read"));
     }
     Ok(())
+}
+
+fn system(attempt: &str, error: io::Error) -> SourceError {
+    let remedy = remedy(&error);
+    SourceError::System { attempt: attempt.to_owned(), error, remedy }
 }
 
 fn index(device: OffloadDev) -> u32 {
@@ -499,15 +531,14 @@ impl PolicySource for NetlinkSource {
     /// netlink or `PF_KEY` is done, notification included, under a lock that each request takes. What happens to links
     /// is done under another (RTNL). And what expires does so in a softirq, which a grace period outlasts.
     fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {
-        let settled = settle_requests().and_then(|()| settle_links()).map_err(|error| SourceError::System {
-            attempt: "waiting for removals to be notified of".to_owned(),
-            error,
-            remedy: "",
-        });
-        if settled.is_ok() {
+        let settled = self.anchor.run("fastswan-settle", || {
+            settle_requests()?;
+            settle_links()?;
             grace_period();
-        }
-        ready(settled).boxed()
+            Ok(())
+        });
+        let failed = |error| system("waiting for removals to be notified of", error);
+        async move { settled.await.and_then(identity).map_err(failed) }.boxed()
     }
 
     /// Without what is still in the socket.

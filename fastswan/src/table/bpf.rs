@@ -13,7 +13,6 @@ use aya::{
 #[cfg(feature = "guard")]
 use fastswan_ebpf::Control;
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, Shared};
-use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::{
     Capacity, OffloadTable, Removals, TableConfig, TableError, TableUpdate,
@@ -21,7 +20,10 @@ use super::{
     mmap::Region,
     store::{Regions, Store, of_store},
 };
-use crate::{policy::Family, sys::monotonic_coarse_nanoseconds};
+use crate::{
+    policy::Family,
+    sys::{grace_period, monotonic_coarse_nanoseconds},
+};
 
 /// The table that the XDP program of an [`XdpForwarder`](crate::XdpForwarder) reads.
 ///
@@ -127,16 +129,6 @@ fn map<T: Shared>(ebpf: &Ebpf, name: &'static str, length: usize) -> Result<Regi
     Region::map(fd, length).map_err(|error| MapsError::Mmap { name, error })
 }
 
-/// Returns when every packet that was in a program at the call has left it.
-///
-/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and XDP programs run inside RCU read sections.
-pub(crate) fn grace_period() {
-    if membarrier(MembarrierCommand::Global).is_err() {
-        // Not available with nohz_full. A packet is in the program for microseconds.
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 impl OffloadTable for BpfTable {
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
         let reachable = self.devices.enter(&update.slots);
@@ -171,3 +163,5 @@ impl OffloadTable for BpfTable {
 }
 
 of_store!(BpfTable);
+
+impl super::Devices for BpfTable {}

@@ -70,3 +70,5 @@ impl OffloadTable for MemoryTable {
 }
 
 of_store!(MemoryTable);
+
+impl super::Devices for MemoryTable {}

@@ -3,9 +3,12 @@
 //! A [`Region`] is either a mapping of a BPF array with `BPF_F_MMAPABLE` (Linux 5.5) or ordinary memory.
 #![allow(unsafe_code)]
 
-use std::{ops::Deref, os::fd::BorrowedFd, ptr::NonNull};
+use std::ops::Deref;
+#[cfg(feature = "bpf")]
+use std::{os::fd::BorrowedFd, ptr::NonNull};
 
 use fastswan_ebpf::Shared;
+#[cfg(feature = "bpf")]
 use rustix::{
     io::Errno,
     mm::{MapFlags, ProtFlags},
@@ -15,6 +18,7 @@ use rustix::{
 #[derive(Debug)]
 pub(super) enum Region<T: Shared> {
     /// In a BPF map.
+    #[cfg(feature = "bpf")]
     Mapped(Mapping<T>),
     /// In ordinary memory.
     Owned(Box<[T]>),
@@ -22,6 +26,7 @@ pub(super) enum Region<T: Shared> {
 
 impl<T: Shared> Region<T> {
     /// Maps the values of an array map that has `length` of them.
+    #[cfg(feature = "bpf")]
     pub(super) fn map(fd: BorrowedFd<'_>, length: usize) -> Result<Self, Errno> {
         Mapping::new(fd, length).map(Self::Mapped)
     }
@@ -37,6 +42,7 @@ impl<T: Shared> Deref for Region<T> {
 
     fn deref(&self) -> &[T] {
         match self {
+            #[cfg(feature = "bpf")]
             Self::Mapped(mapping) => mapping,
             Self::Owned(values) => values,
         }
@@ -44,12 +50,14 @@ impl<T: Shared> Deref for Region<T> {
 }
 
 /// A mapping of the values of an array map.
+#[cfg(feature = "bpf")]
 #[derive(Debug)]
 pub(super) struct Mapping<T> {
     start: NonNull<T>,
     length: usize,
 }
 
+#[cfg(feature = "bpf")]
 impl<T: Shared> Mapping<T> {
     fn new(fd: BorrowedFd<'_>, length: usize) -> Result<Self, Errno> {
         // The kernel pads each value to a multiple of 8 bytes, which `T`, made of words, is already.
@@ -63,6 +71,7 @@ impl<T: Shared> Mapping<T> {
     }
 }
 
+#[cfg(feature = "bpf")]
 impl<T: Shared> Deref for Mapping<T> {
     type Target = [T];
 
@@ -74,6 +83,7 @@ impl<T: Shared> Deref for Mapping<T> {
     }
 }
 
+#[cfg(feature = "bpf")]
 impl<T> Drop for Mapping<T> {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new` with this length, and no slice of it outlives `self`.
@@ -83,6 +93,8 @@ impl<T> Drop for Mapping<T> {
 }
 
 // SAFETY: a mapping is memory like any other; it belongs to no thread.
+#[cfg(feature = "bpf")]
 unsafe impl<T: Shared> Send for Mapping<T> {}
 // SAFETY: it is only read and written through words, which are atomic.
+#[cfg(feature = "bpf")]
 unsafe impl<T: Shared> Sync for Mapping<T> {}

@@ -15,32 +15,36 @@ use std::{net::IpAddr, time::Duration};
 
 use fastswan_ebpf::PassReason;
 
+#[cfg(feature = "bpf")]
+pub use self::bpf::BpfTable;
 #[cfg(feature = "guard")]
 pub(crate) use self::bpf::begin_removal;
+#[cfg(feature = "bpf")]
+pub(crate) use self::{
+    bpf::{MapsError, array},
+    counters::Counters,
+};
 pub use self::{
-    bpf::BpfTable,
     contents::{Contents, Packet},
     entries::{Cell, Exception, Fact, Forwarding, Probes, Side, Slot, Standing, Verdict},
     error::TableError,
     memory::MemoryTable,
-    port::{Forwards, Port, ReversePath},
     size::{Capacity, TableConfig},
     update::{Change, TableUpdate},
 };
-pub(crate) use self::{
-    bpf::{MapsError, array, grace_period},
-    counters::Counters,
-};
+pub use crate::host::{Forwards, Port, ReversePath};
 
+#[cfg(feature = "bpf")]
 mod bpf;
 mod contents;
+#[cfg(feature = "bpf")]
 mod counters;
+#[cfg(feature = "bpf")]
 mod devices;
 mod entries;
 mod error;
 mod memory;
 mod mmap;
-mod port;
 mod size;
 mod space;
 mod split;
@@ -49,11 +53,26 @@ mod update;
 
 /// Packets and bytes (from the IP header on) that took the fast path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Traffic {
     /// Packets.
     pub packets: u64,
     /// Bytes.
     pub bytes: u64,
+}
+
+impl std::ops::Add for Traffic {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { packets: self.packets + other.packets, bytes: self.bytes + other.bytes }
+    }
+}
+
+impl std::fmt::Display for Traffic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} packets, {} bytes", self.packets, self.bytes)
+    }
 }
 
 /// Removals of policies, associations and devices in the kernel, as numbers of the last.
@@ -114,6 +133,20 @@ pub trait Ports {
 
     /// The port of an (interface, VLAN), if there is one.
     fn port(&self, ifindex: u32, vlan: u16) -> Option<Port>;
+}
+
+/// Which devices take packets that came in elsewhere.
+pub trait Devices {
+    /// Asks again which of the devices that slots use take redirected frames: something about links or their drivers has
+    /// changed.
+    fn refresh_devices(&mut self) {}
+
+    /// Whether packets that came in elsewhere are handed to this device. If not, they pass
+    /// ([`PassReason::EgressUnavailable`]).
+    fn takes_redirects(&self, ifindex: u32) -> bool {
+        let _ = ifindex;
+        true
+    }
 }
 
 /// What a table has counted.

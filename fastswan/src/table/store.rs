@@ -11,8 +11,10 @@ use std::{
     collections::HashSet,
     net::IpAddr,
     sync::atomic::{Ordering, fence},
-    time::Duration,
 };
+
+#[cfg(feature = "bpf")]
+use std::time::Duration;
 
 use fastswan_ebpf::{
     Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
@@ -351,6 +353,7 @@ impl Store {
     }
 
     /// `now` is in nanoseconds of the program's clock.
+    #[cfg(feature = "bpf")]
     pub(super) fn renew_lease(&self, now: u64, lease: Duration) {
         let lease = u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX / 2);
         let control = &self.control[0];

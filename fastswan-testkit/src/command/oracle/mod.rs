@@ -1,5 +1,8 @@
 //! `cargo testkit oracle`: the kernel judges the mirror.
 
+pub(crate) mod guest;
+mod print;
+
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
@@ -7,13 +10,12 @@ use fastswan_testkit::{
     lab::{clean_up_on_signals, remove_leftovers},
     oracle::{BrokenRule, Oracle, Report, Set},
 };
-use serde_json::Value;
 
-use super::{
-    ci::Count,
-    guest_oracle::{self, Trial},
-    vm::Kernels,
+use self::{
+    guest::Trial,
+    print::{print, print_head, set},
 };
+use super::{count::Count, vm::Kernels};
 
 /// Packets that `cargo testkit ci` has judged.
 const CI_DECISIONS: u64 = 200_000;
@@ -46,11 +48,6 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-pub(crate) fn set(name: &str) -> Result<Set, String> {
-    let names = || Set::ALL.map(Set::name).join(", ");
-    Set::ALL.into_iter().find(|set| set.name() == name).ok_or_else(|| format!("one of {}", names()))
-}
-
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
@@ -61,10 +58,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let seed = arguments.seed.unwrap_or_else(rand::random);
     let broken = arguments.mutant.map(|number| BrokenRule::ALL[usize::from(number) - 1]);
     if arguments.guest {
-        let broken = arguments.mutant.map_or_else(|| vec![0, guest_oracle::CI_MUTANT], |number| vec![number]);
+        let broken = arguments.mutant.map_or_else(|| vec![0, guest::CI_MUTANT], |number| vec![number]);
         let kernels = arguments.kernels.all();
         let trial = Trial { decisions: arguments.decisions, seed, sets: arguments.sets.clone(), broken };
-        return guest_oracle::run(&trial, &kernels, arguments.json);
+        return guest::run(&trial, &kernels, arguments.json);
     }
     ensure!(arguments.kernels.kernel.is_none(), "only guests have other kernels than this one: add --guest");
     let start = Instant::now();
@@ -115,36 +112,6 @@ fn judge(oracle: &Oracle, seed: u64) -> anyhow::Result<Report> {
     println!("seed {seed}");
     print_head();
     oracle.run(|report| print(report.set.name(), &report.json())).with_context(|| format!("seed {seed}"))
-}
-
-pub(crate) fn print_head() {
-    println!(
-        "{:<16} {:>9} {:>9} {:>6} {:>9} {:>10}",
-        "set", "decisions", "fast", "wrong", "eligible", "fast share"
-    );
-}
-
-/// Prints what a set's report says.
-pub(crate) fn print(set: &str, report: &Value) {
-    let number = |name| report[name].as_u64().unwrap_or(0);
-    println!(
-        "{set:<16} {:>9} {:>9} {:>6} {:>9} {:>10.4}",
-        number("decisions"),
-        number("fast"),
-        number("wrong"),
-        number("eligible"),
-        report["fast_share"].as_f64().unwrap_or(0.0)
-    );
-    let list = |name| report[name].as_array().into_iter().flatten();
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let reasons: Vec<String> =
-        list("eligible_pass_reasons").map(|pair| format!("{} {}", text(&pair[0]), pair[1])).collect();
-    if !reasons.is_empty() {
-        println!("    eligible but passed: {}", reasons.join(", "));
-    }
-    for example in list("examples") {
-        println!("    WRONG {}", text(example));
-    }
 }
 
 /// Fails if a decision was wrong, or too few were fast.

@@ -17,9 +17,9 @@ use fastswan_testkit::{
 };
 use serde_json::{Value, json};
 
-use super::{
-    ci::Count,
-    oracle::{print, print_head, set},
+use super::print::{print, print_head, set};
+use crate::command::{
+    count::Count,
     vm::{boot, side_by_side, store},
 };
 

@@ -1,0 +1,242 @@
+//! Loading: the bytecode, the kernels that take it, and the size of the table.
+
+use std::{error::Error, os::fd::AsFd as _};
+
+use aya::{
+    Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::Array,
+    programs::{ProgramError, Xdp},
+    util::{KernelVersion, nr_cpus},
+};
+
+use super::{
+    ForwarderError, XdpForwarder,
+    error::{chain, errno, lacking},
+    hook::xdp::Program,
+    run::test_run,
+};
+use crate::{
+    sys::monotonic_coarse_nanoseconds,
+    table::{BpfTable, TableConfig},
+};
+
+#[cfg(target_endian = "little")]
+static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfel.o");
+#[cfg(target_endian = "big")]
+static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfeb.o");
+
+/// The program, and the one that tells its time, by their names in the object, and what each needs of the kernel.
+pub(super) const PROGRAM: &str = "fastswan";
+const CLOCK_PROGRAM: &str = "fastswan_clock";
+const CLOCK_NEEDS: &str = "XDP programs with bpf_ktime_get_coarse_ns (Linux 5.11)";
+const PROGRAM_NEEDS: &str = "XDP programs for frames in several buffers (Linux 5.18)";
+const MAPS_NEED: &str = "array maps that can be mapped (Linux 5.5) and hashed device maps (Linux 5.4)";
+
+/// The first kernel whose decisions the oracle and the scenarios in guests have judged. What the program needs of the
+/// kernel is found out by trying; this is about what cannot be tried, the kernel's rules for policies.
+const OLDEST_JUDGED: KernelVersion = KernelVersion::new(6, 12, 0);
+
+/// The largest tables that [`XdpForwarder::load`] tries to make.
+const MOST_CELLS: u32 = 1 << 26;
+const MOST_EXCEPTIONS: u32 = 1 << 22;
+const MOST_SLOTS: u32 = 1 << 24;
+
+/// How to load the program.
+///
+/// ```no_run
+/// use fastswan::{XdpForwarder, forwarder::LoadConfig, table::TableConfig};
+///
+/// let config = LoadConfig::new(TableConfig::default()).allow_unjudged_kernel(true);
+/// let (forwarder, table) = XdpForwarder::load(config)?;
+/// # Ok::<(), fastswan::forwarder::ForwarderError>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadConfig {
+    table: TableConfig,
+    allow_unjudged_kernel: bool,
+}
+
+impl LoadConfig {
+    /// Loads with a table of this size.
+    #[must_use]
+    pub fn new(table: TableConfig) -> Self {
+        Self { table, allow_unjudged_kernel: false }
+    }
+
+    /// Loads also on kernels before 6.12. No test has compared this library's decisions with theirs: a packet that is
+    /// fast there may be one that the kernel would treat otherwise.
+    #[must_use]
+    pub fn allow_unjudged_kernel(mut self, allow: bool) -> Self {
+        self.allow_unjudged_kernel = allow;
+        self
+    }
+}
+
+impl From<TableConfig> for LoadConfig {
+    fn from(table: TableConfig) -> Self {
+        Self::new(table)
+    }
+}
+
+impl From<&TableConfig> for LoadConfig {
+    fn from(table: &TableConfig) -> Self {
+        Self::new(table.clone())
+    }
+}
+
+/// Loads the program with a new table.
+pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), ForwarderError> {
+    let LoadConfig { table: config, allow_unjudged_kernel } = config;
+    check_size(config)?;
+    if !allow_unjudged_kernel {
+        check_judged(kernel()?)?;
+    }
+    let cpus = nr_cpus().map_err(|(path, error)| ForwarderError::new(format!("reading {path}"), error))?;
+    let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
+    let weakly_ordered = u32::from(!cfg!(any(target_arch = "x86_64", target_arch = "s390x")));
+    let mut loader = EbpfLoader::new();
+    loader.override_global("SLOTS", &config.slots, true);
+    loader.override_global("WEAKLY_ORDERED", &weakly_ordered, true);
+    for (map, length) in BpfTable::map_lengths(config, cpus) {
+        loader.map_max_entries(map, length);
+    }
+    let mut ebpf =
+        loader.load(BYTECODE).map_err(|error| refused("creating the BPF maps", MAPS_NEED, error))?;
+    for (name, needs) in [(CLOCK_PROGRAM, CLOCK_NEEDS), (PROGRAM, PROGRAM_NEEDS)] {
+        program_mut(&mut ebpf, name)
+            .and_then(Xdp::load)
+            .map_err(|error| refused(format!("loading the XDP program {name}"), needs, error))?;
+    }
+    let clock_offset = learn_clock_offset(&mut ebpf)?;
+    let table = BpfTable::take(&mut ebpf, config, cpus, clock_offset)
+        .map_err(|error| ForwarderError::new("mapping the BPF maps", error))?;
+    let program =
+        loaded(&ebpf).map_err(|error| ForwarderError::new("reading about the XDP program", error))?;
+    Ok((XdpForwarder { ebpf, program, attached: Vec::new(), pinned_in: None }, table))
+}
+
+fn loaded(ebpf: &Ebpf) -> Result<Program, Box<dyn Error + Send + Sync>> {
+    let xdp = program(ebpf, PROGRAM)?;
+    let descriptor = xdp.fd()?;
+    Ok(Program::new(descriptor.as_fd(), xdp.info()?.id())?)
+}
+
+/// Sizes for which there is no table are an error, with the name of the field.
+fn check_size(config: &TableConfig) -> Result<(), ForwarderError> {
+    let TableConfig { cells_v4, cells_v6, exceptions, slots, .. } = *config;
+    let sizes = [
+        ("cells_v4", cells_v4, MOST_CELLS),
+        ("cells_v6", cells_v6, MOST_CELLS),
+        ("exceptions", exceptions, MOST_EXCEPTIONS),
+        ("slots", slots, MOST_SLOTS),
+    ];
+    for (field, value, most) in sizes {
+        let range = 1..=most;
+        if !range.contains(&value) {
+            return Err(ForwarderError::TableSize { field, value, range });
+        }
+    }
+    Ok(())
+}
+
+fn kernel() -> Result<KernelVersion, ForwarderError> {
+    KernelVersion::current().map_err(|error| ForwarderError::new("reading the kernel version", error))
+}
+
+fn check_judged(found: KernelVersion) -> Result<(), ForwarderError> {
+    if found < OLDEST_JUDGED {
+        let (found, oldest) = (found.to_string(), OLDEST_JUDGED.to_string());
+        return Err(ForwarderError::UnjudgedKernel { found, oldest });
+    }
+    Ok(())
+}
+
+/// Why the kernel does not take a map or a program: for lack of privileges, whichever error it gives then, or of a
+/// feature.
+fn refused(
+    attempt: impl Into<String>,
+    needs: &'static str,
+    error: impl Into<Box<dyn Error + Send + Sync>>,
+) -> ForwarderError {
+    let (attempt, error) = (attempt.into(), error.into());
+    let lacks = lacking();
+    match errno(error.as_ref()) {
+        Some(code) if !lacks.is_empty() => {
+            let error = std::io::Error::from_raw_os_error(code);
+            ForwarderError::NotPermitted { attempt, lacks, error }
+        }
+        Some(libc::EINVAL) => ForwarderError::Unsupported { attempt, needs, error: chain(error.as_ref()) },
+        Some(libc::E2BIG) => ForwarderError::NoMemory { attempt, error: chain(error.as_ref()) },
+        _ => ForwarderError::new(attempt, error),
+    }
+}
+
+pub(super) fn program<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Xdp, ProgramError> {
+    ebpf.program(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+fn program_mut<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, ProgramError> {
+    ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+/// The program's time minus this process's, in nanoseconds. They differ in a time namespace.
+fn learn_clock_offset(ebpf: &mut Ebpf) -> Result<i64, ForwarderError> {
+    let error = |error: Box<dyn Error + Send + Sync>| {
+        ForwarderError::new("learning the clock of the XDP program", error)
+    };
+    // Both clocks tick together, but a tick may fall between the two readings: then the difference comes out
+    // too small. The largest of a few is right, and a smaller one would only shorten the lease.
+    let mut offset = i64::MIN;
+    for _ in 0..8 {
+        let program = program(ebpf, CLOCK_PROGRAM).map_err(|failure| error(failure.into()))?;
+        test_run(program, &[0; 14], None, 0).map_err(|failure| error(failure.into()))?;
+        let clock = ebpf.map("CLOCK").ok_or_else(|| error("the object has no map CLOCK".into()))?;
+        let clock: Array<_, u64> =
+            clock.try_into().map_err(|failure: aya::maps::MapError| error(failure.into()))?;
+        let theirs = clock.get(&0, 0).map_err(|failure| error(failure.into()))?;
+        let ours = monotonic_coarse_nanoseconds();
+        offset = offset.max(theirs.cast_signed().wrapping_sub(ours.cast_signed()));
+    }
+    Ok(offset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_judged_from_the_first_that_the_tests_have_held_it_against() {
+        for judged in
+            [KernelVersion::new(6, 12, 0), KernelVersion::new(6, 12, 117), KernelVersion::new(7, 3, 4)]
+        {
+            check_judged(judged).unwrap();
+        }
+        for unjudged in [KernelVersion::new(6, 11, 99), KernelVersion::new(5, 15, 0)] {
+            let message = check_judged(unjudged).unwrap_err().to_string();
+            for word in [&unjudged.to_string(), "6.12", "allow_unjudged_kernel(true)"] {
+                assert!(message.contains(word), "{message:?} says nothing of {word:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_of_no_or_absurd_size_is_refused_by_the_name_of_its_field() {
+        let good = TableConfig::default();
+        check_size(&good).unwrap();
+        for field in ["cells_v4", "cells_v6", "exceptions", "slots"] {
+            for size in [0, u32::MAX] {
+                let mut config = good.clone();
+                *match field {
+                    "cells_v4" => &mut config.cells_v4,
+                    "cells_v6" => &mut config.cells_v6,
+                    "exceptions" => &mut config.exceptions,
+                    _ => &mut config.slots,
+                } = size;
+                let message = check_size(&config).unwrap_err().to_string();
+                for word in [field, &size.to_string(), "from 1 to"] {
+                    assert!(message.contains(word), "{message:?} says nothing of {word:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Looks at all policies, a few at a time, so that the loop goes on meanwhile.
+
+use std::collections::BTreeMap;
+
+use tokio::sync::oneshot;
+
+use super::{
+    GatewayTable, PolicyStatus, Status,
+    status::{as_met, name},
+};
+use crate::{
+    database::PolicyKey,
+    mirror::{InterfaceState, Mirror},
+};
+
+/// Policies that are looked at in one turn of the loop; they take a few hundred microseconds.
+const FEW: usize = 512;
+
+/// A status that is being collected, and those who ask for it.
+#[derive(Debug, Default)]
+pub(super) struct Collection {
+    under_way: Option<UnderWay>,
+    /// Those who asked before it began.
+    askers: Vec<oneshot::Sender<Status>>,
+    /// Those who have asked since: the next one is theirs.
+    waiting: Vec<oneshot::Sender<Status>>,
+}
+
+#[derive(Debug)]
+struct UnderWay {
+    next: PolicyKey,
+    policies: Vec<PolicyStatus>,
+}
+
+impl Collection {
+    pub(super) fn ask(&mut self, asker: oneshot::Sender<Status>) {
+        self.waiting.push(asker);
+        self.begin();
+    }
+
+    /// Begins, unless one is under way.
+    pub(super) fn begin(&mut self) {
+        if self.under_way.is_none() {
+            self.askers = std::mem::take(&mut self.waiting);
+            self.under_way = Some(UnderWay { next: PolicyKey(0), policies: Vec::new() });
+        }
+    }
+
+    pub(super) fn is_under_way(&self) -> bool {
+        self.under_way.is_some()
+    }
+
+    /// Looks at a few policies more; all of them, if those were the last.
+    pub(super) fn go_on(&mut self, mirror: &Mirror, table: &impl GatewayTable) -> Option<Vec<PolicyStatus>> {
+        let UnderWay { next, mut policies } = self.under_way.take()?;
+        match look_at(mirror, table, next, FEW, &mut policies) {
+            Some(next) => {
+                self.under_way = Some(UnderWay { next, policies });
+                None
+            }
+            None => Some(policies),
+        }
+    }
+
+    pub(super) fn is_asked_for(&self) -> bool {
+        !self.askers.is_empty()
+    }
+
+    /// Answers those who asked; the next one begins if others have asked since.
+    pub(super) fn answer(&mut self, status: Status) {
+        let mut askers = std::mem::take(&mut self.askers);
+        let last = askers.pop();
+        for asker in askers {
+            let _ = asker.send(status.clone());
+        }
+        // Whoever asked may have gone.
+        let _ = last.map(|asker| asker.send(status));
+        if !self.waiting.is_empty() {
+            self.begin();
+        }
+    }
+}
+
+/// All policies at once.
+pub(super) fn all(mirror: &Mirror, table: &impl GatewayTable) -> Vec<PolicyStatus> {
+    let mut policies = Vec::new();
+    look_at(mirror, table, PolicyKey(0), usize::MAX, &mut policies);
+    policies
+}
+
+/// Looks at some policies, and returns where to go on.
+fn look_at(
+    mirror: &Mirror,
+    table: &impl GatewayTable,
+    first: PolicyKey,
+    limit: usize,
+    policies: &mut Vec<PolicyStatus>,
+) -> Option<PolicyKey> {
+    let (is_on, has_ports) = (mirror.is_enabled(), has_ports(mirror));
+    let (some, next) = mirror.compiler().some_policies(mirror.database(), first, limit);
+    policies.extend(some.into_iter().map(|(report, device)| {
+        let is_reachable = device
+            .is_none_or(|device| table.takes_redirects(device.ifindex) || mirror.has_port_on(device.ifindex));
+        PolicyStatus {
+            id: report.id,
+            state: as_met(report.state, is_on, has_ports, is_reachable),
+            traffic: report.slot.map(|slot| table.traffic(slot)).unwrap_or_default(),
+        }
+    }));
+    next
+}
+
+impl Status {
+    /// IPv4 first, ordered by identity.
+    pub(super) fn sort(&mut self) {
+        self.policies.sort_by(|one, other| {
+            let family = |policy: &PolicyStatus| policy.id.selector.family();
+            family(one).cmp(&family(other)).then_with(|| one.id.cmp(&other.id))
+        });
+    }
+
+    pub(super) fn of(policies: Vec<PolicyStatus>) -> Self {
+        let mut totals = BTreeMap::new();
+        for policy in &policies {
+            *totals.entry(name(policy.state)).or_default() += 1;
+        }
+        Self { policies, totals, ..Self::default() }
+    }
+}
+
+/// Whether packets come in anywhere. A mirror without interfaces leaves ports to the embedder.
+fn has_ports(mirror: &Mirror) -> bool {
+    let mut interfaces = mirror.interfaces().peekable();
+    interfaces.peek().is_none()
+        || interfaces
+            .any(|(.., state)| matches!(state, InterfaceState::Attached { vlans } if !vlans.is_empty()))
+}

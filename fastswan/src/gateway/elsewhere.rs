@@ -1,0 +1,30 @@
+//! Without the feature `bpf`, somebody else attaches the program.
+
+use std::{future::pending, time::Instant};
+
+use super::GatewayError;
+use crate::mirror::Mirror;
+
+/// The same as with the feature, without a forwarder.
+#[derive(Debug, Default)]
+pub(super) struct Attached;
+
+#[expect(clippy::unused_self, reason = "the signatures are those of the feature `bpf`")]
+impl Attached {
+    pub(super) async fn superseded(&mut self) -> GatewayError {
+        pending().await
+    }
+
+    #[expect(clippy::unnecessary_wraps, reason = "it can fail with the feature `bpf`")]
+    pub(super) fn attach(
+        &mut self,
+        interfaces: &[u32],
+        mirror: &mut Mirror,
+        now: Instant,
+    ) -> Result<(), GatewayError> {
+        interfaces.iter().for_each(|ifindex| mirror.handle_attached(*ifindex, Ok(()), now));
+        Ok(())
+    }
+
+    pub(super) fn look_again(&self, _: &mut Mirror) {}
+}
