@@ -96,7 +96,7 @@ impl Paths {
     }
 
     /// Whether the kernel finds a route for packets from an outer source: IPv4 asks whether it is an address of the host
-    /// (`ip_route_output_key_hash_rcu`; else XfrmOutBundleGenError), IPv6 does not.
+    /// (`ip_route_output_key_hash_rcu`; else `XfrmOutBundleGenError`), IPv6 does not.
     pub(super) fn may_send_from(&self, source: IpAddr) -> bool {
         let routing = self.routing(source.into());
         source.is_ipv6()
