@@ -345,7 +345,7 @@ impl Judge<'_> {
         let best = *of_device.iter().min_by_key(|policy| (policy.priority, database.key_of(&policy.id)))?;
         let software: Vec<&Policy> =
             matching.iter().copied().filter(|policy| !policy.is_packet_offloaded()).collect();
-        if !self.is_plain(best, packet) || !self.is_certain(best, &of_device, &software, packet) {
+        if !Self::is_plain(best, packet) || !self.is_certain(best, &of_device, &software, packet) {
             return None;
         }
         let device = best.offload.filter(|device| device.kind == OffloadKind::Packet)?.ifindex;
@@ -363,7 +363,7 @@ impl Judge<'_> {
     }
 
     /// R8.
-    fn is_plain(&self, policy: &Policy, packet: &Packet) -> bool {
+    fn is_plain(policy: &Policy, packet: &Packet) -> bool {
         policy.action == Action::Allow
             && policy.id.mark == Mark::default()
             && policy.id.if_id == 0
@@ -387,7 +387,7 @@ impl Judge<'_> {
         let database = &self.world.database;
         let is_same = |policy: &Policy| {
             policy.id == best.id
-                || self.is_plain(policy, packet)
+                || Self::is_plain(policy, packet)
                     && policy.templates == best.templates
                     && policy.offload == best.offload
                     && policy.expires == best.expires
