@@ -10,10 +10,12 @@ use crate::PassReason;
 pub const BUCKET_ENTRIES: usize = 4;
 /// Longest list of tuples.
 pub const MAX_TUPLES: usize = 64;
-/// Slots of the port table.
-pub const PORT_SLOTS: usize = 1024;
-/// Slots in which a port may lie, counted from its own.
-pub const PORT_PROBES: usize = 8;
+/// Ports that a table holds, whatever their interfaces and VLANs.
+pub const MAX_PORTS: usize = 4096;
+/// Buckets of the hash that finds them: two entries for each bucket of four, so that there is always room in one of two.
+pub const PORT_BUCKETS: usize = MAX_PORTS / 2;
+/// Words of a port's key.
+pub const PORT_WORDS: usize = 1;
 
 /// Types that may lie in memory which user space and the program share.
 ///
@@ -92,6 +94,8 @@ pub struct Control {
     pub exceptions_v4: SpaceControl<EXCEPTION_LISTS>,
     /// Those of IPv6.
     pub exceptions_v6: SpaceControl<EXCEPTION_LISTS>,
+    /// Ports: all are of one tuple, whose number is 0.
+    pub ports: SpaceControl<1>,
 }
 
 /// What one must know to search a tuple space: a hash, and lists of the tuples that its entries belong to.
@@ -336,8 +340,9 @@ pub const fn upper_layer(protocol: u8, source_port: u16, destination_port: u16) 
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct Forwarding {
-    /// Interface index in bits 0–31, longest packet in bits 32–47. Without an interface, bits 32–63 are the
-    /// number of a [`PassReason`] plus 1; 0 is a free slot.
+    /// Interface index in bits 0–31, longest packet in bits 32–47; packets are redirected there from CPUs whose numbers
+    /// are lower than bits 48–63. Without an interface, bits 32–63 are the number of a [`PassReason`] plus 1; 0 is a
+    /// free slot.
     pub device_and_length: Word,
     /// Destination address to write, as in [`packed_mac`]; 0 with a source of 0 leaves both as they are.
     pub destination: Word,
@@ -348,12 +353,10 @@ pub struct Forwarding {
     pub policy: Word,
 }
 
-/// A port.
+/// A port. The payload of the [`Value`] that its [`port_key`] is found by is its index.
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct Port {
-    /// As in [`port_key`]; 0 is a free slot.
-    pub key: Word,
     /// The address that frames must be sent to, as in [`packed_mac`].
     pub address: Word,
     /// The flags below in bits 0–31; in bits 32–63 the device that the kernel would receive packets on.
@@ -386,19 +389,11 @@ pub const fn unpacked_mac(packed: u64) -> [u8; 6] {
     mac
 }
 
-/// Interface and VLAN as a number that is never 0.
+/// Interface and VLAN as a number.
 #[inline(always)]
 #[must_use]
 pub const fn port_key(ifindex: u32, vlan: u16) -> u64 {
-    1 << 63 | (ifindex as u64) << 16 | vlan as u64
-}
-
-/// The first slot that a port may lie in.
-#[inline(always)]
-#[must_use]
-pub const fn port_slot(key: u64) -> u64 {
-    // Consecutive interfaces lie in consecutive slots, the VLANs of one interface in distant ones.
-    (key >> 16 ^ key.wrapping_mul(37)) % PORT_SLOTS as u64
+    (ifindex as u64) << 16 | vlan as u64
 }
 
 /// What one CPU has forwarded for one slot.
@@ -409,6 +404,20 @@ pub struct Traffic {
     pub packets: Word,
     /// Bytes, from the IP header on.
     pub bytes: Word,
+}
+
+/// What is lost after the program has given it away, and what must be known to count it.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Losses {
+    /// The id of the device map.
+    pub devices: Word,
+    /// Where in the kernel's `struct net_device` the interface index lies, in bytes.
+    pub ifindex_offset: Word,
+    /// Packets that could not be handed to the device.
+    pub redirects: Word,
+    /// Packets that its driver has not taken.
+    pub frames: Word,
 }
 
 /// What one CPU has passed, by reason.
@@ -441,6 +450,7 @@ shared! {
     Forwarding;
     Port;
     Traffic;
+    Losses;
     Passes;
 }
 
@@ -448,7 +458,7 @@ shared! {
 const _: () = {
     assert!(size_of::<Word>() == 8 && align_of::<Word>() == 8);
     assert!(size_of::<SpaceControl<LISTS>>() == 48 && size_of::<SpaceControl<EXCEPTION_LISTS>>() == 32);
-    assert!(size_of::<Control>() == 208);
+    assert!(size_of::<SpaceControl<1>>() == 24 && size_of::<Control>() == 232);
     assert!(size_of::<TupleList<1>>() == MAX_TUPLES * 16 && size_of::<TupleList<4>>() == MAX_TUPLES * 40);
     assert!(size_of::<TupleList<2>>() == MAX_TUPLES * 24 && size_of::<TupleList<5>>() == MAX_TUPLES * 48);
     assert!(size_of::<Bucket<1>>() == 64 && size_of::<Bucket<4>>() == 160);
@@ -456,7 +466,8 @@ const _: () = {
     // A list's tuples have different numbers, and a number has 8 bits.
     assert!(LISTS * MAX_TUPLES <= 256);
     assert!(size_of::<Forwarding>() == 32);
-    assert!(size_of::<Port>() == 24);
+    assert!(size_of::<Port>() == 16);
+    assert!(size_of::<Losses>() == 32);
     assert!(size_of::<Traffic>() == 16);
     assert!(size_of::<Passes>() == (PassReason::COUNT + 1) * 8);
 };

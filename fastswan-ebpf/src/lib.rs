@@ -12,11 +12,15 @@
 //! | `EXCEPTIONS_V4`, `EXCEPTIONS_V6` | [`Bucket`] | hash of a masked key |
 //! | `UPPER_TUPLES_V4`, `UPPER_TUPLES_V6` | [`TupleList`] | [`ExceptionList`] |
 //! | `FORWARDINGS` | [`Forwarding`] | slot |
-//! | `PORTS` | [`Port`] | hash of interface and VLAN |
+//! | `PORT_BUCKETS` | [`Bucket`] | hash of a [`port_key`] |
+//! | `PORTS` | [`Port`] | payload of the entry with its key |
 //! | `TRAFFIC` | [`Traffic`] | CPU × slots + slot |
 //! | `PASSES` | [`Passes`] | CPU |
 //! | `DEVICES` | (device map) | interface index |
 //! | `CLOCK` | [`Word`] | 0: nanoseconds of the clock that leases are judged by |
+//! | `REMOVALS` | (ring buffer) | |
+//! | `LOSSES` | [`Losses`] | 0 |
+//! | `INGRESS` | 1 | (hash) index of an interface that has ports |
 
 #![no_std]
 // Shared memory needs it; each block says why it is sound.
@@ -30,11 +34,11 @@ mod reason;
 mod special;
 
 pub use layout::{
-    BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarding, LISTS, List, MAX_TUPLES,
-    PORT_PROBES, PORT_SLOTS, Passes, Port, Shared, SpaceControl, Traffic, Tuple, TupleList, UPPER_LAYER_BITS,
-    Value, Word, packed_mac, port_key, port_slot, unpacked_mac, upper_layer,
+    BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarding, LISTS, List, Losses,
+    MAX_PORTS, MAX_TUPLES, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SpaceControl, Traffic, Tuple,
+    TupleList, UPPER_LAYER_BITS, Value, Word, packed_mac, port_key, unpacked_mac, upper_layer,
 };
-pub use lookup::{Buckets, Hashed, first_hit, hash};
+pub use lookup::{Buckets, Hashed, find, first_hit, hash};
 pub use reason::PassReason;
 pub use special::{is_special_v4, is_special_v6};
 

@@ -81,7 +81,8 @@ pub fn first_hit<const K: usize>(
 
 /// The value of the entry with this key, which is masked and hashed already.
 #[inline(always)]
-fn find<const K: usize>(buckets: &impl Buckets<K>, key: &[u64; K], hashed: &Hashed) -> Option<Value> {
+#[must_use]
+pub fn find<const K: usize>(buckets: &impl Buckets<K>, key: &[u64; K], hashed: &Hashed) -> Option<Value> {
     let bucket = buckets.bucket(hashed.primary)?;
     if let Some(value) = find_in(bucket, key, hashed.identity) {
         return Some(value);

@@ -62,6 +62,8 @@ reasons! {
     MartianSource = "martian_source",
     /// The destination is one that is never forwarded: loopback, multicast, broadcast, link-local.
     MartianDestination = "martian_destination",
+    /// A message of IPv6 neighbour discovery: where the kernel is a proxy for its destination, it takes it for itself.
+    NeighbourDiscovery = "neighbour_discovery",
     /// A policy asks for the packet's protocol or ports.
     Exception = "exception",
     /// No policy matches.
@@ -98,6 +100,8 @@ reasons! {
     /// The guard has seen the kernel begin to remove a policy, an association or a device, and the mirror has not
     /// caught up with that yet.
     Removal = "removal",
+    /// The device takes redirected frames only from CPUs that it has a channel for, and this is none of them.
+    NoChannel = "no_channel",
     /// The frame could not be handed to the device: it is not in the device map, or a helper refused.
     EgressUnavailable = "egress_unavailable",
     /// The embedder keeps the policy from being fast.

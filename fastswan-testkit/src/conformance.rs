@@ -123,7 +123,8 @@ pub fn frame(bytes: &[u8]) -> Vec<u8> {
     };
     let frame = match upper % 8 {
         0 => frame.tcp(1000, 2000),
-        1 => frame.icmp(8, 0),
+        // Echo requests, or those of neighbour discovery and their neighbours.
+        1 => frame.icmp(if upper / 8 % 2 == 0 { 8 } else { 130 + upper / 16 }, 0),
         2 => frame.udp(1, 4500),
         3 => frame.protocol(PROTOCOLS[usize::from(upper / 8) % PROTOCOLS.len()]),
         _ => frame.udp(1000, 2000),

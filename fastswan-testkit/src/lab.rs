@@ -294,6 +294,16 @@ pub fn join_with_index(index: Option<u32>, left: End<'_>, right: End<'_>, mtu: u
     Ok(())
 }
 
+/// Has a veth device of this thread's network namespace poll, or not: only if it does, its peer takes redirected frames.
+///
+/// # Errors
+///
+/// [`LabError`].
+pub fn set_gro(device: &str, on: bool) -> Result<(), LabError> {
+    ethtool_set(device, Ethtool::Gro, u32::from(on))
+        .map_err(|error| LabError::system(format!("GRO of {device}"), error))
+}
+
 impl End<'_> {
     /// Makes a device that is in the initial namespace this end, and switches it on.
     ///

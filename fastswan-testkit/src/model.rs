@@ -217,6 +217,10 @@ impl<'a> Packet<'a> {
         if special(destination) {
             return Err(PassReason::MartianDestination);
         }
+        // Router and neighbour solicitations and advertisements, and redirects.
+        if header[6] == 58 && (133..=137).contains(&packet[40]) {
+            return Err(PassReason::NeighbourDiscovery);
+        }
         Ok(Self {
             source: source.into(),
             destination: destination.into(),

@@ -12,7 +12,7 @@ use fastswan::{
     forwarder::{ForwarderError, RunAction},
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
-use fastswan_ebpf::{Control, LISTS, SpaceControl};
+use fastswan_ebpf::{Control, Forwarding, LISTS, SpaceControl};
 
 /// The program and its table, with nothing attached.
 #[derive(Debug)]
@@ -86,6 +86,20 @@ impl ProgRun {
         Ok(())
     }
 
+    /// Makes a slot's device one that takes redirected frames from this many CPUs only.
+    ///
+    /// # Errors
+    ///
+    /// If the slot's record cannot be found or written.
+    pub fn limit_cpus(&self, slot: Slot, cpus: u16) -> anyhow::Result<()> {
+        let map = map_of(&self.forwarder, "FORWARDINGS")?;
+        let mut records: Array<MapData, [u64; size_of::<Forwarding>() / 8]> = Map::Array(map).try_into()?;
+        let mut record = records.get(&slot.0, 0)?;
+        record[0] = record[0] & (u64::MAX >> 16) | u64::from(cpus) << 48;
+        records.set(slot.0, record, 0)?;
+        Ok(())
+    }
+
     /// What a slot has forwarded.
     #[must_use]
     pub fn traffic(&self, slot: Slot) -> Traffic {
@@ -106,6 +120,11 @@ pub fn hash_seed(forwarder: &XdpForwarder) -> anyhow::Result<u64> {
 fn control_record(
     forwarder: &XdpForwarder,
 ) -> anyhow::Result<Array<MapData, [u64; size_of::<Control>() / 8]>> {
+    Ok(Map::Array(map_of(forwarder, "CONTROL")?).try_into()?)
+}
+
+/// The map of this name that the program has.
+fn map_of(forwarder: &XdpForwarder, name: &str) -> anyhow::Result<MapData> {
     let program = forwarder.program_id();
     let info = loaded_programs()
         .filter_map(Result::ok)
@@ -113,9 +132,9 @@ fn control_record(
         .context("the program is not in the kernel")?;
     for id in info.map_ids()?.context("the kernel does not tell a program's maps")? {
         let map = MapData::from_id(id)?;
-        if map.info()?.name_as_str() == Some("CONTROL") {
-            return Ok(Map::Array(map).try_into()?);
+        if map.info()?.name_as_str() == Some(name) {
+            return Ok(map);
         }
     }
-    anyhow::bail!("the program has no control record")
+    anyhow::bail!("the program has no map {name}")
 }

@@ -5,7 +5,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fastswan::{
@@ -13,8 +13,8 @@ use fastswan::{
     forwarder::{AttachConfig, AttachMode},
     policy::PortMatch,
     table::{
-        Cell, Change, Exception, Forwarding, Forwards, Port, Ports as _, Probes, ReversePath, Slot,
-        TableConfig, TableCounters as _, TableUpdate, Verdict,
+        Cell, Change, Devices as _, Exception, Forwarding, Forwards, Port, Ports as _, Probes, ReversePath,
+        Slot, TableConfig, TableCounters as _, TableUpdate, Verdict,
     },
 };
 use fastswan_testkit::{
@@ -225,6 +225,47 @@ fn a_packet_may_leave_where_it_came_in() {
         assert_eq!((payload.len(), ttl), (100, 8));
         assert_eq!(fast_path.table.traffic(HAIRPIN).packets, 1);
     });
+}
+
+/// The peer's driver stops polling while packets are forwarded to it; the kernel then drops what is redirected.
+#[test]
+fn what_is_lost_on_its_way_to_a_device_is_counted_until_the_table_asks_again() {
+    if !lab::require_root("counting losses") {
+        return;
+    }
+    let site = Site::new().unwrap();
+    // In generic mode the kernel sends a packet as it sends any.
+    let mut fast_path = fast_path(&site, AttachMode::Native);
+    let client = socket(&site.client, "10.1.0.5:1000");
+    let send = |fast_path: &FastPath, packets: u64| {
+        let counted = || fast_path.table.traffic(TO_PEER).packets + passed(&fast_path.table);
+        let before = counted();
+        for _ in 0..packets {
+            client.send_to(b"lost", "10.2.0.9:2000").unwrap();
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while counted() < before + packets {
+            assert!(Instant::now() < deadline, "{:?}", fast_path.table.passes());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let Some(before) = fast_path.table.lost() else {
+        assert!(!std::path::Path::new("/sys/kernel/btf/vmlinux").exists(), "with BTF, losses are counted");
+        return;
+    };
+    send(&fast_path, 10);
+    assert_eq!(fast_path.table.lost(), Some(before));
+    site.peer.enter(|| lab::set_gro("eth0", false)).unwrap();
+    send(&fast_path, 1000);
+    assert_eq!((fast_path.table.lost(), passed(&fast_path.table)), (Some(before + 1000), 0));
+    site.gateway.enter(|| fast_path.table.refresh_devices());
+    send(&fast_path, 10);
+    assert_eq!((fast_path.table.lost(), passed(&fast_path.table)), (Some(before + 1000), 10));
+}
+
+fn passed(table: &BpfTable) -> u64 {
+    let passes = table.passes().into_iter();
+    passes.filter(|(reason, _)| *reason == PassReason::EgressUnavailable).map(|(_, packets)| packets).sum()
 }
 
 #[test]

@@ -1,20 +1,28 @@
 //! The XDP program, frame by frame: what it forwards and how, and what it leaves to the kernel untouched.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use fastswan::{
     OffloadTable as _, PassReason,
     forwarder::RunAction,
     policy::{MacAddr, PortMatch},
     table::{
-        Cell, Change, Contents, Exception, Fact, Forwarding, Forwards, Port, Ports as _, Probes,
-        ReadBack as _, ReversePath, Side, Slot, Standing, TableConfig, Verdict,
+        Cell, Change, Contents, Devices as _, Exception, Fact, Forwarding, Forwards, Port, Ports as _,
+        Probes, ReadBack as _, ReversePath, Side, Slot, Standing, TableConfig, Verdict,
     },
 };
 use fastswan_testkit::{
     frames::{Frame, Tag},
     lab::{self, End, Namespace},
     prog_run::{Outcome, ProgRun},
+};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
 };
 
 const SENDER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xaa]);
@@ -255,6 +263,61 @@ fn a_device_that_takes_no_redirected_frames_gets_none() {
 }
 
 #[test]
+fn a_device_is_asked_again_when_the_table_is_told_to() {
+    with_program(|program, namespace| {
+        let egress = namespace.ifindex("out0").unwrap();
+        let to = || Frame::v4("10.1.0.5", "10.3.0.9").macs(SENDER, PORT);
+        let poll = |on| lab::set_gro("out1", on).unwrap();
+        assert!(program.table.takes_redirects(egress) && !program.table.takes_redirects(999_999));
+        poll(false);
+        program.table.refresh_devices();
+        assert!(!program.table.takes_redirects(egress));
+        passes(program, to(), PassReason::EgressUnavailable);
+        poll(true);
+        program.table.refresh_devices();
+        assert!(program.table.takes_redirects(egress));
+        assert_eq!(run(program, to()).action, RunAction::Redirect);
+
+        // Off before the first slot comes, and on later.
+        poll(false);
+        let mut program = with_policies(egress);
+        passes(&program, to(), PassReason::EgressUnavailable);
+        poll(true);
+        program.table.refresh_devices();
+        assert_eq!(run(&program, to()).action, RunAction::Redirect);
+    });
+}
+
+#[test]
+fn a_device_that_comes_and_goes_all_the_time_fails_nothing() {
+    with_program(|program, namespace| {
+        let (index, done) = (77, AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let flapping = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let end = |device, mac| End { namespace, device, mac, addresses: &[] };
+                    lab::join_with_index(Some(index), end("out8", OWN), end("out9", PEER), 1500).unwrap();
+                    namespace.ip("link del out8").unwrap();
+                }
+            });
+            let until = Instant::now() + Duration::from_secs(3);
+            let forwarding = Forwarding { ifindex: index, max_length: 1400, rewrite: None };
+            while Instant::now() < until && !flapping.is_finished() {
+                for standing in [Ok(forwarding), Err(PassReason::NoPath)] {
+                    program.table.apply(&Change::Slot(REDIRECT, Some(standing)).into()).unwrap();
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        let forwarding = Forwarding { ifindex: index, max_length: 1400, rewrite: None };
+        program.table.apply(&Change::Slot(REDIRECT, Some(Ok(forwarding))).into()).unwrap();
+        let to = Frame::v4("10.1.0.5", "10.3.0.9").macs(SENDER, PORT);
+        passes(program, to, PassReason::EgressUnavailable);
+        assert_eq!(run(program, v4()).action, RunAction::Transmit, "all else goes on");
+    });
+}
+
+#[test]
 fn as_long_as_removals_are_not_acknowledged_only_what_would_be_fast_is_counted_for_them() {
     with_program(|program, _| {
         // The guard has counted none.
@@ -295,12 +358,79 @@ fn vlan_tags_are_taken_off() {
         for tags in [
             vec![Tag::vlan(6)],
             vec![Tag::service(VLAN)],
+            vec![Tag::service(0)],
             vec![Tag::service(VLAN), Tag::vlan(VLAN)],
+            vec![Tag::service(0), Tag::vlan(VLAN)],
+            vec![Tag::vlan(0), Tag::service(VLAN)],
             vec![Tag::vlan(VLAN), Tag::vlan(VLAN)],
         ] {
             passes(program, v4().tags(&tags), PassReason::UnknownPort);
         }
         passes(program, v4().tags(&[Tag::vlan(0), Tag::vlan(0), Tag::vlan(VLAN)]), PassReason::NotIp);
+    });
+}
+
+#[test]
+fn a_port_is_found_among_thousands() {
+    with_program(|program, _| {
+        for vlan in 100..=1200 {
+            program.table.set_port(&Port { vlan, ..port() }).unwrap();
+        }
+        for vlan in [VLAN, 100, 777, 1200] {
+            assert_eq!(run(program, v4().tags(&[Tag::vlan(vlan)])).action, RunAction::Transmit, "{vlan}");
+        }
+        program.table.remove_port(INGRESS, 777);
+        passes(program, v4().tags(&[Tag::vlan(777)]), PassReason::UnknownPort);
+        passes(program, v4().tags(&[Tag::vlan(1201)]), PassReason::UnknownPort);
+    });
+}
+
+/// With `proxy_ndp` the kernel takes some of them for itself, and answers them.
+#[test]
+fn neighbour_discovery_is_the_kernels() {
+    with_program(|program, _| {
+        let to = |icmp_type, payload| {
+            Frame::v6("2001:db8:1::5", "2001:db8:2::9").macs(SENDER, PORT).icmp(icmp_type, 0).payload(payload)
+        };
+        for icmp_type in 0..=u8::MAX {
+            for payload in [0, 24] {
+                if (133..=137).contains(&icmp_type) {
+                    passes(program, to(icmp_type, payload), PassReason::NeighbourDiscovery);
+                } else {
+                    assert_eq!(
+                        run(program, to(icmp_type, payload)).action,
+                        RunAction::Transmit,
+                        "{icmp_type}"
+                    );
+                }
+            }
+        }
+        // The same numbers mean something else elsewhere.
+        let udp = Frame::v6("2001:db8:1::5", "2001:db8:2::9").macs(SENDER, PORT).udp(135 << 8, 136 << 8);
+        assert_eq!(run(program, udp).action, RunAction::Transmit);
+    });
+}
+
+/// Drivers that have a channel for each CPU lose what the others redirect to them.
+#[test]
+fn what_comes_in_on_a_cpu_without_a_channel_of_the_device_passes() {
+    with_program(|program, _| {
+        let redirected = || Frame::v4("10.1.0.5", "10.3.0.9").macs(SENDER, PORT).udp(1000, 2000);
+        let pin_to = |cpu| {
+            let mut cpus = CpuSet::new();
+            cpus.set(cpu).unwrap();
+            sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
+        };
+        let last = std::thread::available_parallelism().unwrap().get() - 1;
+        assert!(last > 0, "this takes two processors");
+        program.limit_cpus(REDIRECT, 1).unwrap();
+        pin_to(0);
+        assert_eq!(run(program, redirected()).action, RunAction::Redirect);
+        pin_to(last);
+        passes(program, redirected(), PassReason::NoChannel);
+        assert_eq!(run(program, v4()).action, RunAction::Transmit, "it leaves where it came in");
+        program.limit_cpus(REDIRECT, u16::MAX).unwrap();
+        assert_eq!(run(program, redirected()).action, RunAction::Redirect);
     });
 }
 
@@ -521,6 +651,11 @@ fn every_reason_is_reached_and_leaves_the_frame_untouched() {
         program.table.set_port(&port()).unwrap();
         check(program, v4().payload(1400), PassReason::TooLong);
         check(program, v4_to("10.1.0.5", "10.5.0.1"), PassReason::EgressUnavailable);
+        check(program, v6().icmp(135, 0).payload(24), PassReason::NeighbourDiscovery);
+        program.limit_cpus(REDIRECT, 0).unwrap();
+        check(program, v4_to("10.1.0.5", "10.3.0.1"), PassReason::NoChannel);
+        program.table.apply(&Change::Slot(TRANSMIT, Some(Err(PassReason::Held))).into()).unwrap();
+        check(program, v4(), PassReason::Held);
         // The kernel takes a device that goes away out of the device map.
         namespace.ip("link del out0").unwrap();
         check(program, v4_to("10.1.0.5", "10.4.0.1"), PassReason::EgressUnavailable);

@@ -73,6 +73,7 @@
 //! Needs 64-bit Linux 6.2 or later and, for the forwarder, `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
+#![cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "rooms below serve those that are left out"))]
 
 pub mod compiler;
 pub mod database;
@@ -91,7 +92,6 @@ pub mod policy;
 mod prefix_map;
 pub mod source;
 #[cfg(feature = "netlink")]
-#[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "some calls are for programs only"))]
 mod sys;
 pub mod table;
 #[cfg(feature = "serde")]

@@ -27,7 +27,14 @@ fn any_socket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::UNIX, SocketType::DGRAM, None)?)
 }
 
+/// The type differs between C libraries.
+#[allow(clippy::unnecessary_cast, reason = "musl's is another type")]
+const ETHTOOL: libc::Ioctl = libc::SIOCETHTOOL as libc::Ioctl;
 /// `linux/ethtool.h`
+#[cfg(feature = "bpf")]
+const ETHTOOL_GDRVINFO: u32 = 3;
+#[cfg(feature = "bpf")]
+const ETHTOOL_GCHANNELS: u32 = 0x3c;
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GSSET_INFO: u32 = 0x37;
 const ETHTOOL_GFEATURES: u32 = 0x3a;
@@ -73,6 +80,43 @@ fn count_u32(count: usize) -> io::Result<u32> {
     u32::try_from(count).map_err(io::Error::other)
 }
 
+/// Drivers that let all CPUs share what channels there are.
+#[cfg(feature = "bpf")]
+const SHARE_CHANNELS: [&str; 8] = ["bnxt_en", "ena", "igb", "igc", "ixgbe", "tun", "veth", "virtio_net"];
+
+/// A device of this thread's network namespace takes redirected frames from this many CPUs, those with lower numbers;
+/// `None` if from all. Other drivers than a few have a channel for each CPU, or lose the frames of those that have none.
+#[cfg(feature = "bpf")]
+pub(crate) fn transmitting_cpus(ifindex: u32) -> io::Result<Option<u16>> {
+    let interface = rustix::net::netdevice::index_to_name(any_socket()?, ifindex)?;
+    let optional = |result: io::Result<()>| match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
+        Err(error) => Err(error),
+    };
+    // `struct ethtool_channels`: command, four numbers of channels that there may be, and four of those that are used.
+    let mut channels = [0_u32; 9];
+    channels[0] = ETHTOOL_GCHANNELS;
+    if !optional(ethtool(&interface, &mut channels))? {
+        return Ok(None);
+    }
+    // `struct ethtool_drvinfo`: command, name of the driver in 32 bytes, and more.
+    let mut info = [0_u32; 49];
+    info[0] = ETHTOOL_GDRVINFO;
+    let is_known = optional(ethtool(&interface, &mut info))?;
+    let driver: Vec<u8> =
+        info[1..9].iter().flat_map(|word| word.to_ne_bytes()).take_while(|byte| *byte != 0).collect();
+    let shares = is_known && SHARE_CHANNELS.iter().any(|name| name.as_bytes() == driver);
+    Ok((!shares).then(|| that_transmit(&channels)))
+}
+
+/// How many of the channels in use transmit: those of transmission, and combined ones.
+#[cfg(feature = "bpf")]
+fn that_transmit(channels: &[u32; 9]) -> u16 {
+    let [.., _, transmitting, _, combined] = *channels;
+    u16::try_from(transmitting.saturating_add(combined)).unwrap_or(u16::MAX)
+}
+
 /// Passes a request to the driver of an interface. The request must have the size that its command and the lengths in it
 /// ask for.
 fn ethtool(interface: &str, request: &mut [u32]) -> io::Result<()> {
@@ -88,7 +132,7 @@ fn ethtool(interface: &str, request: &mut [u32]) -> io::Result<()> {
     let socket = any_socket()?;
     // SAFETY: `ifreq` is terminated by a zero, since the name is shorter than the field, and points to a
     // structure of the size that the kernel writes for its command; both live through the call.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut ifreq) };
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), ETHTOOL, &raw mut ifreq) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -278,4 +322,24 @@ pub(crate) fn monotonic_coarse_nanoseconds() -> u64 {
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
+}
+
+#[cfg(all(test, feature = "bpf"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn channels_that_transmit_are_those_of_transmission_and_combined_ones() {
+        let used = |rx, tx, other, combined| [ETHTOOL_GCHANNELS, 0, 64, 0, 64, rx, tx, other, combined];
+        assert_eq!(that_transmit(&used(0, 0, 1, 8)), 8);
+        assert_eq!(that_transmit(&used(8, 4, 1, 0)), 4);
+        assert_eq!(that_transmit(&used(0, 0, 0, 1 << 20)), u16::MAX);
+    }
+
+    #[test]
+    fn a_device_without_channels_has_no_limit() {
+        // The loopback device, which every namespace has.
+        assert_eq!(transmitting_cpus(1).unwrap(), None);
+        transmitting_cpus(999_999).unwrap_err();
+    }
 }

@@ -14,7 +14,7 @@ async fn main() -> anyhow::Result<()> {
     // One customer's traffic is to stay in the kernel.
     let customer: ipnet::IpNet = "10.99.0.0/16".parse().context("a prefix")?;
     let source = NetlinkSource::open()?.withhold(move |policy| policy.id.selector.source == customer);
-    let (forwarder, table) = XdpForwarder::load(&TableConfig::default())?;
+    let (forwarder, table) = XdpForwarder::load(TableConfig::default())?;
     let mut gateway = Gateway::new(source, NetlinkHost::open()?, table)
         .with_forwarder(forwarder, std::env::args().skip(1).map(AttachConfig::new))?;
 

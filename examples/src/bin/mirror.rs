@@ -156,7 +156,8 @@ async fn report(handle: GatewayHandle, arguments: Arguments) {
         let mut text = if arguments.json { json(&status, &mut gone) } else { status.to_string() };
         for flow in &arguments.explain {
             let Ok(explanation) = handle.explain(*flow).await else { return };
-            text += &format!("{} to {}: {explanation}\n", flow.source, flow.destination);
+            text.extend(["packet ", &flow.source.to_string(), " to ", &flow.destination.to_string()]);
+            text.extend([": ", &explanation.to_string(), "\n"]);
         }
         // Whoever read the reports may have gone.
         let _ = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());

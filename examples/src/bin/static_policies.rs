@@ -14,7 +14,7 @@ async fn main() -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&file).with_context(|| format!("reading {file}"))?;
     let source = StaticSource::from_toml(&text)?;
 
-    let (forwarder, table) = XdpForwarder::load(&TableConfig::default())?;
+    let (forwarder, table) = XdpForwarder::load(TableConfig::default())?;
     let mut gateway = Gateway::new(source, NetlinkHost::open()?, table)
         .with_forwarder(forwarder, arguments.map(AttachConfig::new))?;
     gateway.run_until(async { drop(tokio::signal::ctrl_c().await) }).await?;

@@ -10,12 +10,14 @@ pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
 pub(super) const ETHERTYPE_VLAN: u16 = 0x8100;
 pub(super) const ETHERTYPE_QINQ: u16 = 0x88a8;
 
+pub(super) const ETHERNET_LENGTH: usize = size_of::<Ethernet>();
+
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const DCCP: u8 = 33;
 const GRE: u8 = 47;
-const ICMPV6: u8 = 58;
+pub(super) const ICMPV6: u8 = 58;
 const SCTP: u8 = 132;
 const MOBILITY: u8 = 135;
 const UDP_LITE: u8 = 136;
@@ -111,6 +113,13 @@ pub(super) fn is_extension_header(next_header: u8) -> bool {
     // Hop-by-hop, routing, fragment, AH, no next header, destination options, mobility, HIP, Shim6,
     // experiments (RFC 8200, IANA's registry).
     matches!(next_header, 0 | 43 | 44 | 51 | 59 | 60 | 135 | 139 | 140 | 253 | 254)
+}
+
+/// Whether an ICMPv6 type is one of neighbour discovery's (RFC 4861). Where the kernel is a proxy for the destination, it
+/// takes these for itself (`ip6_forward_proxy_check`).
+#[inline(always)]
+pub(super) fn is_neighbour_discovery(icmp_type: u8) -> bool {
+    matches!(icmp_type, 133..=137)
 }
 
 /// Where the kernel finds what it compares with a selector's ports (`xfrm_flowi_sport`, `xfrm_flowi_dport`).

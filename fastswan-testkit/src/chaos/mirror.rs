@@ -81,16 +81,12 @@ async fn follow(
         let mut question = None;
         gateway.run_until(async { question = questions.recv().await }).await?;
         let database = gateway.mirror().database();
-        match question {
-            Some(question) => {
-                // Whoever does not wait for the answer does not need it.
-                let _ = question.send(database.is_current().then(|| database.snapshot()));
-            }
-            None => {
-                let passed = lock(&passed).until_now();
-                return Ok(Life { passed, audit_repairs: database.audit_repairs() });
-            }
-        }
+        let Some(question) = question else {
+            let passed = lock(&passed).until_now();
+            return Ok(Life { passed, audit_repairs: database.audit_repairs() });
+        };
+        // Whoever does not wait for the answer does not need it.
+        let _ = question.send(database.is_current().then(|| database.snapshot()));
     }
 }
 
@@ -191,27 +187,27 @@ impl Starvation {
 struct Passed {
     enabled: bool,
     leased_until: Instant,
-    /// Everything before is in `passed`.
+    /// Everything before is in `total`.
     counted_until: Instant,
-    passed: Duration,
+    total: Duration,
 }
 
 impl Passed {
     fn begin() -> Self {
         let now = Instant::now();
-        Self { enabled: false, leased_until: now, counted_until: now, passed: Duration::ZERO }
+        Self { enabled: false, leased_until: now, counted_until: now, total: Duration::ZERO }
     }
 
     fn count(&mut self) {
         let now = Instant::now();
         let fast_until = if self.enabled { self.leased_until } else { self.counted_until };
-        self.passed += now.saturating_duration_since(fast_until.max(self.counted_until));
+        self.total += now.saturating_duration_since(fast_until.max(self.counted_until));
         self.counted_until = now;
     }
 
     fn until_now(&mut self) -> Duration {
         self.count();
-        self.passed
+        self.total
     }
 }
 
@@ -251,7 +247,7 @@ impl OffloadTable for Timed {
         if !update.is_empty() {
             let mut passed = lock(&self.passed);
             let since = passed.counted_until;
-            passed.passed += now - since;
+            passed.total += now - since;
             passed.counted_until = now;
         }
         self.is_new = true;

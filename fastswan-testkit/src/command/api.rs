@@ -80,7 +80,8 @@ fn public_api() -> anyhow::Result<String> {
             .args(["rustdoc", "--quiet", "--locked", "--package", "fastswan", "--lib", "--all-features"])
             .arg("--target-dir")
             .arg(&target)
-            .args(["--", "-Zunstable-options", "--output-format=json", "--cap-lints=allow"])
+            // With the flag of docs.rs, whose documentation names the feature that an item needs.
+            .args(["--", "-Zunstable-options", "--output-format=json", "--cap-lints=allow", "--cfg=docsrs"])
             .env("RUSTC_BOOTSTRAP", "1"),
     )?;
     let api = public_api::Builder::from_rustdoc_json(target.join("doc/fastswan.json"))

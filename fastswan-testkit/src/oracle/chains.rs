@@ -17,7 +17,7 @@
 use std::net::IpAddr;
 
 use fastswan::{
-    ChannelSource, Policy, PolicyEvent, PolicyId, PolicySource, Selector, Snapshot,
+    ChannelSource, Policy, PolicyEvent, PolicyId, Selector, Snapshot,
     policy::{Direction, OffloadDev, Template},
     source::channel::PolicySender,
 };
@@ -34,7 +34,7 @@ const EVENTS: usize = 4096;
 pub(super) struct Chains {
     policies: Policies,
     families: [Family; 2],
-    events: PolicySender,
+    events: Vec<PolicySender>,
 }
 
 /// All policies that were ever added, the oldest first: their numbers are positions in age.
@@ -59,10 +59,11 @@ struct Node {
 }
 
 impl Chains {
-    /// Empty ones, and a source that tells what changes.
-    pub(super) fn new() -> (Self, impl PolicySource + 'static) {
-        let (events, source) = ChannelSource::new(Snapshot::default(), EVENTS);
-        (Self { policies: Vec::new(), families: Default::default(), events }, source)
+    /// Empty ones, and so many sources that tell what changes.
+    pub(super) fn new(sources: usize) -> (Self, Vec<ChannelSource>) {
+        let ends = (0..sources).map(|_| ChannelSource::new(Snapshot::default(), EVENTS));
+        let (events, sources) = ends.unzip();
+        (Self { policies: Vec::new(), families: Default::default(), events }, sources)
     }
 
     /// Adds a policy, or replaces the one with its identity, and returns it with the number that names it.
@@ -128,7 +129,9 @@ impl Judge for Chains {
     fn make(&mut self, changes: &[Change]) -> anyhow::Result<()> {
         for change in changes {
             let event = self.change(change);
-            self.events.try_send(event)?;
+            for events in &self.events {
+                events.try_send(event.clone())?;
+            }
         }
         Ok(())
     }
@@ -418,7 +421,7 @@ mod tests {
     #[test]
     fn the_model_chooses_what_the_stories_say() {
         for story in stories(None) {
-            let (mut chains, _source) = Chains::new();
+            let (mut chains, _sources) = Chains::new(1);
             chains.make(&story.changes).unwrap();
             let index = chains.choose(&story.packet).unwrap();
             let chosen = index.and_then(|index| chains.policy(index)).map(|policy| policy.id.clone());

@@ -24,7 +24,10 @@ use nix::{
     },
 };
 
-use super::packets::Packet;
+use super::{
+    addresses::{PORT, SENDER},
+    packets::Packet,
+};
 use crate::{
     guest::nic::Pair,
     lab::{self, End, LabError, Namespace, join},
@@ -33,9 +36,6 @@ use crate::{
     xfrm::{Group, inject},
 };
 
-/// Where packets come from, and the port that they enter by.
-pub(super) const SENDER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xaa]);
-pub(super) const PORT: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 const OUT: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
 const EXIT: MacAddr = MacAddr([2, 0, 0, 0, 0, 3]);
 /// The gateway's neighbour, which is nobody, so that the last namespace has nothing to do with its packets.
@@ -61,47 +61,6 @@ pub(super) struct Lab {
 const ELSEWHERE_V4: &str = "10.2.88.0/24";
 /// IPv6 has no way to let packets bypass IPsec by device: those to here leave by the inner device under any policy.
 const ELSEWHERE_V6: [&str; 2] = ["2001:db8:1::/48", "2001:db8:2:88::/64"];
-/// Where something else happens than forwarding to the outer device.
-pub(super) const SPECIAL_V4: [&str; 22] = [
-    "0.0.0.0",
-    "10.1.0.0",
-    "10.1.0.1",
-    "10.1.0.2",
-    "10.1.255.255",
-    "10.2.0.1",
-    "10.2.66.0",
-    "10.2.66.9",
-    "10.2.67.0",
-    "10.2.88.0",
-    "10.2.88.255",
-    "10.2.89.0",
-    "10.3.77.1",
-    "127.0.0.1",
-    "169.254.1.1",
-    "192.0.2.1",
-    "192.0.2.2",
-    "192.0.2.255",
-    "192.0.3.0",
-    "224.0.0.5",
-    "240.0.0.1",
-    "255.255.255.255",
-];
-pub(super) const SPECIAL_V6: [&str; 14] = [
-    "::",
-    "::1",
-    "2001:db8:1::",
-    "2001:db8:1::1",
-    "2001:db8:2::",
-    "2001:db8:2::1",
-    "2001:db8:2:66::9",
-    "2001:db8:2:88::1",
-    "2001:db8:f::1",
-    "2001:db8:f::2",
-    "2001:db8:f::",
-    "::ffff:10.2.0.9",
-    "fe80::1",
-    "ff02::5",
-];
 
 impl Lab {
     /// One whose devices offload nothing.

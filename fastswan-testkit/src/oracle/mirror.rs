@@ -8,18 +8,16 @@ use fastswan::{
     PolicySourceExt as _,
     compiler::BrokenRule,
     forwarder::RunAction,
-    policy::{
-        Direction, {Egress, NextHop},
-    },
+    policy::{Direction, Egress, NextHop},
     source::StaleCause,
     table::{Ports as _, TableConfig},
 };
 use tokio::{
     runtime::Runtime,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
-use super::{judge::Lab, packets::Packet, sets::is_promoted};
+use super::{judge::Lab, nest::Nest, packets::Packet, sets::is_promoted};
 use crate::{
     prog_run::ProgRun,
     promote::{Promote, named, naming},
@@ -29,12 +27,16 @@ use crate::{
 const TABLE: TableConfig = TableConfig { cells_v4: 16_384, cells_v6: 16_384, exceptions: 1024, slots: 256 };
 /// Nothing takes longer, unless it never happens.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an event is waited for before the source is asked again whether it has caught up.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// A mirror of a judge's policies.
 pub(super) struct Mirror {
     runtime: Runtime,
     open: Box<dyn FnMut() -> anyhow::Result<Box<dyn PolicySource>>>,
     source: Box<dyn PolicySource>,
+    /// What the judge tells once comes in another number of events.
+    is_adapted: bool,
     database: Database,
     compiler: Compiler,
     program: ProgRun,
@@ -62,21 +64,23 @@ impl Mirror {
     pub(super) fn new<S: PolicySource + 'static>(
         lab: &Lab,
         mut open: impl FnMut() -> anyhow::Result<S> + 'static,
+        nest: &Nest,
         broken: Option<BrokenRule>,
     ) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let egress = lab.egress;
         let choose = if lab.offloads() { Policy::is_packet_offloaded } else { is_promoted };
+        let is_adapted = !matches!(nest, Nest::Plain);
+        let nest = nest.clone();
         let mut open = move || -> anyhow::Result<Box<dyn PolicySource>> {
-            let source = Promote::new(open()?, egress, NextHop::Device, choose).with_egress(|policy| {
+            let source = nest.build(&mut || -> anyhow::Result<Box<dyn PolicySource>> {
+                Ok(Box::new(Promote::new(open()?, egress, NextHop::Device, choose)))
+            })?;
+            Ok(Box::new(source.with_egress(|policy| match policy.templates[..] {
                 // Of a frame that was forwarded, the address tells which tunnel it was for.
-                let next_hop = match policy.templates[..] {
-                    [template] => naming(template.reqid),
-                    _ => policy.egress.next_hop,
-                };
-                Egress { next_hop, ..policy.egress }
-            });
-            Ok(Box::new(source))
+                [template] => Egress { next_hop: naming(template.reqid), ..policy.egress },
+                _ => policy.egress,
+            })))
         };
         let source = {
             let _inside = runtime.enter();
@@ -92,6 +96,7 @@ impl Mirror {
             runtime,
             open: Box::new(open),
             source,
+            is_adapted,
             database: Database::default(),
             compiler: match broken {
                 Some(rule) => compiler.with_broken_rule(rule),
@@ -115,9 +120,12 @@ impl Mirror {
 
     /// Waits until the source has told so many changes, after its snapshot, and brings the program up to date.
     pub(super) fn follow(&mut self, changes: usize) -> anyhow::Result<()> {
-        let Self { runtime, source, database, .. } = self;
+        let Self { runtime, source, database, is_adapted, .. } = self;
         runtime.block_on(async {
             let deadline = Instant::now() + PATIENCE;
+            if *is_adapted {
+                return catch_up(source.as_mut(), database, deadline).await;
+            }
             let mut told = 0;
             while told < changes || !database.is_current() {
                 let event = timeout_at(deadline, source.next_event());
@@ -127,7 +135,7 @@ impl Mirror {
                     event => {
                         let is_change = match event {
                             PolicyEvent::Snapshot(_) => database.is_current(),
-                            PolicyEvent::Sa(_) => false,
+                            PolicyEvent::Audit(_) | PolicyEvent::Sa(_) => false,
                             _ => true,
                         };
                         told += usize::from(is_change);
@@ -167,6 +175,24 @@ impl Mirror {
             _ => Fate::Strange,
         })
     }
+}
+
+/// Applies all that a source has to tell. The kernel notifies before it answers, so that is all that the judge did.
+async fn catch_up(
+    source: &mut dyn PolicySource,
+    database: &mut Database,
+    deadline: Instant,
+) -> anyhow::Result<()> {
+    while !(source.caught_up()? && database.is_current()) {
+        ensure!(Instant::now() < deadline, "the source does not catch up");
+        // What is read need not lead to an event.
+        let Ok(event) = timeout(LOOK, source.next_event()).await else { continue };
+        match event?.context("the source has ended")? {
+            PolicyEvent::Stale(cause) => bail!("the source lost track: {cause:?}"),
+            event => database.apply(event),
+        }
+    }
+    Ok(())
 }
 
 /// Whether packets of an outbound policy take the tunnel with this reqid.

@@ -19,9 +19,11 @@
 //! `cargo testkit oracle --seed N` repeats a run exactly; `--mutant N` shows that the judge notices a
 //! [broken rule](BrokenRule).
 
+mod addresses;
 mod chains;
 mod judge;
 mod mirror;
+mod nest;
 mod packets;
 mod sets;
 
@@ -33,7 +35,7 @@ use fastswan::{
     NetlinkSource, PassReason, Policy,
     policy::{Action, Direction, Mark, Mode, PolicyType},
 };
-use rand::{SeedableRng as _, rngs::StdRng};
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use serde_json::{Value, json};
 
 pub use self::sets::Set;
@@ -41,6 +43,7 @@ use self::{
     chains::{Chains, Story},
     judge::{Judge, Kernel, Lab},
     mirror::{Fate, Mirror, is_of},
+    nest::Nest,
     packets::Packet,
     sets::{World, is_promoted},
 };
@@ -61,13 +64,29 @@ pub struct Oracle {
     sets: Vec<Set>,
     broken: Option<BrokenRule>,
     nic: bool,
+    adapters: Adapters,
 }
+
+/// What is around the sources.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Adapters {
+    None,
+    /// Random nests.
+    Nests,
+    /// One that strips policies of their offload, which is wrong.
+    Filter,
+}
+
+/// Nests of adapters that each set is judged through.
+const NESTS: u64 = 8;
+/// Adapters around one another.
+const DEPTH: u32 = 3;
 
 impl Oracle {
     /// All sets where nothing offloads, with this many packets together.
     #[must_use]
     pub fn new(seed: u64, decisions: u64) -> Self {
-        Self { seed, decisions, sets: Set::judged(false), broken: None, nic: false }
+        Self { seed, decisions, sets: Set::judged(false), broken: None, nic: false, adapters: Adapters::None }
     }
 
     /// All sets where the software NIC does, with this many packets together.
@@ -87,6 +106,18 @@ impl Oracle {
     pub fn broken_rule(self, rule: BrokenRule) -> Self {
         let offloaded = if self.nic { Set::Offloaded } else { Set::OffloadedModel };
         Self { broken: Some(rule), ..self }.sets(&[Set::Nested, offloaded])
+    }
+
+    /// Judges through adapters, nested at random: several nests for each set.
+    #[must_use]
+    pub fn adapters(self) -> Self {
+        Self { adapters: Adapters::Nests, ..self }
+    }
+
+    /// Judges through an adapter that takes the offload from some policies, which makes others fast.
+    #[must_use]
+    pub fn wrong_adapter(self) -> Self {
+        Self { adapters: Adapters::Filter, ..self }.sets(&[Set::OffloadedModel])
     }
 
     /// Judges. `progress` gets the report of each set when it is done. Needs root.
@@ -110,24 +141,47 @@ impl Oracle {
     }
 
     fn judge(&self, lab: &Lab, set: Set, decisions: u64) -> anyhow::Result<SetReport> {
+        let mut rng = StdRng::seed_from_u64(self.seed.wrapping_mul(16).wrapping_add(set as u64));
+        if self.adapters == Adapters::None {
+            return self.judge_through(lab, &Nest::Plain, SetReport::new(set), rng, decisions);
+        }
+        let mut report = SetReport::new(set);
+        for number in 1..=NESTS {
+            let nest = match self.adapters {
+                Adapters::Filter => Nest::Filter(rng.random()),
+                _ => Nest::random(&mut rng, DEPTH),
+            };
+            let rng = StdRng::seed_from_u64(rng.random());
+            report = self.judge_through(lab, &nest, report, rng, decisions * number / NESTS)?;
+        }
+        Ok(report)
+    }
+
+    /// Goes on until there are so many decisions.
+    fn judge_through(
+        &self,
+        lab: &Lab,
+        nest: &Nest,
+        report: SetReport,
+        rng: StdRng,
+        decisions: u64,
+    ) -> anyhow::Result<SetReport> {
+        let set = report.set;
         let report = lab.enter(|| {
-            let rng = StdRng::seed_from_u64(self.seed.wrapping_mul(16).wrapping_add(set as u64));
             let world = World::new(set, lab);
-            let report = SetReport::new(set);
             let stories = match set {
                 Set::OffloadedModel => chains::stories(None),
                 Set::Offloaded => chains::stories(Some(lab.device())),
                 _ => Vec::new(),
             };
             if set == Set::OffloadedModel {
-                let (chains, source) = Chains::new();
-                let mut source = Some(source);
-                let open = move || source.take().context("the model has one source");
-                let mirror = || Mirror::new(lab, open, self.broken);
+                let (chains, mut sources) = Chains::new(nest.leaves());
+                let open = move || sources.pop().context("each source of the model is opened once");
+                let mirror = || Mirror::new(lab, open, nest, self.broken);
                 Trial { judge: chains, world, rng, report }.hear(mirror, decisions, &stories)
             } else {
                 let kernel = Kernel::new(lab)?;
-                let mirror = || Mirror::new(lab, || Ok(NetlinkSource::open()?), self.broken);
+                let mirror = || Mirror::new(lab, || Ok(NetlinkSource::open()?), nest, self.broken);
                 Trial { judge: kernel, world, rng, report }.hear(mirror, decisions, &stories)
             }
         })?;
@@ -266,6 +320,8 @@ fn is_eligible(policy: &Policy) -> bool {
         && (id.mark, id.if_id, id.selector.ifindex) == (Mark::default(), 0, 0)
         && !id.selector.looks_at_upper_layer()
         && !policy.use_limited
+        && !policy.withheld
+        && !policy.disputed
         && policy.templates.iter().all(|template| template.mode == Mode::Tunnel && !template.optional)
 }
 
@@ -297,6 +353,14 @@ impl Report {
         self.sets.iter().map(|set| set.wrong).sum()
     }
 
+    /// The share of eligible packets that were fast.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss)]
+    pub fn fast_share(&self) -> f64 {
+        let sum = |count: fn(&SetReport) -> u64| self.sets.iter().map(count).sum::<u64>();
+        sum(|set| set.eligible_fast) as f64 / sum(|set| set.eligible).max(1) as f64
+    }
+
     /// All of it.
     #[must_use]
     pub fn json(&self) -> Value {
@@ -306,6 +370,7 @@ impl Report {
             "decisions": self.decisions(),
             "executed": self.executed(),
             "wrong": self.wrong(),
+            "fast_share": self.fast_share(),
             "seed": self.seed,
             "sets": sets,
         })
@@ -424,7 +489,7 @@ impl ModelReport {
         lab.enter(|| {
             let mut report = Self::default();
             let mut kernel = Kernel::new(&lab)?;
-            let mut mirror = Mirror::new(&lab, || Ok(NetlinkSource::open()?), None)?;
+            let mut mirror = Mirror::new(&lab, || Ok(NetlinkSource::open()?), &Nest::Plain, None)?;
             mirror.follow(0)?;
             if nic {
                 report.tell_stories(&lab, &mut kernel, &mut mirror)?;
@@ -462,7 +527,7 @@ impl ModelReport {
     ) -> anyhow::Result<()> {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut world = World::new(set, lab);
-        let (mut chains, _source) = Chains::new();
+        let (mut chains, _sources) = Chains::new(0);
         for round in 0..rounds {
             let mut changes = if round == 0 {
                 [emptied(mirror), world.renew(&mut rng)].concat()

@@ -9,10 +9,7 @@ use fastswan::{
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
 
-use super::{
-    judge::{PORT, SENDER, SPECIAL_V4, SPECIAL_V6},
-    sets::place,
-};
+use super::addresses::{PORT, SENDER, SPECIAL_V4, SPECIAL_V6, place};
 use crate::frames::Frame;
 
 const ETHERNET_LENGTH: usize = 14;

@@ -1,6 +1,6 @@
 //! Policies as different systems have them, and how they change.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use fastswan::{
     Policy, PolicyId, Selector,
@@ -16,7 +16,7 @@ use rand::{
     seq::{IndexedRandom as _, SliceRandom as _},
 };
 
-use super::judge::Lab;
+use super::{addresses::place, judge::Lab};
 use crate::requests::Change;
 
 /// A kind of policies.
@@ -621,23 +621,6 @@ fn upper_layer(selector: &mut Selector, rng: &mut StdRng) {
     } else {
         selector.destination_port = port;
     }
-}
-
-/// The same prefix for IPv4, 10.`zone`.`net`.`host`/`length`, and for IPv6, 2001:db8:`zone`:`net`::`host`.
-pub(super) fn place(v6: bool, zone: u16, net: u16, host: u16, length: u8) -> IpNet {
-    let low = |number: u16| u8::try_from(number).unwrap_or(u8::MAX);
-    let (address, length): (IpAddr, u8) = if v6 {
-        let length = match length {
-            0..=8 => length * 4,
-            9..=16 => 32 + (length - 8) * 2,
-            17..=24 => 48 + (length - 16) * 2,
-            _ => 96 + length,
-        };
-        (Ipv6Addr::new(0x2001, 0xdb8, zone, net, 0, 0, 0, host).into(), length)
-    } else {
-        (Ipv4Addr::new(10, low(zone), low(net), low(host)).into(), length)
-    };
-    IpNet::new(address, length).expect("a length of the family").trunc()
 }
 
 fn pick<'a, T>(rng: &mut StdRng, options: &'a [T]) -> &'a T {

@@ -232,9 +232,14 @@ fn an_interface_that_was_replaced_by_another_of_its_name_is_attached_and_detache
 
 /// Where a forwarder's table sends what comes to lan0: back, for the policy with this index, in this slot.
 fn hairpin(index: u32, slot: u32) -> (XdpForwarder, BpfTable) {
+    hairpin_on("lan0", index, slot)
+}
+
+/// The same for what comes to another device.
+fn hairpin_on(device: &str, index: u32, slot: u32) -> (XdpForwarder, BpfTable) {
     let config = TableConfig { cells_v4: 64, cells_v6: 64, exceptions: 64, slots: 4 };
     let (forwarder, mut table) = XdpForwarder::load(&config).unwrap();
-    let ifindex = nix::net::if_::if_nametoindex("lan0").unwrap();
+    let ifindex = nix::net::if_::if_nametoindex(device).unwrap();
     let port = Port {
         ifindex,
         vlan: 0,

@@ -1,15 +1,24 @@
 //! Ports: which interface is meant, whether it is suitable, and what becomes of it while it is attached.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    io::Write as _,
+    process::Command,
+    thread::yield_now,
+    time::{Duration, Instant},
+};
 
 use fastswan::{
     XdpForwarder,
     forwarder::{AttachConfig, AttachMode, ForwarderError, HeldBy, PortProblem},
-    table::TableConfig,
+    table::{Slot, TableConfig, TableCounters as _},
 };
-use fastswan_testkit::lab::{self, Namespace};
+use fastswan_testkit::{
+    frames::{Frame, Tag},
+    lab::{self, Namespace},
+};
 
-use super::{config, forwarder, pinned_story, port, running, says, story};
+use super::{config, forwarder, hairpin_on, pinned_story, port, running, says, story};
 
 /// The problem of the only port.
 fn problem(forwarder: &XdpForwarder) -> Option<PortProblem> {
@@ -91,10 +100,14 @@ fn an_interface_that_moves_to_another_namespace_does_not_take_the_program_along(
         let mut forwarder = forwarder();
         forwarder.attach(&port("lan0")).unwrap();
         namespace.ip(&format!("link set lan0 netns {}", elsewhere.name())).unwrap();
+        assert_eq!(running(&elsewhere, "lan0"), Some(forwarder.program_id()), "so far it does");
+        // Looking from elsewhere says nothing, and does no harm.
+        elsewhere.enter(|| assert!(matches!(problem(&forwarder), Some(PortProblem::Unknown { .. }))));
+        assert_eq!(running(&elsewhere, "lan0"), Some(forwarder.program_id()));
         assert_eq!(problem(&forwarder), Some(PortProblem::Gone { interface: "lan0".to_owned() }));
+        assert_eq!(running(&elsewhere, "lan0"), None);
         let tried = forwarder.reattach().unwrap().remove(0);
         assert!(matches!(tried.now, Err(ForwarderError::NoSuchInterface { .. })));
-        assert_eq!(running(&elsewhere, "lan0"), None);
     });
 }
 
@@ -154,6 +167,29 @@ fn generic_mode_on_top_of_another_interface_is_refused() {
         );
         namespace.ip("link set lan1 nomaster").unwrap();
         assert_eq!(problem(&forwarder), None);
+    });
+}
+
+/// Why it is refused: the table knows the macvlan's untagged frames only, and the kernel drops those of a VLAN that it has no
+/// device for.
+#[test]
+fn generic_xdp_on_a_macvlan_takes_a_frame_of_a_vlan_for_an_untagged_one() {
+    pinned_story("a frame of a VLAN at a macvlan", |namespace, pins| {
+        namespace.ip("link add mv0 link lan0 address 02:00:00:00:00:01 type macvlan").unwrap();
+        namespace.ip("link set mv0 up").unwrap();
+        let (mut forwarder, table) = hairpin_on("mv0", 81, 0);
+        forwarder.attach_pinned(pins, &[]).unwrap();
+        namespace
+            .ip(&format!("link set dev mv0 xdpgeneric pinned {}", pins.join("owner").display()))
+            .unwrap();
+        let mut wire = lab::wire("lan1").unwrap();
+        let frame = Frame::v4("10.1.0.5", "10.2.0.9").tags(&[Tag::vlan(10)]).build();
+        wire.write_all(&frame).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while table.traffic(Slot(0)).packets != 1 {
+            assert!(Instant::now() < deadline, "{:?}", table.passes());
+            yield_now();
+        }
     });
 }
 

@@ -426,7 +426,6 @@ impl Database {
     }
 
     /// Everything, in no particular order.
-    #[cfg(feature = "netlink")]
     pub(crate) fn into_snapshot(self) -> Snapshot {
         let (policies, sas) = (self.policies.into_all(), self.sas.into_all());
         Snapshot { policies, sas, default_policy: self.default_policy, order: self.order }

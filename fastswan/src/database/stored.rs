@@ -180,7 +180,6 @@ impl<K: Key, T: Item> Stored<K, T> {
     }
 
     /// Everything, in no particular order.
-    #[cfg(feature = "netlink")]
     pub(super) fn into_all(self) -> Vec<T> {
         self.places.into_iter().flatten().collect()
     }

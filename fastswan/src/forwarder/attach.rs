@@ -3,25 +3,15 @@
 use std::{fmt, io};
 
 use super::{
-    ForwarderError, PortProblem,
+    AttachMode, ForwarderError, PortProblem,
     error::errno,
     hook::xdp::{Link, Program},
     port::{merges_packets, unsuitable},
 };
-use crate::netlink::{PortLink, find_link, read_link};
-
-/// How the program is attached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AttachMode {
-    /// Native if the driver can, otherwise generic; [`Attachment::fallback`] tells why.
-    #[default]
-    Automatic,
-    /// In the driver, before the kernel allocates a packet: the fast way.
-    Native,
-    /// In the kernel's stack: works with every driver and gains less. Not for an interface on top of others (a VLAN,
-    /// macvlan, bond, or bridge with members): there packets arrive merged and without their VLAN tags.
-    Generic,
-}
+use crate::{
+    netlink::{PortLink, find_link, read_link},
+    sys::network_namespace,
+};
 
 /// Which interface is meant.
 ///
@@ -139,6 +129,8 @@ pub(super) struct Candidate {
     pub(super) link: PortLink,
     /// What its sender leaves undone, and the embedder answers for.
     pub(super) excused: Vec<PortProblem>,
+    /// Where it was found.
+    pub(super) namespace: u64,
 }
 
 impl Candidate {
@@ -164,19 +156,25 @@ impl Candidate {
         let link = find(&config.interface)?;
         let problems = unsuitable(&link)
             .map_err(|error| ForwarderError::new(format!("asking about {}", link.name), error))?;
-        if link.hardware {
-            if let Some(problem) = problems.into_iter().next() {
-                return Err(problem.into());
+        let namespace = network_namespace()
+            .map_err(|error| ForwarderError::new("reading the cookie of the network namespace", error))?;
+        let excused = match problems {
+            problems if !link.hardware => {
+                if !config.complete_frames {
+                    let PortLink { name: interface, kind, .. } = link;
+                    return Err(PortProblem::IncompleteFrames { interface, kind }.into());
+                }
+                if config.mode == AttachMode::Generic {
+                    refuse_merged_packets(&link)?;
+                }
+                problems
             }
-        } else if !config.complete_frames {
-            return Err(PortProblem::IncompleteFrames { interface: link.name, kind: link.kind }.into());
-        } else {
-            if config.mode == AttachMode::Generic {
-                refuse_merged_packets(&link)?;
-            }
-            return Ok(Self { config: config.clone(), link, excused: problems });
-        }
-        Ok(Self { config: config.clone(), link, excused: Vec::new() })
+            problems => match problems.into_iter().next() {
+                Some(problem) => return Err(problem.into()),
+                None => Vec::new(),
+            },
+        };
+        Ok(Self { config: config.clone(), link, excused, namespace })
     }
 
     pub(super) fn resolved(&self) -> ResolvedPort {

@@ -13,7 +13,7 @@ use super::{
     ForwarderError, XdpForwarder,
     error::{chain, errno, lacking},
     hook::xdp::Program,
-    run::test_run,
+    test_run::test_run,
 };
 use crate::{
     sys::monotonic_coarse_nanoseconds,

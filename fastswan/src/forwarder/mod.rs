@@ -35,9 +35,10 @@ use aya::Ebpf;
 #[cfg(feature = "guard")]
 pub use self::guard::{Guard, GuardError};
 pub use self::{
-    attach::{AttachConfig, AttachMode, Attachment, Interface, ResolvedPort},
+    attach::{AttachConfig, Attachment, Interface, ResolvedPort},
     error::{ForwarderError, HeldBy},
     load::LoadConfig,
+    mode::AttachMode,
     port::{PortProblem, PortStatus},
     reattach::Reattachment,
     run::{ProgramCost, Run, RunAction},
@@ -59,12 +60,14 @@ mod error;
 mod guard;
 mod hook;
 mod load;
+mod mode;
 mod pins;
 mod port;
 mod reattach;
 mod run;
 mod supersession;
 mod takeover;
+mod test_run;
 
 /// The XDP program in the kernel, and where it is attached. Dropping it detaches it, but from ports that are
 /// [pinned](Self::attach_pinned).
@@ -88,12 +91,14 @@ struct Attached {
     config: AttachConfig,
     /// What its sender left undone when it was attached.
     excused: Vec<PortProblem>,
+    /// Where its index is one.
+    namespace: u64,
 }
 
 impl Attached {
     fn new(candidate: Candidate, (link, attachment): (Link, Attachment)) -> Self {
-        let Candidate { config, excused, .. } = candidate;
-        Self { attachment, link, config, excused }
+        let Candidate { config, excused, namespace, .. } = candidate;
+        Self { attachment, link, config, excused, namespace }
     }
 
     /// Whether its interface is meant.

@@ -4,13 +4,15 @@
 //! another index. One that moves to another network namespace takes the program with it, where the same index may be
 //! another port's; so its link is closed as soon as it is missed here.
 
+use std::io;
+
 use super::{
     AttachMode, Attached, Attachment, ForwarderError, Interface, PortProblem, PortStatus, XdpForwarder,
     attach::{Candidate, find},
     pins::Pins,
     port::{merges_packets, unsuitable},
 };
-use crate::netlink::read_link;
+use crate::{netlink::read_link, sys::network_namespace};
 
 /// What came of attaching again to a port that had gone.
 #[derive(Debug)]
@@ -27,7 +29,8 @@ pub struct Reattachment {
 impl XdpForwarder {
     /// Looks at each attached port anew: a few system calls each. Do it when links change, also when only their features do
     /// (`RTM_NEWLINK`). The packets of a port that has a [`PortProblem`] must pass from then on: remove it from the table
-    /// ([`Ports::remove_port`](crate::table::Ports::remove_port)) until it has none.
+    /// ([`Ports::remove_port`](crate::table::Ports::remove_port)) until it has none. The program is taken off a port that has
+    /// moved to another network namespace. Call it in the network namespace in which the ports were attached.
     ///
     /// ```no_run
     /// # use fastswan::{XdpForwarder, table::Ports};
@@ -129,17 +132,26 @@ impl XdpForwarder {
 
     fn problem(&self, it: &Attached) -> Option<PortProblem> {
         let Attachment { interface, ifindex, mode, .. } = &it.attachment;
+        match network_namespace() {
+            Ok(namespace) if namespace == it.namespace => {}
+            Ok(_) => {
+                return Some(unknown(
+                    interface,
+                    &io::Error::other("this thread is in another network namespace"),
+                ));
+            }
+            Err(error) => return Some(unknown(interface, &error)),
+        }
         let link = match read_link(*ifindex) {
             Ok(link) => link,
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
-                return Some(PortProblem::Gone { interface: interface.clone() });
-            }
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Some(gone(it)),
             Err(error) => return Some(unknown(interface, &error)),
         };
         if link.program != Some(self.program.id) {
-            let moved = it.link.joined().is_ok_and(|joined| joined.ifindex.is_none());
+            // The link of a port whose index another interface has now joins nothing.
+            let joins = it.link.joined().is_ok_and(|joined| joined.ifindex == Some(*ifindex));
             return Some(match link.program {
-                None if moved => PortProblem::Gone { interface: interface.clone() },
+                None if !joins || link.name != *interface => gone(it),
                 program => PortProblem::Replaced { interface: link.name, program },
             });
         }
@@ -151,6 +163,16 @@ impl XdpForwarder {
     }
 }
 
-fn unknown(interface: &str, error: &std::io::Error) -> PortProblem {
+/// Takes the program off a port that is not here any longer. If it was deleted, that has no effect; if it was moved to another
+/// network namespace, the program would go on forwarding there as if it were here.
+fn gone(it: &Attached) -> PortProblem {
+    let interface = it.attachment.interface.clone();
+    if let Err(error) = it.link.detach() {
+        tracing::warn!(%error, interface, "the program is still on an interface that is gone");
+    }
+    PortProblem::Gone { interface }
+}
+
+fn unknown(interface: &str, error: &io::Error) -> PortProblem {
     PortProblem::Unknown { interface: interface.to_owned(), error: error.to_string() }
 }

@@ -1,13 +1,11 @@
 //! Asking the loaded program: what it does with a frame, and what it costs.
 
-use aya::{
-    TestRun as _, TestRunOptions,
-    programs::{ProgramError, Xdp},
-};
+use aya::programs::{ProgramError, Xdp};
 
 use super::{
     ForwarderError, XdpForwarder,
     load::{PROGRAM, program},
+    test_run::test_run,
 };
 
 /// What the program does with a frame.
@@ -85,20 +83,4 @@ impl XdpForwarder {
             verified_instructions: info.verified_instruction_count().unwrap_or(0),
         })
     }
-}
-
-pub(super) fn test_run(
-    program: &Xdp,
-    frame: &[u8],
-    output: Option<&mut [u8]>,
-    ifindex: u32,
-) -> Result<aya::TestRunResult, ProgramError> {
-    // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-    let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
-    let context: Vec<u8> = [0, length, 0, ifindex, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
-    let mut options = TestRunOptions::new();
-    options.data_in = Some(frame);
-    options.data_out = output;
-    options.ctx_in = Some(&context);
-    program.test_run(options)
 }

@@ -74,7 +74,9 @@ impl Collection {
             let _ = asker.send(status.clone());
         }
         // Whoever asked may have gone.
-        let _ = last.map(|asker| asker.send(status));
+        if let Some(asker) = last {
+            let _ = asker.send(status);
+        }
         if !self.waiting.is_empty() {
             self.begin();
         }

@@ -22,7 +22,9 @@ impl Attached {
         mirror: &mut Mirror,
         now: Instant,
     ) -> Result<(), GatewayError> {
-        interfaces.iter().for_each(|ifindex| mirror.handle_attached(*ifindex, Ok(()), now));
+        for ifindex in interfaces {
+            mirror.handle_attached(*ifindex, Ok(()), now);
+        }
         Ok(())
     }
 

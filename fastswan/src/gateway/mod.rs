@@ -453,7 +453,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                 Action::Renew { until } => self.table.renew_lease(until.saturating_duration_since(now())),
                 Action::Enable => self.table.set_enabled(true),
                 Action::Attach { interfaces } => {
-                    self.attached.attach(&interfaces, &mut self.mirror, now())?
+                    self.attached.attach(&interfaces, &mut self.mirror, now())?;
                 }
                 Action::Settle { removals } => {
                     let done = self.source.source.settle();

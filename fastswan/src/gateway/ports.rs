@@ -61,7 +61,9 @@ impl Attached {
         now: Instant,
     ) -> Result<(), GatewayError> {
         let Some(forwarder) = &mut self.forwarder else {
-            interfaces.iter().for_each(|ifindex| mirror.handle_attached(*ifindex, Ok(()), now));
+            for ifindex in interfaces {
+                mirror.handle_attached(*ifindex, Ok(()), now);
+            }
             return Ok(());
         };
         if !std::mem::replace(&mut self.has_begun, true)

@@ -160,9 +160,9 @@ impl Interfaces {
     }
 
     /// Takes up what came of attaching.
-    pub(super) fn attached(&mut self, ifindex: u32, result: Result<(), String>, now: Instant) {
+    pub(super) fn attached(&mut self, ifindex: u32, result: &Result<(), String>, now: Instant) {
         for interface in self.wanted.iter_mut().filter(|interface| interface.ifindex == Some(ifindex)) {
-            interface.stage = match &result {
+            interface.stage = match result {
                 Ok(()) => Stage::Attached,
                 Err(reason) => Stage::Refused { reason: reason.clone(), again: now + PAUSE },
             };

@@ -297,9 +297,10 @@ impl Mirror {
 
     /// Takes up what came of attaching the program to an interface: nothing, or the reason. After a failure it is tried
     /// again a second later.
+    #[expect(clippy::needless_pass_by_value, reason = "callers have no further use for it")]
     pub fn handle_attached(&mut self, ifindex: u32, result: Result<(), String>, now: Instant) {
         self.tick(now);
-        self.interfaces.attached(ifindex, result, now);
+        self.interfaces.attached(ifindex, &result, now);
     }
 
     /// Takes up why the frames of an interface do not show all of a packet, or that they do. Until they do they pass.
@@ -338,7 +339,7 @@ impl Mirror {
     pub fn release(&mut self, hold: HoldId) -> bool {
         let Some(target) = self.holds.remove(hold) else { return false };
         self.revision += 1;
-        self.mark_held(&target, |holds, policy| holds.holds(policy));
+        self.mark_held(&target, Holds::holds);
         true
     }
 

@@ -66,6 +66,9 @@ enum Step {
     Turn,
 }
 
+/// When a policy ends for its age, if it does.
+type Life = Option<u64>;
+
 struct World {
     now: Instant,
     began: Instant,
@@ -77,7 +80,7 @@ struct World {
     fails: bool,
     has_failed: bool,
     /// What there is: for each policy, when it ends for its age, if it is there.
-    present: [Option<Option<u64>>; POLICIES as usize],
+    present: [Option<Life>; POLICIES as usize],
     /// When each was there last.
     was_present: [Option<Instant>; POLICIES as usize],
     /// When the device was up last.

@@ -11,7 +11,6 @@ mod dump;
 #[cfg(feature = "bpf")]
 mod interface;
 mod links;
-#[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "redirects need a program"))]
 mod netdev;
 mod request;
 mod route;

@@ -22,7 +22,28 @@ pub use self::{
 pub const IPPROTO_ESP: u8 = 50;
 
 /// One IPsec policy, as the kernel has it.
+///
+/// ```
+/// use fastswan::policy::{Direction, OffloadDev, OffloadKind, Template};
+/// use fastswan::{Policy, PolicyId, Selector};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// let tunnel = Template::esp_tunnel("192.0.2.1".parse()?, "192.0.2.2".parse()?, 1);
+/// let device = OffloadDev { ifindex: 7, kind: OffloadKind::Packet, inbound: false };
+/// let policy = Policy {
+///     priority: 100,
+///     templates: [tunnel].into(),
+///     offload: Some(device),
+///     ..Policy::new(PolicyId::new(Direction::Out, selector))
+/// };
+/// assert_eq!(policy.id.to_string(), "out 10.1.0.0/16 → 10.2.0.0/16");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+// Each is a fact of its own, and any of them may be true together.
+#[allow(clippy::struct_excessive_bools)]
 pub struct Policy {
     /// Its identity.
     pub id: PolicyId,

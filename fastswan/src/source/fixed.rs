@@ -91,7 +91,7 @@ impl StaticPolicy {
 /// It yields one [`PolicyEvent::Snapshot`] and ends.
 ///
 /// ```
-/// # #[cfg(feature = "serde")]
+/// # #[cfg(all(feature = "netlink", feature = "serde"))]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use fastswan::StaticSource;
 ///
@@ -198,7 +198,7 @@ pub enum StaticSourceError {
     },
 }
 
-#[cfg(feature = "serde")]
+#[cfg(all(feature = "netlink", feature = "serde"))]
 fn not_understood(text: &str, error: &toml::de::Error) -> StaticSourceError {
     let at = error.span().map_or(0, |span| span.start);
     let before = text.get(..at).unwrap_or(text);

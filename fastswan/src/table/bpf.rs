@@ -1,6 +1,7 @@
 //! A table in the maps of the XDP program.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt,
     os::fd::{AsFd as _, BorrowedFd},
     time::Duration,
@@ -8,17 +9,19 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{Map, MapData, MapError},
+    maps::{Map, MapData, MapError, RingBuf},
 };
 #[cfg(feature = "guard")]
 use fastswan_ebpf::Control;
-use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS, Shared};
+use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason, Shared};
 
 use super::{
-    Capacity, OffloadTable, Removals, TableConfig, TableError, TableUpdate,
-    devices::Devices,
+    Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters, TableError,
+    TableUpdate, Traffic,
+    devices::DeviceMap,
+    losses::Losses,
     mmap::Region,
-    store::{Regions, Store, of_store},
+    store::{Regions, Store, read_back},
 };
 use crate::{
     policy::Family,
@@ -32,7 +35,12 @@ use crate::{
 /// that no packet is counted for the wrong one.
 pub struct BpfTable {
     store: Store,
-    devices: Devices,
+    devices: DeviceMap,
+    /// `None` if they are not counted.
+    losses: Option<Losses>,
+    /// The VLANs of each interface that have ports.
+    ports_on: BTreeMap<u32, BTreeSet<u16>>,
+    removals: RingBuf<MapData>,
     /// What to add to `CLOCK_MONOTONIC_COARSE` here to get the program's time: a time namespace shifts the
     /// one and not the other.
     clock_offset: i64,
@@ -95,14 +103,27 @@ impl BpfTable {
             exception_tuples_v4: map(ebpf, "UPPER_TUPLES_V4", EXCEPTION_LISTS)?,
             exception_tuples_v6: map(ebpf, "UPPER_TUPLES_V6", EXCEPTION_LISTS)?,
             forwardings: map(ebpf, "FORWARDINGS", slots)?,
-            ports: map(ebpf, "PORTS", PORT_SLOTS)?,
+            port_buckets: map(ebpf, "PORT_BUCKETS", PORT_BUCKETS)?,
+            ports: map(ebpf, "PORTS", MAX_PORTS)?,
             traffic: map(ebpf, "TRAFFIC", slots * columns)?,
             passes: map(ebpf, "PASSES", columns)?,
         };
+        let devices_id = match ebpf.map("DEVICES") {
+            Some(Map::DevMapHash(data)) => data.info()?.id(),
+            _ => return Err(MapsError::Missing("DEVICES")),
+        };
         let devices = ebpf.take_map("DEVICES").ok_or(MapsError::Missing("DEVICES"))?;
+        let removals = ebpf.take_map("REMOVALS").ok_or(MapsError::Missing("REMOVALS"))?;
+        let losses = Losses::attach(ebpf, map(ebpf, "LOSSES", 1)?, devices_id);
+        let losses = losses.inspect_err(|error| {
+            tracing::info!(%error, "packets that are lost on their way to a device are not counted");
+        });
         Ok(Self {
             store: Store::new(regions, config),
-            devices: Devices::new(devices.try_into()?),
+            devices: DeviceMap::new(devices.try_into()?),
+            losses: losses.ok(),
+            ports_on: BTreeMap::new(),
+            removals: removals.try_into()?,
             clock_offset,
         })
     }
@@ -131,12 +152,9 @@ fn map<T: Shared>(ebpf: &Ebpf, name: &'static str, length: usize) -> Result<Regi
 
 impl OffloadTable for BpfTable {
     fn apply(&mut self, update: &TableUpdate) -> Result<(), TableError> {
-        let reachable = self.devices.enter(&update.slots);
-        if reachable.is_err() {
-            self.store.set_enabled(false);
-        }
-        let applied = reachable.and_then(|()| self.store.apply(update, grace_period));
-        self.devices.leave();
+        self.devices.enter(&update.slots, &mut self.store);
+        let applied = self.store.apply(update, grace_period);
+        self.devices.leave(&mut self.store);
         applied
     }
 
@@ -160,8 +178,67 @@ impl OffloadTable for BpfTable {
     fn acknowledge(&mut self, removals: u64) {
         self.store.acknowledge(removals);
     }
+
+    fn removal_signal(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.removals.as_fd())
+    }
+
+    fn drain_removal_signal(&mut self) {
+        while self.removals.next().is_some() {}
+    }
 }
 
-of_store!(BpfTable);
+impl Ports for BpfTable {
+    fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
+        self.store.set_port(port)?;
+        let vlans = self.ports_on.entry(port.ifindex).or_default();
+        if let Some(losses) = self.losses.as_mut().filter(|_| vlans.is_empty()) {
+            losses.watch(port.ifindex, true);
+        }
+        vlans.insert(port.vlan);
+        Ok(())
+    }
 
-impl super::Devices for BpfTable {}
+    fn remove_port(&mut self, ifindex: u32, vlan: u16) {
+        self.store.remove_port(ifindex, vlan);
+        if let Some(vlans) = self.ports_on.get_mut(&ifindex)
+            && vlans.remove(&vlan)
+            && vlans.is_empty()
+        {
+            self.ports_on.remove(&ifindex);
+            if let Some(losses) = &mut self.losses {
+                losses.watch(ifindex, false);
+            }
+        }
+    }
+
+    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+        self.store.port(ifindex, vlan)
+    }
+}
+
+impl Devices for BpfTable {
+    fn refresh_devices(&mut self) {
+        self.devices.refresh(&mut self.store);
+    }
+
+    fn takes_redirects(&self, ifindex: u32) -> bool {
+        self.devices.takes_redirects(ifindex)
+    }
+}
+
+impl TableCounters for BpfTable {
+    fn traffic(&self, slot: Slot) -> Traffic {
+        self.store.traffic(slot)
+    }
+
+    fn passes(&self) -> Vec<(PassReason, u64)> {
+        self.store.passes()
+    }
+
+    fn lost(&self) -> Option<u64> {
+        self.losses.as_ref().map(Losses::count)
+    }
+}
+
+read_back!(BpfTable);

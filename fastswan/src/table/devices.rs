@@ -8,64 +8,87 @@ use aya::maps::{
 };
 use hashbrown::HashMap;
 
-use super::{Slot, Standing, TableError};
-use crate::netlink::takes_redirected_frames;
+use super::{Slot, Standing, store::Store};
+use crate::{netlink::takes_redirected_frames, sys::transmitting_cpus};
 
 /// The device map, and who needs what in it.
 ///
-/// The kernel is asked about a device when the first slot that forwards to it comes. So it is asked again about
-/// one that went away, once the slots that forwarded to it say that they no longer do.
-pub(super) struct Devices {
+/// The kernel is asked about a device when the first slot that forwards to it comes, and when
+/// [told to](super::Devices::refresh_devices): never once for each slot. A device that cannot be redirected to is not in
+/// the map, so that its packets pass.
+pub(super) struct DeviceMap {
     map: DevMapHash<MapData>,
     users: Users,
+    /// Whether each device that has slots takes redirected packets, or why not.
+    answers: BTreeMap<u32, Result<(), String>>,
 }
 
-impl Devices {
+impl DeviceMap {
     pub(super) fn new(map: DevMapHash<MapData>) -> Self {
-        Self { map, users: Users::default() }
+        Self { map, users: Users::default(), answers: BTreeMap::new() }
     }
 
     /// Makes the devices of an update's slots reachable. Those that its slots leave still are, until
     /// [`Self::leave`].
-    pub(super) fn enter(&mut self, slots: &[(Slot, Option<Standing>)]) -> Result<(), TableError> {
+    pub(super) fn enter(&mut self, slots: &[(Slot, Option<Standing>)], store: &mut Store) {
         for (slot, standing) in slots {
             let device = standing.and_then(Result::ok).map(|forwarding| forwarding.ifindex);
             if let Some(ifindex) = device.filter(|ifindex| !self.users.has(*ifindex)) {
-                self.add(ifindex)?;
+                self.ask(ifindex, store);
             }
             self.users.enter(*slot, device);
         }
-        Ok(())
     }
 
     /// Takes the devices out that no slot uses any longer.
-    pub(super) fn leave(&mut self) {
+    pub(super) fn leave(&mut self, store: &mut Store) {
         for ifindex in self.users.leave() {
             // It is gone already if the device is.
             let _ = self.map.remove(ifindex);
+            self.answers.remove(&ifindex);
+            store.limit_cpus(ifindex, None);
         }
     }
 
-    /// Lets packets be redirected to a device, unless they would be lost on the way.
-    fn add(&mut self, ifindex: u32) -> Result<(), TableError> {
-        let reason = match takes_redirected_frames(ifindex) {
-            Ok(true) => {
-                // Even if it is there: the kernel drops devices that unregister.
-                return self
-                    .map
-                    .insert(ifindex, ifindex, None, 0)
-                    .map_err(|error| TableError::Device { ifindex, error: io_error(error) });
+    /// Asks the kernel about all devices again.
+    pub(super) fn refresh(&mut self, store: &mut Store) {
+        for ifindex in self.answers.keys().copied().collect::<Vec<_>>() {
+            self.ask(ifindex, store);
+        }
+    }
+
+    pub(super) fn takes_redirects(&self, ifindex: u32) -> bool {
+        self.answers.get(&ifindex).is_some_and(Result::is_ok)
+    }
+
+    /// Lets packets be redirected to a device, unless they would be lost on the way. Whatever fails is a reason not to:
+    /// a device may be gone between any two of these calls.
+    fn ask(&mut self, ifindex: u32, store: &mut Store) {
+        let entered = self.try_to_enter(ifindex, store);
+        if let Err(reason) = &entered {
+            let _ = self.map.remove(ifindex);
+            if self.answers.get(&ifindex) != Some(&entered) {
+                tracing::warn!(
+                    ifindex,
+                    reason,
+                    "no packet is redirected to a device: only what arrives there is fast"
+                );
             }
-            Ok(false) => "its driver takes none; a veth device does when its peer has GRO on".to_owned(),
-            Err(error) => error.to_string(),
-        };
-        tracing::warn!(
-            ifindex,
-            reason,
-            "no packet is redirected to a device: only what arrives there is fast"
-        );
-        let _ = self.map.remove(ifindex);
-        Ok(())
+        } else if self.answers.get(&ifindex).is_some_and(Result::is_err) {
+            tracing::info!(ifindex, "packets are redirected to a device again");
+        }
+        self.answers.insert(ifindex, entered);
+    }
+
+    fn try_to_enter(&mut self, ifindex: u32, store: &mut Store) -> Result<(), String> {
+        if !takes_redirected_frames(ifindex).map_err(|error| error.to_string())? {
+            return Err("its driver takes none; a veth device does when its peer has GRO on".to_owned());
+        }
+        let cpus = transmitting_cpus(ifindex).map_err(|error| format!("asking for its channels: {error}"))?;
+        // The limit first: what may be redirected from now on is limited already.
+        store.limit_cpus(ifindex, cpus);
+        // Even if it is there: the kernel drops devices that unregister, and another may have the number now.
+        self.map.insert(ifindex, ifindex, None, 0).map_err(|error| io_error(error).to_string())
     }
 }
 

@@ -1,7 +1,5 @@
 //! What a table cannot do.
 
-use std::io;
-
 use super::Slot;
 use crate::policy::Family;
 
@@ -40,16 +38,4 @@ pub enum TableError {
     /// A cell joins prefixes of different families.
     #[error("a cell joins an IPv4 and an IPv6 prefix: give both prefixes of one family")]
     MixedFamilies,
-    /// Packets cannot be redirected to a device.
-    #[error(
-        "cannot redirect packets to device #{ifindex}: {error}; check that it is in the network namespace of \
-         the thread that writes the table"
-    )]
-    Device {
-        /// Its interface index.
-        ifindex: u32,
-        /// Why the kernel refused it.
-        #[source]
-        error: io::Error,
-    },
 }

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, PORT_SLOTS};
+use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason};
 
 use super::{
-    Capacity, OffloadTable, Removals, TableConfig, TableError, TableUpdate,
+    Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters, TableError,
+    TableUpdate, Traffic,
     mmap::Region,
-    store::{Regions, Store, of_store},
+    store::{Regions, Store, read_back},
 };
 use crate::policy::Family;
 
@@ -37,7 +38,8 @@ impl MemoryTable {
             exception_tuples_v4: Region::allocate(EXCEPTION_LISTS),
             exception_tuples_v6: Region::allocate(EXCEPTION_LISTS),
             forwardings: Region::allocate(slots),
-            ports: Region::allocate(PORT_SLOTS),
+            port_buckets: Region::allocate(PORT_BUCKETS),
+            ports: Region::allocate(MAX_PORTS),
             traffic: Region::allocate(slots),
             passes: Region::allocate(1),
         };
@@ -69,6 +71,41 @@ impl OffloadTable for MemoryTable {
     }
 }
 
-of_store!(MemoryTable);
+impl Ports for MemoryTable {
+    fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
+        self.store.set_port(port)
+    }
 
-impl super::Devices for MemoryTable {}
+    fn remove_port(&mut self, ifindex: u32, vlan: u16) {
+        self.store.remove_port(ifindex, vlan);
+    }
+
+    fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
+        self.store.port(ifindex, vlan)
+    }
+}
+
+/// No packet is redirected, and none lost.
+impl Devices for MemoryTable {
+    fn refresh_devices(&mut self) {}
+
+    fn takes_redirects(&self, _: u32) -> bool {
+        true
+    }
+}
+
+impl TableCounters for MemoryTable {
+    fn traffic(&self, slot: Slot) -> Traffic {
+        self.store.traffic(slot)
+    }
+
+    fn passes(&self) -> Vec<(PassReason, u64)> {
+        self.store.passes()
+    }
+
+    fn lost(&self) -> Option<u64> {
+        Some(0)
+    }
+}
+
+read_back!(MemoryTable);

@@ -43,8 +43,12 @@ mod counters;
 mod devices;
 mod entries;
 mod error;
+#[cfg(feature = "bpf")]
+mod losses;
 mod memory;
 mod mmap;
+#[cfg(feature = "bpf")]
+mod net_device;
 mod size;
 mod space;
 mod split;
@@ -117,6 +121,17 @@ pub trait OffloadTable: Send {
     fn acknowledge(&mut self, removals: u64) {
         let _ = removals;
     }
+
+    /// What becomes readable when a guard has counted a removal, so that nobody need look at [`Self::removals`] all the
+    /// time: [drain](Self::drain_removal_signal) it, then look. `None` if there is no such thing.
+    #[cfg(unix)]
+    fn removal_signal(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+
+    /// Makes the [signal](Self::removal_signal) unreadable until the next removal.
+    #[cfg(unix)]
+    fn drain_removal_signal(&mut self) {}
 }
 
 /// Where packets may come in. Frames of an (interface, VLAN) that is no port pass to the kernel.
@@ -135,20 +150,6 @@ pub trait Ports {
     fn port(&self, ifindex: u32, vlan: u16) -> Option<Port>;
 }
 
-/// Which devices take packets that came in elsewhere.
-pub trait Devices {
-    /// Asks again which of the devices that slots use take redirected frames: something about links or their drivers has
-    /// changed.
-    fn refresh_devices(&mut self) {}
-
-    /// Whether packets that came in elsewhere are handed to this device. If not, they pass
-    /// ([`PassReason::EgressUnavailable`]).
-    fn takes_redirects(&self, ifindex: u32) -> bool {
-        let _ = ifindex;
-        true
-    }
-}
-
 /// What a table has counted.
 pub trait TableCounters {
     /// What a slot has forwarded.
@@ -156,6 +157,27 @@ pub trait TableCounters {
 
     /// Packets that were passed, by reason. Reasons without packets are left out.
     fn passes(&self) -> Vec<(PassReason, u64)>;
+
+    /// Packets that are counted as forwarded and did not leave: that could not be handed to their device, or that its
+    /// driver did not take, since its queue was full, for instance. `None` if that is not counted.
+    fn lost(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// The devices that packets are redirected to, which came in elsewhere. Packets for one that takes none pass
+/// ([`PassReason::EgressUnavailable`]), and those that come in on a CPU that it has no channel for
+/// ([`PassReason::NoChannel`]).
+pub trait Devices {
+    /// Asks the kernel again which devices take redirected packets, and from which CPUs. Call it when devices have
+    /// changed. Runs in the network namespace that the devices are in.
+    fn refresh_devices(&mut self) {}
+
+    /// Whether packets are redirected to a device; `false` also for one that no slot names.
+    fn takes_redirects(&self, ifindex: u32) -> bool {
+        let _ = ifindex;
+        true
+    }
 }
 
 /// What a table holds, as the data path finds it.

@@ -8,19 +8,17 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     net::IpAddr,
     sync::atomic::{Ordering, fence},
+    time::Duration,
 };
-
-#[cfg(feature = "bpf")]
-use std::time::Duration;
 
 use fastswan_ebpf::{
     Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
-    Forwarding as ForwardingRecord, KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_TUPLES, PORT_PROBES,
-    PORT_SLOTS, PassReason, Passes, Port as PortRecord, Traffic as TrafficRecord, TupleList, Value,
-    packed_mac, port_key, port_slot, unpacked_mac, upper_layer,
+    Forwarding as ForwardingRecord, KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_PORTS, MAX_TUPLES,
+    PORT_WORDS, PassReason, Passes, Port as PortRecord, Traffic as TrafficRecord, TupleList, Value,
+    packed_mac, port_key, unpacked_mac, upper_layer,
 };
 use ipnet::IpNet;
 
@@ -48,6 +46,7 @@ pub(super) struct Regions {
     pub(super) exception_tuples_v4: Region<TupleList<EXCEPTION_WORDS_V4>>,
     pub(super) exception_tuples_v6: Region<TupleList<EXCEPTION_WORDS_V6>>,
     pub(super) forwardings: Region<ForwardingRecord>,
+    pub(super) port_buckets: Region<Bucket<PORT_WORDS>>,
     pub(super) ports: Region<PortRecord>,
     pub(super) traffic: Region<TrafficRecord>,
     pub(super) passes: Region<Passes>,
@@ -62,7 +61,10 @@ pub(super) struct Store {
     exceptions_v4: TupleSpace<EXCEPTION_WORDS_V4, EXCEPTION_LISTS>,
     exceptions_v6: TupleSpace<EXCEPTION_WORDS_V6, EXCEPTION_LISTS>,
     forwardings: Region<ForwardingRecord>,
+    port_index: TupleSpace<PORT_WORDS, 1>,
     ports: Region<PortRecord>,
+    /// Records of ports that are free.
+    free_ports: Vec<u32>,
     traffic: Region<TrafficRecord>,
     passes: Region<Passes>,
     capacity: Capacity,
@@ -70,6 +72,8 @@ pub(super) struct Store {
     exceptions: HashSet<Exception>,
     /// Slots that were freed since the last grace period: packets may still be counted for them.
     retired: HashSet<Slot>,
+    /// From how many CPUs each device takes redirected packets, if not from all.
+    cpus: BTreeMap<u32, u16>,
 }
 
 impl Store {
@@ -82,12 +86,16 @@ impl Store {
             exceptions_v4: TupleSpace::new(regions.exceptions_v4, regions.exception_tuples_v4),
             exceptions_v6: TupleSpace::new(regions.exceptions_v6, regions.exception_tuples_v6),
             forwardings: regions.forwardings,
+            // The program needs no list of tuples to find ports: all are of the one with number 0.
+            port_index: TupleSpace::new(regions.port_buckets, Region::allocate(1)),
             ports: regions.ports,
+            free_ports: (0..MAX_PORTS as u32).rev().collect(),
             traffic: regions.traffic,
             passes: regions.passes,
             capacity: config.capacity(),
             exceptions: HashSet::new(),
             retired: HashSet::new(),
+            cpus: BTreeMap::new(),
         };
         store.publish();
         store
@@ -189,6 +197,7 @@ impl Store {
         self.v6.publish(&control.v6);
         self.exceptions_v4.publish(&control.exceptions_v4);
         self.exceptions_v6.publish(&control.exceptions_v6);
+        self.port_index.publish(&control.ports);
     }
 
     fn set_cell(&mut self, cell: &Cell, value: Option<Value>) -> Result<(), TableError> {
@@ -260,7 +269,8 @@ impl Store {
                 record.destination.store(packed_mac(destination.0));
                 record.source.store(packed_mac(source.0));
                 let length = u64::from(forwarding.max_length) << 32;
-                record.device_and_length.store(u64::from(forwarding.ifindex) | length);
+                let cpus = u64::from(self.cpus_of(forwarding.ifindex)) << 48;
+                record.device_and_length.store(u64::from(forwarding.ifindex) | length | cpus);
             }
             Some(Err(reason)) => record.device_and_length.store((*reason as u64 + 1) << 32),
             None => {
@@ -281,16 +291,33 @@ impl Store {
         self.forwardings.get(slot.0 as usize).ok_or(TableError::NoSuchSlot { slot, limit })
     }
 
+    /// Lets packets be redirected to a device from CPUs with lower numbers only, or from all.
+    pub(super) fn limit_cpus(&mut self, ifindex: u32, limit: Option<u16>) {
+        let before = self.cpus_of(ifindex);
+        match limit {
+            Some(limit) => drop(self.cpus.insert(ifindex, limit)),
+            None => drop(self.cpus.remove(&ifindex)),
+        }
+        let now = self.cpus_of(ifindex);
+        if now != before {
+            for record in self.forwardings.iter() {
+                let word = record.device_and_length.load();
+                if word as u32 == ifindex {
+                    record.device_and_length.store(word & (u64::MAX >> 16) | u64::from(now) << 48);
+                }
+            }
+        }
+    }
+
+    fn cpus_of(&self, ifindex: u32) -> u16 {
+        self.cpus.get(&ifindex).copied().unwrap_or(u16::MAX)
+    }
+
     pub(super) fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
-        let key = port_key(port.ifindex, port.vlan);
-        let free = || self.port_candidates(key).find(|record| record.key.load() == 0);
-        let Some(record) = self.port_record(key).or_else(free) else {
-            return Err(TableError::TooManyPorts {
-                ifindex: port.ifindex,
-                vlan: port.vlan,
-                limit: PORT_SLOTS,
-            });
-        };
+        let full = || TableError::TooManyPorts { ifindex: port.ifindex, vlan: port.vlan, limit: MAX_PORTS };
+        let pattern = port_pattern(port.ifindex, port.vlan);
+        let known = self.port_record(port.ifindex, port.vlan);
+        let number = known.or_else(|| self.free_ports.pop()).ok_or_else(full)?;
         let mut flags = 0;
         for (flag, set) in [
             (PortRecord::FORWARDS_V4, port.forwards.v4),
@@ -303,23 +330,31 @@ impl Store {
             }
         }
         self.begin();
+        let record = &self.ports[number as usize];
         record.address.store(packed_mac(port.address.0));
         record.flags_and_receiver.store(u64::from(port.receiver) << 32 | flags);
-        record.key.store(key);
+        let entered = self.port_index.set(0, &pattern, Some(Value::present(number)));
+        self.port_index.publish(&self.control[0].ports);
         self.end();
-        Ok(())
+        entered.map_err(|_| {
+            self.free_ports.push(number);
+            full()
+        })
     }
 
     pub(super) fn remove_port(&mut self, ifindex: u32, vlan: u16) {
-        if let Some(record) = self.port_record(port_key(ifindex, vlan)) {
+        if let Some(number) = self.port_record(ifindex, vlan) {
             self.begin();
-            record.key.store(0);
+            // A removal always fits.
+            let _ = self.port_index.set(0, &port_pattern(ifindex, vlan), None);
+            self.port_index.publish(&self.control[0].ports);
             self.end();
+            self.free_ports.push(number);
         }
     }
 
     pub(super) fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
-        let record = self.port_record(port_key(ifindex, vlan))?;
+        let record = &self.ports[self.port_record(ifindex, vlan)? as usize];
         let flags_and_receiver = record.flags_and_receiver.load();
         let is_set = |flag: u64| flags_and_receiver & flag != 0;
         Some(Port {
@@ -338,13 +373,9 @@ impl Store {
         })
     }
 
-    fn port_record(&self, key: u64) -> Option<&PortRecord> {
-        self.port_candidates(key).find(|record| record.key.load() == key)
-    }
-
-    fn port_candidates(&self, key: u64) -> impl Iterator<Item = &PortRecord> {
-        let first = port_slot(key) as usize;
-        (first..first + PORT_PROBES).filter_map(|slot| self.ports.get(slot % PORT_SLOTS))
+    /// Which record a port has.
+    fn port_record(&self, ifindex: u32, vlan: u16) -> Option<u32> {
+        self.port_index.first_hit(0, &[port_key(ifindex, vlan)]).map(Value::payload)
     }
 
     pub(super) fn set_enabled(&self, enabled: bool) {
@@ -353,7 +384,6 @@ impl Store {
     }
 
     /// `now` is in nanoseconds of the program's clock.
-    #[cfg(feature = "bpf")]
     pub(super) fn renew_lease(&self, now: u64, lease: Duration) {
         let lease = u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX / 2);
         let control = &self.control[0];
@@ -604,37 +634,17 @@ impl AnyPattern {
     }
 }
 
+fn port_pattern(ifindex: u32, vlan: u16) -> Pattern<PORT_WORDS> {
+    Pattern { key: [port_key(ifindex, vlan)], mask: [u64::MAX] }
+}
+
 fn halves(bits: u128) -> [u64; 2] {
     [(bits >> 64) as u64, bits as u64]
 }
 
-/// What is the same for every table over a [`Store`], which it has in a field `store`.
-macro_rules! of_store {
+/// Reads back what a table has in its field `store`, a [`Store`].
+macro_rules! read_back {
     ($table:ty) => {
-        impl $crate::table::Ports for $table {
-            fn set_port(&mut self, port: &$crate::table::Port) -> Result<(), $crate::table::TableError> {
-                self.store.set_port(port)
-            }
-
-            fn remove_port(&mut self, ifindex: u32, vlan: u16) {
-                self.store.remove_port(ifindex, vlan);
-            }
-
-            fn port(&self, ifindex: u32, vlan: u16) -> Option<$crate::table::Port> {
-                self.store.port(ifindex, vlan)
-            }
-        }
-
-        impl $crate::table::TableCounters for $table {
-            fn traffic(&self, slot: $crate::table::Slot) -> $crate::table::Traffic {
-                self.store.traffic(slot)
-            }
-
-            fn passes(&self) -> Vec<(fastswan_ebpf::PassReason, u64)> {
-                self.store.passes()
-            }
-        }
-
         impl $crate::table::ReadBack for $table {
             fn verdict(
                 &self,
@@ -672,4 +682,4 @@ macro_rules! of_store {
         }
     };
 }
-pub(super) use of_store;
+pub(super) use read_back;

@@ -20,6 +20,9 @@ use super::{count::Count, vm::Kernels};
 /// Packets that `cargo testkit ci` has judged.
 const CI_DECISIONS: u64 = 200_000;
 
+/// The share of eligible packets that must be fast through adapters.
+const LEAST_ADAPTED: f64 = 0.3;
+
 /// What `cargo testkit oracle` is told.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -31,9 +34,12 @@ pub(crate) struct Arguments {
     seed: Option<u64>,
     /// Breaks a rule, which must be noticed: 1 ties, 2 shadowing software policies, 3 the highest priority,
     /// 4 longest prefix instead of priority, 5 descendants of a deleted policy, 6 other reqids, 7 the age of offloaded
-    /// policies, 8 exact prefixes first.
-    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    /// policies, 8 exact prefixes first. 9 is an adapter that strips policies of their offload.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=9))]
     mutant: Option<u8>,
+    /// Judges through adapters (`withhold`, `with_egress`, `merge`), nested at random.
+    #[arg(long, conflicts_with = "guest")]
+    adapters: bool,
     /// Judges in guests with the software NIC, where policies are really offloaded. Unless a rule is broken by
     /// choice, the third is broken afterwards, and must be noticed.
     #[arg(long)]
@@ -56,8 +62,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     remove_leftovers();
     clean_up_on_signals()?;
     let seed = arguments.seed.unwrap_or_else(rand::random);
-    let broken = arguments.mutant.map(|number| BrokenRule::ALL[usize::from(number) - 1]);
+    let broken = arguments.mutant.and_then(|number| BrokenRule::ALL.get(usize::from(number) - 1)).copied();
+    let has_wrong_adapter = arguments.mutant.is_some() && broken.is_none();
     if arguments.guest {
+        ensure!(!has_wrong_adapter, "the wrong adapter is judged without guests: leave --guest out");
         let broken = arguments.mutant.map_or_else(|| vec![0, guest::CI_MUTANT], |number| vec![number]);
         let kernels = arguments.kernels.all();
         let trial = Trial { decisions: arguments.decisions, seed, sets: arguments.sets.clone(), broken };
@@ -68,6 +76,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut oracle = Oracle::new(seed, arguments.decisions);
     if let Some(rule) = broken {
         oracle = oracle.broken_rule(rule);
+    }
+    if arguments.adapters {
+        oracle = oracle.adapters();
+    }
+    if has_wrong_adapter {
+        oracle = oracle.wrong_adapter();
     }
     if !arguments.sets.is_empty() {
         oracle = oracle.sets(&arguments.sets);
@@ -86,6 +100,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         object["mutant"] = arguments.mutant.into();
         println!("{object}");
     }
+    if arguments.adapters {
+        // Policies that the sources disagree about keep others from being fast.
+        ensure!(report.wrong() == 0, "{} decisions were wrong, seed {seed}", report.wrong());
+        return Ok(());
+    }
     acquit(&report)
 }
 
@@ -93,7 +112,22 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 pub(crate) fn check() -> anyhow::Result<Count> {
     let seed = rand::random();
     acquit(&judge(&Oracle::new(seed, CI_DECISIONS), seed)?)?;
-    let mut count = Count { passed: 1, failed: 0 };
+    println!("\nthrough adapters");
+    let report = judge(&Oracle::new(seed, CI_DECISIONS / 4).adapters(), seed)?;
+    ensure!(report.wrong() == 0, "{} decisions were wrong through adapters, seed {seed}", report.wrong());
+    let share = report.fast_share();
+    ensure!(
+        share > LEAST_ADAPTED,
+        "through adapters, {share:.4} of the eligible packets were fast, seed {seed}"
+    );
+    let mut count = Count { passed: 2, failed: 0 };
+    println!("\nan adapter that strips policies of their offload: must be noticed");
+    if judge(&Oracle::new(seed, CI_DECISIONS / 5).wrong_adapter(), seed)?.wrong() > 0 {
+        count.passed += 1;
+    } else {
+        println!("the wrong adapter was not noticed");
+        count.failed += 1;
+    }
     for rule in BrokenRule::ALL {
         println!("\nbroken rule {rule:?}: must be noticed");
         let report = judge(&Oracle::new(seed, CI_DECISIONS / 5).broken_rule(rule), seed)?;

@@ -1,0 +1,66 @@
+//! The maps of the programs, and what is set when they are loaded.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, DevMapHash, HashMap, RingBuf},
+};
+use fastswan_ebpf::{
+    Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, Forwarding, KEY_WORDS_V4,
+    KEY_WORDS_V6, LISTS, Losses, MAX_PORTS, PORT_BUCKETS as PORT_BUCKET_COUNT, PORT_WORDS, Passes, Port,
+    Traffic, TupleList, Word,
+};
+
+/// `BPF_F_MMAPABLE`
+const MMAPABLE: u32 = 1 << 10;
+
+// User space sets lengths of 1 to what it needs when it loads the maps.
+#[map]
+pub(super) static CONTROL: Array<Control> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static CELLS_V4: Array<Bucket<KEY_WORDS_V4>> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static CELLS_V6: Array<Bucket<KEY_WORDS_V6>> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static TUPLES_V4: Array<TupleList<KEY_WORDS_V4>> = Array::with_max_entries(LISTS as u32, MMAPABLE);
+#[map]
+pub(super) static TUPLES_V6: Array<TupleList<KEY_WORDS_V6>> = Array::with_max_entries(LISTS as u32, MMAPABLE);
+#[map]
+pub(super) static EXCEPTIONS_V4: Array<Bucket<EXCEPTION_WORDS_V4>> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static EXCEPTIONS_V6: Array<Bucket<EXCEPTION_WORDS_V6>> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static UPPER_TUPLES_V4: Array<TupleList<EXCEPTION_WORDS_V4>> =
+    Array::with_max_entries(EXCEPTION_LISTS as u32, MMAPABLE);
+#[map]
+pub(super) static UPPER_TUPLES_V6: Array<TupleList<EXCEPTION_WORDS_V6>> =
+    Array::with_max_entries(EXCEPTION_LISTS as u32, MMAPABLE);
+#[map]
+pub(super) static FORWARDINGS: Array<Forwarding> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static PORT_BUCKETS: Array<Bucket<PORT_WORDS>> =
+    Array::with_max_entries(PORT_BUCKET_COUNT as u32, MMAPABLE);
+#[map]
+pub(super) static PORTS: Array<Port> = Array::with_max_entries(MAX_PORTS as u32, MMAPABLE);
+#[map]
+pub(super) static TRAFFIC: Array<Traffic> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static PASSES: Array<Passes> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static DEVICES: DevMapHash = DevMapHash::with_max_entries(256, 0);
+#[map]
+pub(super) static CLOCK: Array<Word> = Array::with_max_entries(1, MMAPABLE);
+/// Wakes whoever waits for removals; what is in it means nothing.
+#[map]
+pub(super) static REMOVALS: RingBuf = RingBuf::with_byte_size(4096, 0);
+#[map]
+pub(super) static LOSSES: Array<Losses> = Array::with_max_entries(1, MMAPABLE);
+/// Interfaces that have ports.
+#[map]
+pub(super) static INGRESS: HashMap<u32, u32> = HashMap::with_max_entries(MAX_PORTS as u32, 0);
+
+/// Slots that the table has, which is the stride of `TRAFFIC`. Set when the program is loaded.
+#[unsafe(no_mangle)]
+pub(super) static SLOTS: u32 = 0;
+/// Not 0 where the processor may reorder reads. Set when the program is loaded.
+#[unsafe(no_mangle)]
+pub(super) static WEAKLY_ORDERED: u32 = 0;
