@@ -388,13 +388,13 @@ pub(super) fn stories(device: Option<OffloadDev>) -> Vec<Story> {
     let name = "an offloaded policy between two hosts hides newer and better ones";
     tell(name, added([&hosts, &site]), packet, Some(&hosts));
     let wide = policy("10.0.0.0/8", "10.2.0.0/16", 100, true);
-    let worst = policy("172.16.0.0/12", "10.2.0.0/16", 300, true);
+    let elsewhere = policy("172.16.0.0/12", "10.2.0.0/16", 300, true);
     let name = "a worse one that does not match stops the search for another in its list";
     let worse = policy("10.1.0.0/16", "10.2.0.0/16", 200, true);
-    tell(name, added([&worse, &wide, &worst]), packet, Some(&worse));
+    tell(name, added([&worse, &wide, &elsewhere]), packet, Some(&worse));
     let name = "but only if something was found before";
     let worse = policy("10.0.0.0/8", "0.0.0.0/0", 200, true);
-    tell(name, added([&worse, &wide, &worst]), packet, Some(&wide));
+    tell(name, added([&worse, &wide, &elsewhere]), packet, Some(&wide));
 
     let neighbour = policy("10.1.0.0/24", "10.2.3.0/24", 10, false);
     let best = policy("10.1.0.0/24", "10.2.1.0/24", 50, true);
