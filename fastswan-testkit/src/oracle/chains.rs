@@ -372,6 +372,30 @@ pub(super) fn stories(device: Option<OffloadDev>) -> Vec<Story> {
         tell(name, [added([&best, &other]), vec![update]].concat(), packet, Some(winner));
     }
 
+    let site = policy("10.1.0.0/16", "10.2.0.0/16", 100, true);
+    let default = policy("10.1.0.0/16", "0.0.0.0/0", 200, true);
+    let name = "a site that came after the default tunnel is chosen";
+    tell(name, added([&default, &site]), packet, Some(&site));
+    let around = policy("10.1.0.0/16", "10.2.0.0/16", 100, true);
+    let inside = policy("10.1.0.0/24", "10.2.0.0/24", 200, true);
+    let name = "of two offloaded policies in a list the newer is chosen, whatever the priority";
+    tell(name, added([&around, &inside]), packet, Some(&inside));
+    tell(name, added([&inside, &around]), packet, Some(&around));
+    let again = vec![Change::Update(around.clone())];
+    let name = "an update that changes nothing makes an offloaded policy the newest";
+    tell(name, [added([&around, &inside]), again].concat(), packet, Some(&around));
+    let hosts = policy("10.1.0.9/32", "10.2.0.9/32", 200, true);
+    let name = "an offloaded policy between two hosts hides newer and better ones";
+    tell(name, added([&hosts, &site]), packet, Some(&hosts));
+    let wide = policy("10.0.0.0/8", "10.2.0.0/16", 100, true);
+    let elsewhere = policy("172.16.0.0/12", "10.2.0.0/16", 300, true);
+    let name = "a worse one that does not match stops the search for another in its list";
+    let worse = policy("10.1.0.0/16", "10.2.0.0/16", 200, true);
+    tell(name, added([&worse, &wide, &elsewhere]), packet, Some(&worse));
+    let name = "but only if something was found before";
+    let worse = policy("10.0.0.0/8", "0.0.0.0/0", 200, true);
+    tell(name, added([&worse, &wide, &elsewhere]), packet, Some(&wide));
+
     let neighbour = policy("10.1.0.0/24", "10.2.3.0/24", 10, false);
     let best = policy("10.1.0.0/24", "10.2.1.0/24", 50, true);
     let highest = policy("10.1.0.0/25", "10.2.1.128/25", 300, true);

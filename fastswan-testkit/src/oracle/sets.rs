@@ -442,15 +442,16 @@ impl World {
             return vec![self.in_tunnel(everywhere(v6), site, reqids[usize::from(v6)], rng)];
         }
         let reqid = self.reqid(true);
-        let local = place(v6, 1, rng.random_range(1..5), 0, *pick(rng, &[16, 24]));
-        let mut nest = vec![self.in_tunnel(local, place(v6, zone, net, 0, 24), reqid, rng)];
+        // Not the whole local network: packets from its first and last address pass.
+        let local = place(v6, 1, rng.random_range(1..5), 0, 24);
+        let mut subnets = vec![self.in_tunnel(local, place(v6, zone, net, 0, 24), reqid, rng)];
         for _ in 0..rng.random_range(1..5) {
             let remote = place(v6, zone, net, rng.random_range(0..40), *pick(rng, &[24, 26, 28, 30, 32]));
-            let local = place(v6, 1, rng.random_range(1..5), 0, *pick(rng, &[16, 24, 28]));
-            nest.push(self.in_tunnel(local, remote, reqid, rng));
+            let local = place(v6, 1, rng.random_range(1..5), 16, *pick(rng, &[22, 24, 28]));
+            subnets.push(self.in_tunnel(local, remote, reqid, rng));
         }
-        nest.shuffle(rng);
-        nest
+        subnets.shuffle(rng);
+        subnets
     }
 
     /// An outbound policy of a tunnel that others have, too. The longer its prefixes, the better, or it is left to chance.

@@ -21,15 +21,13 @@ pub enum BrokenRule {
     Reqids,
     /// Of offloaded policies, the best priority is chosen, though it may not be the newest.
     Age,
-    /// The search for a policy never stops before it is found.
-    Stops,
     /// Offloaded policies between longer prefixes are not found first.
     ExactFirst,
 }
 
 impl BrokenRule {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 8] = [
         Self::Ties,
         Self::Shadowing,
         Self::HighestPriority,
@@ -37,7 +35,6 @@ impl BrokenRule {
         Self::Descendants,
         Self::Reqids,
         Self::Age,
-        Self::Stops,
         Self::ExactFirst,
     ];
 }

@@ -345,7 +345,7 @@ impl Judge<'_> {
         let best = *of_device.iter().min_by_key(|policy| (policy.priority, database.key_of(&policy.id)))?;
         let software: Vec<&Policy> =
             matching.iter().copied().filter(|policy| !policy.is_packet_offloaded()).collect();
-        if !self.is_plain(best, packet) || !self.is_certain(best, &of_device, &software, packet) {
+        if !Self::is_plain(best, packet) || !self.is_certain(best, &of_device, &software, packet) {
             return None;
         }
         let device = best.offload.filter(|device| device.kind == OffloadKind::Packet)?.ifindex;
@@ -363,7 +363,7 @@ impl Judge<'_> {
     }
 
     /// R8.
-    fn is_plain(&self, policy: &Policy, packet: &Packet) -> bool {
+    fn is_plain(policy: &Policy, packet: &Packet) -> bool {
         policy.action == Action::Allow
             && policy.id.mark == Mark::default()
             && policy.id.if_id == 0
@@ -387,7 +387,7 @@ impl Judge<'_> {
         let database = &self.world.database;
         let is_same = |policy: &Policy| {
             policy.id == best.id
-                || self.is_plain(policy, packet)
+                || Self::is_plain(policy, packet)
                     && policy.templates == best.templates
                     && policy.offload == best.offload
                     && policy.expires == best.expires
@@ -406,16 +406,14 @@ impl Judge<'_> {
         let age = |policy: &Policy| database.key_of(&policy.id).map_or(0, |key| database.age(key));
         same.iter().any(|pivot| {
             let (destination, source) = (pivot.id.selector.destination, pivot.id.selector.source);
-            let shortest = if packet.source.is_ipv4() { 16 } else { 48 };
-            let is_asked_first = destination.prefix_len().min(source.prefix_len()) >= shortest
-                && !destination.addr().is_unspecified()
-                && !source.addr().is_unspecified();
+            let is_odd = |prefix: IpNet| prefix.addr().is_unspecified() && prefix.prefix_len() > 0;
             let beats = |other: &&Policy| {
                 same.iter().all(|policy| policy.priority < other.priority)
                     && age(pivot) > age(other)
                     && other.id.selector.destination.prefix_len() <= destination.prefix_len()
                     && other.id.selector.source.prefix_len() <= source.prefix_len()
-                    && (is_asked_first || other.priority >= highest)
+                    && !is_odd(source)
+                    && !is_odd(destination)
             };
             (software.is_empty() || age(pivot) > 0) && others.iter().all(beats)
         })

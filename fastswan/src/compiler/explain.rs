@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     database::{Database, Freshness},
-    policy::{Direction, Family, Policy, PolicyId, SaId, Template},
+    policy::{Direction, Family, Policy, PolicyId, SaId, Selector, Template},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
 
@@ -151,6 +151,15 @@ pub enum Cause {
     Ineligible(PolicyId, &'static str),
     /// The policy has no live packet-offload association on its device.
     NoSa(PolicyId),
+    /// The policy's association is for some packets only.
+    NarrowSa {
+        /// The policy.
+        policy: PolicyId,
+        /// The association.
+        sa: SaId,
+        /// Which packets.
+        selector: Selector,
+    },
     /// The default policy blocks.
     DefaultBlock,
     /// The next hop of the policy, its device or its path's length is not known.
@@ -248,7 +257,7 @@ impl Compiler {
         let owner = matching.iter().find(|policy| self.slot(database, &policy.id) == Some(slot));
         let Some(policy) = owner else { return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)) };
         let forwarding = standing(policy, database, &self.paths)
-            .map_err(|reason| pass(reason, self.of_standing(policy, reason)))?;
+            .map_err(|reason| pass(reason, self.of_standing(database, policy, reason)))?;
         if probes.guards && compiled.is_guarded(flow.source) {
             let is_guard =
                 |policy: &&Policy| is_check(policy) && policy.id.selector.source.contains(&flow.source);
@@ -275,15 +284,18 @@ impl Compiler {
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
     }
 
-    fn of_standing(&self, policy: &Policy, reason: PassReason) -> Cause {
-        match eligible(policy) {
-            Ok(Template { source, .. })
-                if reason == PassReason::NoPath && !self.paths.may_send_from(*source) =>
-            {
-                Cause::ForeignSource(policy.id.clone(), *source)
+    fn of_standing(&self, database: &Database, policy: &Policy, reason: PassReason) -> Cause {
+        let found = match (reason, eligible(policy)) {
+            (PassReason::NoPath, Ok(Template { source, .. })) if !self.paths.may_send_from(*source) => {
+                Some(Cause::ForeignSource(policy.id.clone(), *source))
             }
-            _ => of_standing(policy, reason),
-        }
+            (PassReason::NoSa, _) => {
+                let narrow = database.narrow_sa(policy);
+                narrow.map(|(sa, selector)| Cause::NarrowSa { policy: policy.id.clone(), sa, selector })
+            }
+            _ => None,
+        };
+        found.unwrap_or_else(|| of_standing(policy, reason))
     }
 }
 
@@ -466,6 +478,9 @@ impl fmt::Display for Cause {
             Self::Ineligible(policy, why) => write!(f, "{policy} {why}"),
             Self::NoSa(policy) => {
                 write!(f, "{policy} has no live outbound packet-offload association on its device")
+            }
+            Self::NarrowSa { policy, sa, selector } => {
+                write!(f, "the SA of {policy} ({sa}) is for {selector} only, which is not all of its packets")
             }
             Self::DefaultBlock => f.write_str("the default policy blocks"),
             Self::NoPath(policy) => {

@@ -405,6 +405,8 @@ pub(super) trait Compiled {
     fn verdict(&self, source: IpAddr, destination: IpAddr) -> Option<Verdict>;
     /// Whether the table has a guard that is about an address.
     fn is_guarded(&self, source: IpAddr) -> bool;
+    /// A check that is about every packet, if there is one.
+    fn check_of_everything(&self) -> Option<PolicyKey>;
     fn exceptions(&self) -> &Exceptions;
     fn facts(&self) -> &AddressFacts;
 }
@@ -430,6 +432,12 @@ impl<A: Address> Compiled for FamilyCompiler<A> {
 
     fn is_guarded(&self, source: IpAddr) -> bool {
         self.guards.is_about(source)
+    }
+
+    fn check_of_everything(&self) -> Option<PolicyKey> {
+        let everything = self.family.everything();
+        let everything = Region::of(&Cell { destination: everything, source: everything })?;
+        self.plane.check_of(everything)
     }
 
     fn exceptions(&self) -> &Exceptions {

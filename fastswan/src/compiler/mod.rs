@@ -10,6 +10,7 @@
 //! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
 //! - `exceptions`: policies that ask for a protocol or ports;
 //! - `fit`: what to leave out when a table is too small;
+//! - `obstacles`: what keeps everything from being fast;
 //! - `family`: all of this for one address family.
 //!
 //! Policies that ask for a protocol or for ports are not cells but [exceptions](crate::table::Exception):
@@ -34,6 +35,7 @@ mod family;
 mod fit;
 #[cfg(any(test, fuzzing))]
 mod model;
+mod obstacles;
 mod path;
 mod plane;
 mod prefix;
@@ -55,7 +57,10 @@ use std::{collections::BTreeMap, iter};
 
 use fastswan_ebpf::PassReason;
 
-pub use self::explain::{Cause, Explanation, Flow, ParseFlowError, Shadow};
+pub use self::{
+    explain::{Cause, Explanation, Flow, ParseFlowError, Shadow},
+    obstacles::Obstacle,
+};
 use self::{
     family::{Compiled, FamilyCompiler},
     path::Paths,

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, net::IpAddr};
 
+use super::obstacles::Obstacle;
 use crate::{
     host::{HostFacts, Link, RouteKind, routing::Routing},
     policy::{Family, MacAddr, NextHop, OffloadDev, Overhead, Policy, Template},
@@ -16,6 +17,7 @@ pub(super) struct Paths {
     v4: Routing,
     v6: Routing,
     vouched: bool,
+    obstacles: Vec<Obstacle>,
 }
 
 impl Paths {
@@ -30,6 +32,7 @@ impl Paths {
             v4: host.routing(Family::V4),
             v6: host.routing(Family::V6),
             vouched: host.vouched,
+            obstacles: Obstacle::of_host(host),
         }
     }
 
@@ -38,6 +41,11 @@ impl Paths {
             Family::V4 => &self.v4,
             Family::V6 => &self.v6,
         }
+    }
+
+    /// What keeps everything, or all of a family, from being fast.
+    pub(super) fn obstacles(&self) -> &[Obstacle] {
+        &self.obstacles
     }
 
     pub(super) fn link(&self, ifindex: u32) -> Option<&Link> {

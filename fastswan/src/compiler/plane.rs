@@ -385,6 +385,13 @@ impl<A: Address> Plane<A> {
         self.cells.get(&region)
     }
 
+    /// A check that is about exactly a region, and all of its packets.
+    pub(super) fn check_of(&self, region: Region<A>) -> Option<PolicyKey> {
+        let more = self.more.get(&region).into_iter().flatten();
+        let mut own = self.cells.get(&region)?.own.iter().chain(more);
+        own.find(|policy| policy.role == Role::Check && !policy.widened).map(|policy| policy.policy)
+    }
+
     /// The first cell that contains a region.
     pub(super) fn first(&self, region: Region<A>) -> Option<&State> {
         self.tuples.iter().rev().find_map(|(destination, source)| {

@@ -28,10 +28,8 @@
 //! - (a) and all of its way have lower numbers than they,
 //! - (b) was added or changed after them: so it comes first in a chain that it shares with one of them,
 //! - (c) has prefixes at least as long: so they are in the hash of exact prefixes, whose offloaded matches hide all others,
-//!   only if it is there too, whatever the thresholds,
-//! - (d) is found before the search stops: it has a chain for both prefixes, which the kernel asks before others; or no
-//!   offloaded policy of the family has had a higher number than they, so that none that stands before the pivot is worse
-//!   than what may have been found.
+//!   only if it is there too, whatever the thresholds; and none of them is in a chain that is asked before its own (both
+//!   prefixes, source, destination, none; short prefixes have no chains of their own), so none can stop the search for it.
 //!
 //! **R7, priority alone.** Of a source that says [so](PolicyOrder::ByPriority), the best priority is the choice, if it is
 //! one, or several that lead the same way.
@@ -275,7 +273,7 @@ fn first_way(all: &[Candidate], database: &Database, terms: Terms) -> Option<(Po
             && (software.is_none() || is_told(candidate.policy, database, terms))
             && others.is_none_or(|others| others.lose_to(candidate, policy, database, terms))
     };
-    let depends_on_highest = software.is_some() || others.is_some();
+    let depends_on_highest = software.is_some();
     offloaded().any(is_pivot).then_some((best.policy, depends_on_highest))
 }
 
@@ -324,23 +322,10 @@ impl Others {
         let is_longer = selector.destination.prefix_len() >= self.destination_length
             && selector.source.prefix_len() >= self.source_length
             || is_broken(BrokenRule::ExactFirst);
-        let is_reached = has_chain_for_both(policy)
-            || self.first >= terms.highest && is_told(pivot.policy, database, terms)
-            || is_broken(BrokenRule::Stops);
-        is_newer && is_longer && is_reached
+        // The kernel takes prefixes of the unspecified address for short ones, however long they are.
+        let is_odd = |prefix: IpNet| prefix.addr().is_unspecified() && prefix.prefix_len() > 0;
+        is_newer && is_longer && !is_odd(selector.source) && !is_odd(selector.destination)
     }
-}
-
-/// Whether the kernel keeps a policy in a chain that is chosen by both prefixes, if it is not in the hash of exact ones: those
-/// it asks first (`xfrm_policy_inexact_insert_node`, `XFRM_POL_CAND_BOTH`).
-fn has_chain_for_both(policy: &Policy) -> bool {
-    let selector = &policy.id.selector;
-    let shortest = match selector.family() {
-        Family::V4 => 16,
-        Family::V6 => 48,
-    };
-    let is_long = |prefix: IpNet| prefix.prefix_len() >= shortest && !prefix.addr().is_unspecified();
-    is_long(selector.source) && is_long(selector.destination)
 }
 
 /// Whether two policies lead a packet that both match to the same associations, and out in the same way (R5). The

@@ -17,7 +17,7 @@ use crate::{
     host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
-        PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Template, Templates,
+        PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
     },
     table::{Capacity, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot},
 };
@@ -380,20 +380,21 @@ fn r6c_one_between_two_hosts_hides_newer_ones_that_are_wider() {
 }
 
 #[test]
-fn r6d_a_policy_whose_chain_is_asked_late_is_fast_only_if_nothing_worse_can_stop_the_search() {
+fn r6_worse_numbers_elsewhere_do_not_disturb_the_newest_and_best() {
     let wide = || with_priority(100, offloaded("10.0.0.0/8", "10.2.0.0/16"));
     let default = || to_peer(2, with_priority(200, offloaded("10.0.0.0/8", "0.0.0.0/0")));
     let mut scene = Scene::new().has(default()).has(wide());
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(wide().id));
-    let far_away = with_priority(300, offloaded("172.16.0.0/12", "172.16.1.0/24"));
-    scene.after(PolicyEvent::Policy(far_away.clone()));
-    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
-    scene.after(PolicyEvent::PolicyRemoved(far_away.id));
-    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed, "what is gone counts");
-    // One with a chain for both prefixes is found first.
-    let mut scene = Scene::new().has(default_tunnel(200)).has(with_priority(100, site()));
     scene.after(PolicyEvent::Policy(with_priority(300, offloaded("172.16.0.0/12", "172.16.1.0/24"))));
-    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(wide().id));
+}
+
+#[test]
+fn r6c_a_prefix_of_the_unspecified_address_is_short_to_the_kernel_however_long_it_is() {
+    let odd = with_priority(100, offloaded("::/96", "2001:db8:2::/48"));
+    let default = to_peer(2, with_priority(200, offloaded("::/64", "2001:db8::/32")));
+    let mut scene = Scene::new().has(default).has(odd);
+    assert_eq!(scene.reason("::5:1", "2001:db8:2::1"), PassReason::Shadowed);
 }
 
 /// A snapshot of a source that has no kernel behind it.
@@ -559,6 +560,27 @@ fn without_a_live_association_on_the_device_nothing_is_fast() {
     scene.after(PolicyEvent::SasFlushed(0));
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoSa);
     assert_eq!(scene.compiler.policies(&scene.database)[0].state, PolicyState::Pass(PassReason::NoSa));
+}
+
+#[test]
+fn an_association_with_a_selector_serves_policies_inside_it_and_an_explanation_names_it_otherwise() {
+    let between = |source: &str, destination: &str| {
+        let prefix = |text: &str| text.parse().unwrap();
+        SecurityAssociation {
+            selector: Some(Selector::between(prefix(source), prefix(destination)).unwrap()),
+            ..association()
+        }
+    };
+    let mut scene = Scene::new().has(site());
+    scene.after(PolicyEvent::Sa(between("10.1.0.5/16", "10.0.0.0/8")));
+    assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
+    scene.after(PolicyEvent::Sa(between("10.1.0.5/24", "10.2.0.9/24")));
+    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoSa);
+    assert_eq!(
+        explanation(&mut scene, "10.1.0.1", "10.2.0.1"),
+        "kernel (no_sa): the SA of out 10.1.0.0/16 → 10.2.0.0/16 (dst 192.0.2.2 proto 50 spi 0x00000100) is for \
+         10.1.0.5/24 → 10.2.0.9/24 only, which is not all of its packets"
+    );
 }
 
 #[test]
@@ -1134,4 +1156,63 @@ fn an_explanation_heeds_the_port_the_mark_and_the_protocol() {
     assert_eq!(reason(&flow, Some(&closed)).map(|(reason, _)| reason), Some(PassReason::NotForwarding));
     let marked = Flow { mark: 1, ..flow };
     assert_eq!(reason(&marked, Some(&lenient)).map(|(_, cause)| cause), Some(Cause::Marked));
+}
+
+#[test]
+fn what_keeps_everything_from_being_fast_is_told_once_by_name() {
+    let obstacles = |scene: &mut Scene| {
+        scene.compile();
+        let obstacles = scene.compiler.obstacles(&scene.database);
+        obstacles.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let forwarding = || {
+        let mut scene = Scene::new().has(site());
+        scene.link(LAN).forwards = Forwards { v4: true, v6: true };
+        scene
+    };
+    assert_eq!(obstacles(&mut forwarding()), [""; 0]);
+
+    let everything = with_direction(Direction::Forward, tunnel("0.0.0.0/0", "0.0.0.0/0"));
+    let mut with_ports = everything.clone();
+    with_ports.id.selector.protocol = 6;
+    assert_eq!(obstacles(&mut forwarding().has(with_ports)), [""; 0], "it is an exception");
+    let check = "the policy fwd 0.0.0.0/0 → 0.0.0.0/0 is about every packet that is forwarded, and the kernel must check it";
+    assert_eq!(obstacles(&mut forwarding().has(everything)), [check]);
+
+    let mut blocks = forwarding();
+    blocks.after(PolicyEvent::DefaultPolicy(DefaultPolicy {
+        forward: Action::Block,
+        ..DefaultPolicy::default()
+    }));
+    assert_eq!(
+        obstacles(&mut blocks),
+        ["the default policy blocks forwarded packets (`ip xfrm policy setdefault`)"]
+    );
+
+    let mut ruled = forwarding();
+    ruled.host.rules.push(Rule { family: Family::V6, priority: 220, table: None });
+    assert_eq!(
+        obstacles(&mut ruled),
+        [
+            "the rule with pref 220 for IPv6 is not for all packets or not for a table, so routes are not clear"
+        ]
+    );
+    let mut vrf = forwarding();
+    vrf.host.links.push(Link {
+        ifindex: 12,
+        name: "red".to_owned(),
+        kind: "vrf".to_owned(),
+        ..Link::default()
+    });
+    assert_eq!(obstacles(&mut vrf), ["the VRF red (#12) makes routes depend on where packets arrive"]);
+    let mut quiet = forwarding();
+    quiet.link(LAN).forwards = Forwards { v4: true, v6: false };
+    assert_eq!(obstacles(&mut quiet), ["no interface forwards IPv6"]);
+    let mut unknown = forwarding();
+    unknown.host = HostFacts::default();
+    let unknown = obstacles(&mut unknown);
+    assert!(unknown.contains(&"the routes for IPv4 are not known".to_owned()), "{unknown:?}");
+    let mut vouched = forwarding();
+    vouched.host = HostFacts::vouched();
+    assert_eq!(obstacles(&mut vouched), [""; 0]);
 }

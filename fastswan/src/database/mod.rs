@@ -19,7 +19,7 @@ use crate::{
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
     policy::{
         DefaultPolicy, Direction, Family, IPPROTO_ESP, OffloadDev, OffloadKind, Policy, PolicyId, SaId,
-        SecurityAssociation, Template,
+        SecurityAssociation, Selector, Template,
     },
 };
 
@@ -514,12 +514,28 @@ impl Database {
     ///
     /// During a rekey there are several, and the kernel does not tell which one the device takes. This is
     /// `xfrm_state_find` for a policy that is packet-offloaded, except that an unspecified address matches
-    /// only itself. A reqid of 0 matches only itself there.
+    /// only itself. A reqid of 0 matches only itself there. The kernel compares an association's own selector with
+    /// the inner packet: one counts if its selector covers the policy's.
     ///
     /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
     /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
     /// (`XFRM_STATE_INSERT`; Linux 6.12 and 7.3).
     pub fn live_sas<'a>(
+        &'a self,
+        policy: &'a Policy,
+    ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
+        let selector = &policy.id.selector;
+        self.serving(policy).filter(move |sa| sa.selector.is_none_or(|of_sa| of_sa.covers(selector)))
+    }
+
+    /// One that would be among these, but its selector covers only some of the policy's packets, or none.
+    pub(crate) fn narrow_sa(&self, policy: &Policy) -> Option<(SaId, Selector)> {
+        let mut selectors = self.serving(policy).filter_map(|sa| Some((sa.id, sa.selector?)));
+        selectors.find(|(_, of_sa)| !of_sa.covers(&policy.id.selector))
+    }
+
+    /// The associations that the device of a policy may use for some packets.
+    fn serving<'a>(
         &'a self,
         policy: &'a Policy,
     ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
@@ -591,10 +607,9 @@ impl Database {
     }
 }
 
-/// Whether the kernel would take an association with the addresses and the reqid of a template for packets of its policy,
-/// if that is offloaded to this device and has no mark.
+/// Whether the kernel would take an association with the addresses and the reqid of a template for some packets of its
+/// policy, if that is offloaded to this device and has no mark.
 fn serves(sa: &SecurityAssociation, policy: &Policy, template: &Template, device: u32) -> bool {
-    let family = policy.id.selector.family();
     sa.is_outbound_packet_offload()
         && sa.offload.is_some_and(|offload| offload.ifindex == device)
         && sa.id.protocol == IPPROTO_ESP
@@ -608,8 +623,6 @@ fn serves(sa: &SecurityAssociation, policy: &Policy, template: &Template, device
         && !sa.receives_only
         // Policies with a context are never fast, and the others do not use one with a context.
         && !sa.has_security_context
-        // One that is for some packets only is not known to be for those of the policy.
-        && sa.selector.is_none_or(|selector| selector.family() == family && selector.matches_everything())
 }
 
 fn is_candidate(policy: &Policy) -> bool {
@@ -641,10 +654,12 @@ mod tests {
     }
 
     fn live_spis(database: &Database, template: &Template) -> Vec<u32> {
+        database.live_sas(&offloaded(template)).map(|sa| sa.id.spi).collect()
+    }
+
+    fn offloaded(template: &Template) -> Policy {
         let offload = Some(OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false });
-        let policy =
-            Policy { templates: [*template].into(), offload, ..policy("10.0.1.0/24", PolicyType::Main) };
-        database.live_sas(&policy).map(|sa| sa.id.spi).collect()
+        Policy { templates: [*template].into(), offload, ..policy("10.0.1.0/24", PolicyType::Main) }
     }
 
     #[test]
@@ -855,6 +870,9 @@ mod tests {
     fn an_association_serves_only_the_policy_the_kernel_would_let_it_serve() {
         let offload = |ifindex, kind, inbound| Some(OffloadDev { ifindex, kind, inbound });
         let elsewhere = "192.0.2.9".parse().unwrap();
+        let selector = |source: &str, destination: &str| {
+            Some(Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap())
+        };
         let wrong = [
             ("not offloaded", SecurityAssociation { offload: None, ..sa(1) }),
             (
@@ -878,6 +896,14 @@ mod tests {
             ("an interface id", SecurityAssociation { if_id: 3, ..sa(1) }),
             ("for one processor", SecurityAssociation { cpu: Some(0), ..sa(1) }),
             ("that receives only", SecurityAssociation { receives_only: true, ..sa(1) }),
+            (
+                "a narrow selector",
+                SecurityAssociation { selector: selector("10.0.0.0/24", "10.0.1.0/25"), ..sa(1) },
+            ),
+            (
+                "a selector of the other family",
+                SecurityAssociation { selector: selector("::/0", "::/0"), ..sa(1) },
+            ),
             ("a security context", SecurityAssociation { has_security_context: true, ..sa(1) }),
             (
                 "a mark",
@@ -889,5 +915,27 @@ mod tests {
             database.apply(PolicyEvent::Sa(sa));
             assert_eq!(live_spis(&database, &template()), [0; 0], "{why}");
         }
+    }
+
+    #[test]
+    fn an_association_with_a_selector_serves_a_policy_that_it_covers() {
+        let covers = |source: &str, destination: &str, change: fn(&mut Selector)| {
+            let mut selector =
+                Selector::between(source.parse().unwrap(), destination.parse().unwrap()).unwrap();
+            change(&mut selector);
+            let mut database = Database::default();
+            database.apply(PolicyEvent::Sa(SecurityAssociation { selector: Some(selector), ..sa(1) }));
+            let is_narrow = database.narrow_sa(&offloaded(&template())).is_some();
+            assert_eq!(live_spis(&database, &template()).is_empty(), is_narrow);
+            !is_narrow
+        };
+        assert!(covers("0.0.0.0/0", "0.0.0.0/0", |_| {}));
+        assert!(covers("10.0.0.5/24", "10.0.1.9/24", |_| {}), "host bits do not matter");
+        assert!(covers("10.0.0.0/8", "10.0.1.0/24", |_| {}));
+        assert!(!covers("10.0.0.5/32", "10.0.1.0/24", |_| {}));
+        assert!(!covers("10.0.0.0/24", "10.0.2.0/24", |_| {}));
+        assert!(!covers("10.0.0.0/24", "10.0.1.0/24", |selector| selector.protocol = 6));
+        assert!(!covers("10.0.0.0/24", "10.0.1.0/24", |selector| selector.source_port.mask = 0xff));
+        assert!(!covers("10.0.0.0/24", "10.0.1.0/24", |selector| selector.ifindex = NIC));
     }
 }

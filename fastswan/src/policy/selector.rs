@@ -125,6 +125,15 @@ impl Selector {
         lengths == (0, 0) && !self.looks_at_upper_layer() && self.ifindex == 0
     }
 
+    /// Whether it asks for nothing but addresses, and matches every packet that another one matches.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        self.source.contains(&other.source)
+            && self.destination.contains(&other.destination)
+            && !self.looks_at_upper_layer()
+            && self.ifindex == 0
+    }
+
     /// Whether it asks for more of a packet than its addresses: a protocol or a port.
     #[must_use]
     pub fn looks_at_upper_layer(&self) -> bool {

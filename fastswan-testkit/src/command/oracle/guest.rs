@@ -44,7 +44,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     seed: u64,
     /// Breaks these rules, one after the other; 0 is none.
-    #[arg(long = "mutant", value_parser = clap::value_parser!(u8).range(0..=5))]
+    #[arg(long = "mutant", value_parser = clap::value_parser!(u8).range(0..=8))]
     broken: Vec<u8>,
     /// Judges only this kind of policies.
     #[arg(long = "set", value_parser = set)]

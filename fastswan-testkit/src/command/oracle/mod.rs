@@ -34,8 +34,8 @@ pub(crate) struct Arguments {
     seed: Option<u64>,
     /// Breaks a rule, which must be noticed: 1 ties, 2 shadowing software policies, 3 the highest priority,
     /// 4 longest prefix instead of priority, 5 descendants of a deleted policy, 6 other reqids, 7 the age of offloaded
-    /// policies, 8 where the search stops, 9 exact prefixes first. 10 is an adapter that strips policies of their offload.
-    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=10))]
+    /// policies, 8 exact prefixes first. 9 is an adapter that strips policies of their offload.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=9))]
     mutant: Option<u8>,
     /// Judges through adapters (`withhold`, `with_egress`, `merge`), nested at random.
     #[arg(long, conflicts_with = "guest")]

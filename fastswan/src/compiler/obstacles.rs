@@ -1,0 +1,139 @@
+//! What keeps everything, or all of a family, from being fast: to be said once, and not packet by packet.
+
+use std::fmt;
+
+use super::Compiler;
+use crate::{
+    database::Database,
+    host::{HostFacts, routing::Routing},
+    policy::{Action, DefaultPolicy, Family, PolicyId},
+};
+
+/// Why no packet at all, or none of a family, can be fast, whatever policies are offloaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Obstacle {
+    /// The default policy blocks packets that are forwarded, or that leave.
+    DefaultBlock(DefaultPolicy),
+    /// A forward policy, or a sub policy, is about every packet of its family, and the kernel must check it.
+    Check(PolicyId),
+    /// Nothing is known about the host: no rule of a family says which table of routes counts.
+    UnknownHost(Family),
+    /// A rule of policy routing is for some packets only, or does something else than to look up a table, so routes are not
+    /// clear.
+    Rule {
+        /// Its family.
+        family: Family,
+        /// Its priority (`pref`).
+        priority: u32,
+    },
+    /// The host has a VRF: which routes count depends on where a packet arrives.
+    Vrf {
+        /// Its interface index.
+        ifindex: u32,
+        /// Its name.
+        name: String,
+    },
+    /// No interface forwards packets of a family.
+    NotForwarding(Family),
+}
+
+impl Obstacle {
+    /// The family that cannot be fast; `None` if that is both.
+    #[must_use]
+    pub fn family(&self) -> Option<Family> {
+        match self {
+            Self::DefaultBlock(_) | Self::Vrf { .. } => None,
+            Self::Check(policy) => Some(policy.selector.family()),
+            Self::UnknownHost(family) | Self::Rule { family, .. } | Self::NotForwarding(family) => {
+                Some(*family)
+            }
+        }
+    }
+
+    /// Those that a host has.
+    pub(super) fn of_host(host: &HostFacts) -> Vec<Self> {
+        if host.vouched {
+            return Vec::new();
+        }
+        let vrfs = host.links.iter().filter(|link| link.kind == "vrf");
+        let vrfs = vrfs.map(|link| Self::Vrf { ifindex: link.ifindex, name: link.name.clone() });
+        let mut obstacles: Vec<Self> = vrfs.collect();
+        for family in [Family::V4, Family::V6] {
+            let mut rules = host.rules.iter().filter(|rule| rule.family == family).peekable();
+            if rules.peek().is_none() {
+                obstacles.push(Self::UnknownHost(family));
+                continue;
+            }
+            let unclear = rules.filter(|rule| rule.table.is_none());
+            obstacles.extend(unclear.map(|rule| Self::Rule { family, priority: rule.priority }));
+            let is_unclear = obstacles.iter().any(|other| other.family().is_none_or(|other| other == family));
+            if !is_unclear && matches!(host.routing(family), Routing::Unknown) {
+                obstacles.push(Self::UnknownHost(family));
+            }
+            let forwards = |link: &crate::host::Link| match family {
+                Family::V4 => link.forwards.v4,
+                Family::V6 => link.forwards.v6,
+            };
+            if !host.links.iter().any(forwards) {
+                obstacles.push(Self::NotForwarding(family));
+            }
+        }
+        obstacles
+    }
+}
+
+impl Compiler {
+    /// What keeps everything, or all of a family, from being fast, apart from policies that are not offloaded and
+    /// associations that are not there; for a log and for a status. Of what the database says, as it was compiled last.
+    #[must_use]
+    pub fn obstacles(&self, database: &Database) -> Vec<Obstacle> {
+        let mut obstacles = self.paths.obstacles().to_vec();
+        if !database.is_current() {
+            return obstacles;
+        }
+        let default_policy = database.default_policy();
+        if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
+            obstacles.push(Obstacle::DefaultBlock(default_policy));
+        }
+        let checks = [Family::V4, Family::V6].into_iter().filter_map(|family| {
+            let check = database.policy_with_key(self.family(family).check_of_everything()?)?;
+            Some(Obstacle::Check(check.id.clone()))
+        });
+        obstacles.extend(checks);
+        obstacles
+    }
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |family: &Family| match family {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        };
+        match self {
+            Self::DefaultBlock(DefaultPolicy { forward: Action::Block, .. }) => {
+                f.write_str("the default policy blocks forwarded packets (`ip xfrm policy setdefault`)")
+            }
+            Self::DefaultBlock(_) => {
+                f.write_str("the default policy blocks packets that leave (`ip xfrm policy setdefault`)")
+            }
+            Self::Check(policy) => {
+                write!(
+                    f,
+                    "the policy {policy} is about every packet that is forwarded, and the kernel must check it"
+                )
+            }
+            Self::UnknownHost(family) => write!(f, "the routes for {} are not known", name(family)),
+            Self::Rule { family, priority } => write!(
+                f,
+                "the rule with pref {priority} for {} is not for all packets or not for a table, so routes are not clear",
+                name(family)
+            ),
+            Self::Vrf { ifindex, name } => {
+                write!(f, "the VRF {name} (#{ifindex}) makes routes depend on where packets arrive")
+            }
+            Self::NotForwarding(family) => write!(f, "no interface forwards {}", name(family)),
+        }
+    }
+}
