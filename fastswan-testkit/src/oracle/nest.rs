@@ -56,13 +56,13 @@ impl Nest {
             Self::Plain => leaf()?,
             Self::Withhold(nest, salt) => {
                 let salt = *salt;
-                Box::new(nest.build(leaf)?.withhold(move |policy| lot(&policy.id, salt) % 8 == 0))
+                Box::new(nest.build(leaf)?.withhold(move |policy| lot(&policy.id, salt).is_multiple_of(8)))
             }
             Self::WithEgress(nest, salt) => {
                 let salt = *salt;
                 let next_hop = NextHop::Fixed { source: MacAddr::default(), destination: MacAddr([4; 6]) };
                 Box::new(nest.build(leaf)?.with_egress(move |policy| {
-                    let is_chosen = lot(&policy.id, salt) % 8 == 0;
+                    let is_chosen = lot(&policy.id, salt).is_multiple_of(8);
                     if is_chosen { Egress { next_hop, ..policy.egress } } else { policy.egress }
                 }))
             }
@@ -110,6 +110,7 @@ impl PolicySource for Changed {
         loop {
             let mut event = self.source.next_event().await?;
             match &mut event {
+                #[expect(clippy::collapsible_match, reason = "a guard cannot change the policy")]
                 Some(PolicyEvent::Policy(policy)) => {
                     if !(self.change)(policy, self.salt) {
                         continue;

@@ -20,9 +20,10 @@ use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 use super::{Action, HoldId, HoldTarget, Input, Mirror, mutation::Mutation};
 use crate::{
     MemoryTable, OffloadTable as _, Policy, PolicyEvent, PolicyId, SecurityAssociation, Selector, Snapshot,
+    compiler::Flow,
     event::StaleCause,
     host::{HostEvent, HostFacts, HostStaleCause, Link},
-    policy::{Direction, Egress, NextHop, OffloadDev, OffloadKind, Template},
+    policy::{Direction, Egress, Family, NextHop, OffloadDev, OffloadKind, Overhead, Template},
     table::{ReadBack as _, Removals, Slot, TableConfig, Verdict},
 };
 
@@ -426,9 +427,11 @@ impl World {
         while !self.holds.is_empty() {
             self.step(Step::Release)?;
         }
-        for step in
-            [Step::Resynchronise, Step::Tell, Step::Turn, Step::ResynchroniseHost, Step::Turn, Step::Turn]
-        {
+        for step in [Step::Resynchronise, Step::Tell, Step::Turn, Step::ResynchroniseHost] {
+            self.step(step)?;
+        }
+        // Removals that begin while others settle are settled next.
+        for step in [Step::Wait(1), Step::Turn].repeat(4) {
             self.step(step)?;
         }
         let ends_soon = |expires: Option<u64>| expires.is_some_and(|expires| expires <= self.seconds() + 2);
@@ -437,7 +440,9 @@ impl World {
                 && !self.has_failed
                 && self.present[usize::from(which)].is_some_and(|expires| !ends_soon(expires));
             if self.is_fast(which) != expected {
-                return Err(format!("in the end {which} is to be fast: {expected}"));
+                let [source, destination] = [1, 2].map(|side| [10, side, which, 9].into());
+                let explanation = self.mirror.explain(&Flow::between(source, destination));
+                return Err(format!("in the end {which} is to be fast: {expected}; {explanation}"));
             }
         }
         Ok(())
@@ -464,11 +469,9 @@ fn policy(which: u8) -> Policy {
 }
 
 fn sa(which: u8) -> SecurityAssociation {
-    let spi = u32::from(which) + 256;
-    SecurityAssociation {
-        offload: policy(which).offload,
-        ..SecurityAssociation::for_template(&template(which), spi)
-    }
+    let overhead = Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16));
+    let sa = SecurityAssociation::for_template(&template(which), u32::from(which) + 256);
+    SecurityAssociation { offload: policy(which).offload, overhead, ..sa }
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -531,6 +534,14 @@ proptest! {
             prop_assert!(false, "{wrong}");
         }
     }
+}
+
+/// It may have been asked before, at the same moment.
+#[test]
+fn a_source_that_was_asked_at_the_moment_of_settling_is_asked_again() {
+    let steps = [Step::Add(2), Step::Turn, Step::RemoveSeen(2), Step::LookForRemovals, Step::Look];
+    let then = [Step::Ask(Input::Policies), Step::Act(4), Step::Act(4), Step::Wait(10)];
+    run(&[&steps[..], &then[..]].concat(), None).unwrap();
 }
 
 #[test]

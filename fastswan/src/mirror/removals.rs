@@ -49,10 +49,11 @@ impl Pending {
         matches!(self.stage, Stage::Settled(..))
     }
 
-    /// The removals to acknowledge, if the source, asked then, had nothing more to tell, and all of it is written.
+    /// The removals to acknowledge, if the source, asked afterwards, had nothing more to tell, and all of it is written.
     pub(super) fn acknowledge(&mut self, asked: Option<Instant>) -> Option<u64> {
         let Stage::Settled(removals, at) = self.stage else { return None };
-        asked.filter(|asked| *asked >= at).map(|_| {
+        // At the same moment it may have been asked before.
+        asked.filter(|asked| *asked > at).map(|_| {
             self.stage = Stage::Idle;
             self.acknowledged = removals;
             removals

@@ -77,8 +77,12 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
     (vec(any_policy(), 0..5), vec(any_sa(), 0..4), default_policy).prop_map(
         |(policies, sas, default_policy)| {
             let mut database = Database::default();
-            policies.into_iter().for_each(|policy| database.apply(PolicyEvent::Policy(policy)));
-            sas.into_iter().for_each(|sa| database.apply(PolicyEvent::Sa(sa)));
+            for policy in policies {
+                database.apply(PolicyEvent::Policy(policy));
+            }
+            for sa in sas {
+                database.apply(PolicyEvent::Sa(sa));
+            }
             Snapshot { default_policy, ..database.snapshot() }
         },
     )
