@@ -54,6 +54,20 @@ pub enum Freshness {
 /// All policies and security associations, and what happens to packets without a policy.
 ///
 /// It also remembers what has changed lately, so that a [`Compiler`](crate::Compiler) need not look at everything.
+///
+/// ```
+/// use fastswan::{Database, Policy, PolicyEvent, PolicyId, Selector, Snapshot, policy::Direction};
+///
+/// let mut database = Database::default();
+/// assert!(!database.is_current(), "nothing was told so far");
+/// database.apply(PolicyEvent::Snapshot(Snapshot::default()));
+///
+/// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// let policy = Policy::new(PolicyId::new(Direction::Out, selector));
+/// database.apply(PolicyEvent::Policy(policy.clone()));
+/// assert_eq!(database.policy(&policy.id), Some(&policy));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Database {
     policies: Stored<PolicyKey, Policy>,

@@ -80,6 +80,21 @@ impl<T: OffloadTable + Ports + TableCounters + Devices> GatewayTable for T {}
 
 /// Keeps a table equal to what two sources say, and the program attached. The [crate's documentation](crate) shows one at
 /// work.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fastswan::{Gateway, MemoryTable, StaticSource, VouchedHost, table::TableConfig};
+///
+/// let table = MemoryTable::new(&TableConfig::default());
+/// let mut gateway = Gateway::new(StaticSource::new(&[]), VouchedHost::new(), table);
+/// gateway.synchronise().await?;
+/// println!("{}", gateway.status());
+/// // Once it has run, what it was made of can be had back.
+/// assert!(gateway.into_parts().is_some());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Gateway<S, H, T: OffloadTable> {
     mirror: Mirror,

@@ -52,6 +52,19 @@ const MOST_UNREAD: usize = 1 << 20;
 const MOST_LOOKED_AT: usize = 64;
 
 /// How a [`NetlinkSource`] listens.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use fastswan::{NetlinkSource, source::NetlinkConfig};
+///
+/// # async fn run() -> Result<(), fastswan::SourceError> {
+/// let config = NetlinkConfig::default().receive_buffer(32 << 20).audit(Some(Duration::from_secs(300)));
+/// let source = NetlinkSource::with_config(config)?;
+/// # drop(source);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetlinkConfig {
     receive_buffer: usize,
@@ -146,6 +159,24 @@ pub struct NetlinkStatistics {
 /// The policies and associations of the running kernel, in the network namespace of the thread that opens it.
 ///
 /// Needs no privilege to listen to a user's own namespace; reading them takes `CAP_NET_ADMIN`.
+///
+/// Needs Linux with `CONFIG_XFRM_USER`; policies that are packet-offloaded exist from Linux 6.2 on.
+///
+/// ```no_run
+/// use fastswan::{NetlinkSource, PolicyEvent, PolicySource as _};
+///
+/// # async fn run() -> Result<(), fastswan::SourceError> {
+/// let mut source = NetlinkSource::open()?;
+/// while let Some(event) = source.next_event().await? {
+///     match event {
+///         PolicyEvent::Snapshot(all) => println!("{} policies", all.policies.len()),
+///         PolicyEvent::Stale(cause) => println!("{}: what was told no longer counts", cause.name()),
+///         _ => {}
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct NetlinkSource {
     config: NetlinkConfig,

@@ -23,7 +23,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// everything again, at most ten times a second. A neighbour that is only heard from again is no change. Of other sysctls
 /// the kernel does not tell: they are known as they were when something else changed last.
 ///
-/// Needs no privilege, but without `CAP_NET_ADMIN` it may read what a link loses while the kernel still takes it away.
+/// Needs Linux; from 6.3 on it hears whether devices take redirected frames. Needs no privilege, but without `CAP_NET_ADMIN` it may read what a link loses while the kernel still takes it away.
 ///
 /// ```no_run
 /// use fastswan::{HostEvent, HostSource as _, NetlinkHost};
