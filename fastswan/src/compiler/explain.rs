@@ -146,7 +146,7 @@ pub enum Cause {
     Marked,
     /// The two addresses are of different families.
     MixedFamilies,
-    /// Nobody has declared the port, or it does not forward the family.
+    /// The port is not known to the table, or it does not forward the family.
     Port,
     /// The address is one that is never forwarded: loopback, multicast, link-local and the like.
     Special(IpAddr),

@@ -88,7 +88,8 @@ pub struct Database {
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
     journal: Journal,
-    /// The packet-offloaded outbound policies that were removed since somebody asked; `None` if nobody will.
+    /// The packet-offloaded outbound policies that were removed since the last question; `None` without
+    /// questions.
     departed: Option<Vec<(PolicyKey, PolicyId)>>,
 }
 
@@ -508,7 +509,7 @@ impl Database {
     }
 
     /// Whether the source has told of a policy since the last snapshot. If it is packet-offloaded, the kernel put it at the
-    /// head of its chain then: what is older than a snapshot stands in an order that nobody knows.
+    /// head of its chain then: what is older than a snapshot stands in an unknown order.
     pub(crate) fn is_told(&self, policy: PolicyKey) -> bool {
         self.age(policy) > 0
     }

@@ -93,7 +93,7 @@ impl XdpForwarder {
     ///
     /// Attach it before the gateway runs. At first everything passes, so that what began before is caught up with, too.
     /// A removal in another network namespace shuts the fast path as well. Several guards may be attached at a time.
-    /// Whoever writes the table without a gateway acknowledges removals ([`OffloadTable::acknowledge`]).
+    /// A driver without a gateway acknowledges removals ([`OffloadTable::acknowledge`]).
     ///
     /// [`OffloadTable::acknowledge`]: crate::OffloadTable::acknowledge
     ///

@@ -3,7 +3,7 @@
 //! The bytecode is part of the crate: building it takes no eBPF tools. Loading gives the program's table,
 //! which a gateway fills.
 //!
-//! A [`Gateway`](crate::Gateway) that is given the forwarder ([`with_forwarder`](crate::Gateway::with_forwarder)) does the rest:
+//! A [`Gateway`](crate::Gateway) that has the forwarder ([`with_forwarder`](crate::Gateway::with_forwarder)) does the rest:
 //!
 //! ```no_run
 //! use fastswan::{Gateway, NetlinkHost, NetlinkSource, XdpForwarder};
@@ -19,13 +19,15 @@
 //! # }
 //! ```
 //!
-//! A driver of your own keeps this order: [load](XdpForwarder::load), [resolve](XdpForwarder::resolve) the interfaces, tell the table about their
-//! ports ([`HostFacts::ports`](crate::HostFacts::ports)), fill it, then [attach](XdpForwarder::attach), or [take over](XdpForwarder::attach_pinned) from an earlier process.
-//! The first packet that meets the program then finds all that it needs. As long as it runs,
-//! [look again](XdpForwarder::check_ports) when links change, and [attach again](XdpForwarder::reattach) what came back.
+//! A driver of your own keeps this order: [load](XdpForwarder::load), [resolve](XdpForwarder::resolve) the interfaces,
+//! tell the table about their ports ([`HostFacts::ports`](crate::HostFacts::ports)), fill it, then
+//! [attach](XdpForwarder::attach), or [take over](XdpForwarder::attach_pinned) from an earlier process. The first packet
+//! that meets the program then finds all that it needs. As long as it runs, [look again](XdpForwarder::check_ports) when
+//! links change, and [attach again](XdpForwarder::reattach) what came back.
 //!
-//! Rooms: `load`; `hook`, what the kernel attaches programs to; `attach`, which interface is meant and how; `port`, whether it is
-//! suitable; `pins`, what outlives a process; `takeover`, all ports or none; `reattach`; `supersession`; `run`; the guard.
+//! Rooms: `load`; `hook`, what the kernel attaches programs to; `attach`, which interface is meant and how; `port`,
+//! whether it is suitable; `pins`, what outlives a process; `takeover`, all ports or none; `reattach`; `supersession`;
+//! `run`; the guard.
 
 use std::path::{Path, PathBuf};
 
@@ -193,7 +195,7 @@ impl XdpForwarder {
     /// What the earlier one counted is added to this table's counters, those of policies to the policies with the same
     /// [index](crate::Policy::index). So tell the table about the ports ([`Self::resolve`]) and fill it before, and
     /// do not write to it meanwhile; [`Gateway::pinned_in`](crate::Gateway::pinned_in) has all of this done. An earlier
-    /// process that is still there, or wakes up later, goes on writing to its own maps, which nobody reads:
+    /// process that is still there, or wakes up later, goes on writing to its own maps, which no attached program reads:
     /// [`Self::superseded`] tells it.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use crate::{
     mirror::{HoldId, HoldTarget},
 };
 
-/// Commands that wait at the most. Whoever has another one waits.
+/// Commands that wait at the most. The sender of another one waits.
 const WAITING: usize = 64;
 
 /// Asks and commands a gateway while it runs, from any thread, and from any executor. Clones are for the same gateway.

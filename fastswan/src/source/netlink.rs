@@ -108,7 +108,7 @@ impl NetlinkConfig {
         DumpConfig { receive_buffer: self.receive_buffer, count_larval: self.count_larval }
     }
 
-    /// Believes messages that another process sent. For tests only: whoever has `CAP_NET_ADMIN` in the
+    /// Believes messages that another process sent. For tests only: a process with `CAP_NET_ADMIN` in the
     /// namespace can then make packets leave in clear.
     #[cfg(feature = "untrusted-netlink-senders")]
     #[must_use]
@@ -180,7 +180,7 @@ pub struct NetlinkStatistics {
 #[derive(Debug)]
 pub struct NetlinkSource {
     config: NetlinkConfig,
-    /// Whoever polls, it is asked in the namespace that it was opened in.
+    /// On whatever thread it is polled, the kernel is asked in the namespace that it was opened in.
     anchor: Anchor,
     notifications: NetlinkSocket,
     links: Links,
@@ -558,7 +558,7 @@ impl PolicySource for NetlinkSource {
         }))
     }
 
-    /// Whoever removes something counts first and notifies afterwards, and there are three who do. What is asked for by
+    /// A removal is counted first and notified of afterwards, and there are three kinds. What is asked for by
     /// netlink or `PF_KEY` is done, notification included, under a lock that each request takes. What happens to links
     /// is done under another (RTNL). And what expires does so in a softirq, which a grace period outlasts.
     fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {

@@ -36,7 +36,7 @@ struct Part<'a> {
 /// only its own, and its associations serve its own policies only.
 ///
 /// When two sources say different things about one policy, packets that it matches pass
-/// ([`disputed`](Policy::disputed)): nobody knows which of them the kernel has. One association of which they say
+/// ([`disputed`](Policy::disputed)): which of them the kernel has is not known. One association of which they say
 /// different things serves none. The default policy blocks if any source says so. Priority alone decides if that is so in
 /// each source ([`PolicyOrder`]). A change of a policy that several sources tell of costs a snapshot, since the order in the
 /// kernel is not known then. The whole is stale as long as one source is, and ends when all have.
