@@ -58,6 +58,8 @@ impl fmt::Display for Interface {
 
 /// Where and how to attach the program.
 ///
+/// Needs Linux 6.12, as the [forwarder](super::XdpForwarder) does.
+///
 /// ```
 /// use fastswan::forwarder::{AttachConfig, AttachMode};
 ///

@@ -81,6 +81,8 @@ impl<T: OffloadTable + Ports + TableCounters + Devices> GatewayTable for T {}
 /// Keeps a table equal to what two sources say, and the program attached. The [crate's documentation](crate) shows one at
 /// work.
 ///
+/// Needs no kernel by itself; with a `BpfTable` or netlink sources, what these need.
+///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
