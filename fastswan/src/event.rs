@@ -34,6 +34,14 @@ pub enum PolicyEvent {
 }
 
 /// Everything a source knows at one moment.
+///
+/// ```
+/// use fastswan::{PolicyOrder, Snapshot};
+///
+/// // Of a source that has no kernel behind it, whose author says that priority alone decides.
+/// let snapshot = Snapshot { order: PolicyOrder::ByPriority, ..Snapshot::default() };
+/// assert!(snapshot.policies.is_empty());
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// All policies of the namespace: offloaded or not, of every direction.

@@ -7,39 +7,61 @@
 //!
 //! # Layers
 //!
-//! Data goes one way:
+//! Data goes one way, from sources to a table. In the order of the layers, each with what it guarantees to the next:
 //!
-//! - [`policy`]: policies, selectors, templates and security associations, in the kernel's terms.
-//! - [`source`]: a [`PolicySource`] says what policies there are, first all of them, then each change.
-//!   [`NetlinkSource`] asks the running kernel; [`StaticSource`] and [`ChannelSource`] are told by you; write
-//!   your own for anything else, or change what another says with [`PolicySourceExt`].
-//! - [`host`]: [`HostFacts`] tell what the host does with addresses: what is its own, what is routed where.
-//! - [`database`]: a [`Database`] holds what a source has said.
-//! - [`compiler`]: a [`Compiler`] decides which packets may be fast. Neither it nor the database does I/O.
-//! - [`table`]: an [`OffloadTable`] holds the decisions. [`BpfTable`] is what the XDP program reads,
-//!   [`MemoryTable`] is for tests and simulations.
-//! - [`forwarder`]: an [`XdpForwarder`] loads the program, attaches it and detaches it.
-//! - [`gateway`]: a [`Gateway`] is the loop that joins a source to a table.
+//! **[`policy`], [`event`], [`host`]** are plain data: policies, selectors, templates and associations in the kernel's
+//! terms, what sources say of them, and [`HostFacts`], what the host does with addresses.
 //!
-//! Most users need the last two, and a source:
+//! **[`source`]**: a [`PolicySource`] tells policies and associations, first all of them, then each change; a
+//! [`HostSource`] does so of the host. Each says explicitly whether it has caught up, and, when it loses track, says
+//! that at once. `NetlinkSource` and `NetlinkHost` ask the running kernel, in the network namespace in which they were
+//! opened; [`StaticSource`], `ChannelSource` and [`VouchedHost`] are told by you. Write your own for anything else.
+//! Adapters ([`PolicySourceExt`]) only take away: no packet is fast through one that would not be fast without.
+//!
+//! **[`database`]**: a [`Database`] is what a source has told, each policy and association once, and knows whether that
+//! is current.
+//!
+//! **[`compiler`]**: a [`Compiler`] says which region of packet space may be fast. A region is fast only if the
+//! kernel's choice among policies is certain; if the table is too small, more passes. The same input gives the same
+//! output.
+//!
+//! **[`mirror`]**: a [`Mirror`](mirror::Mirror) guarantees the order: nothing is fast while an input is stale or
+//! something that was told is not written, and the lease ends one lease after the sources were asked. Database,
+//! compiler and mirror do no I/O and have no clock.
+//!
+//! **[`table`]**: an [`OffloadTable`] holds the decisions, and a packet sees all of an update or nothing of it.
+//! `BpfTable` is read by the XDP program, [`MemoryTable`] is for tests and simulations.
+//!
+//! **`forwarder`**: an `XdpForwarder` loads the program, attaches it to suitable interfaces only, pins it, takes over all
+//! ports or none, and detaches it.
+//!
+//! **`gateway`**: a `Gateway` drives a mirror with tokio, and attaches the program when the table holds everything.
+//! While it runs, a `GatewayHandle` tells its status and takes commands from any thread.
+//!
+//! A typical user touches the gateway and its handle, the forwarder's `AttachConfig`, and two sources:
 //!
 #![cfg_attr(feature = "bpf", doc = "```no_run")]
 #![cfg_attr(not(feature = "bpf"), doc = "```ignore")]
-//! use fastswan::{Gateway, HostFacts, NetlinkSource, XdpForwarder};
-//! use fastswan::{forwarder::AttachConfig, table::{Ports as _, TableConfig}};
+//! use fastswan::{Gateway, NetlinkHost, NetlinkSource, XdpForwarder};
+//! use fastswan::{forwarder::AttachConfig, table::TableConfig};
 //!
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-//! let host = HostFacts::read()?;
-//! let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;
-//! let attachment = forwarder.attach(&AttachConfig::new("lan0"))?;
-//! for port in host.ports(attachment.ifindex) {
-//!     table.set_port(&port)?;
-//! }
-//! let mut gateway = Gateway::new(NetlinkSource::open()?, table, &host);
-//! gateway.run_until(std::future::pending()).await?;
+//! let (forwarder, table) = XdpForwarder::load(TableConfig::default())?;
+//! let mut gateway = Gateway::new(NetlinkSource::open()?, NetlinkHost::open()?, table)
+//!     .with_forwarder(forwarder, ["lan0", "nic0"].map(AttachConfig::new))?;
+//! let handle = gateway.handle();
+//! let stop = async {
+//!     // Elsewhere, on any thread, as often as you like.
+//!     if let Ok(status) = handle.status().await {
+//!         println!("{status}");
+//!     }
+//! };
+//! gateway.run_until(stop).await?;
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Errors say what was tried, on which object, why it failed and what to do: print them with `{error}`.
 //!
 //! # Before you rely on it
 //!
@@ -48,21 +70,22 @@
 //!
 //! **Lag.** The kernel changes a device first and tells user space afterwards. Between the two a packet may still be
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
-//! for what is removed; for policies that come it stays.
+//! for what is removed, and `GatewayHandle::hold` for removals that you plan; for policies that come it stays.
 //!
-//! **Host facts** are read once. Read them again when [`NetlinkHost`] says that links, addresses, routes,
-//! rules or neighbours have changed; it is not told of sysctls.
+//! **Host facts** are followed. When links, addresses, routes, rules, neighbours or the sysctls `forwarding` and
+//! `rp_filter` change, all is read again, at most ten times a second, and everything passes meanwhile. The kernel does
+//! not notify of other sysctls, such as `disable_xfrm`: they are read with the next other change.
 //!
 //! # Features
 //!
 //! Features only add. By default there are `bpf` and `netlink`.
 //!
-//! - `netlink`: the kernel as a source, and what it tells of the host. Linux only; brings `tokio`.
-//! - `bpf`: [`forwarder`] and `BpfTable`, which ask the kernel about devices; brings `netlink`.
-//! - `tokio`: [`gateway`] and `ChannelSource`.
-//! - `serde`: `StaticSource::from_toml`, with `netlink`, which finds interfaces by name.
-//! - `metrics`: a gateway records its [`metrics`].
-//! - `guard`: `XdpForwarder::attach_guard`.
+//! - `netlink`: the kernel as a source of policies and of host facts. Linux only; brings `tokio`.
+//! - `bpf`: `forwarder` and `BpfTable`, which ask the kernel about devices; brings `netlink`.
+//! - `tokio`: `gateway` and `ChannelSource`, on any platform.
+//! - `serde`: a status can be serialised; with `netlink`, which finds interfaces by name, `StaticSource::from_toml`.
+//! - `metrics`: a gateway records its `metrics`; brings `tokio`.
+//! - `guard`: `XdpForwarder::attach_guard`; brings `bpf`.
 //! - `untrusted-netlink-senders`: for tests only; lets a netlink source believe processes.
 //! - `broken-rules`: for the oracle of the testkit only; lets a compiler break the promise on purpose.
 //!
@@ -70,7 +93,11 @@
 //! [`MemoryTable`], [`mirror`] and the sources that do no I/O. That builds on any platform, for simulations, tests and
 //! drivers of your own.
 //!
-//! Needs 64-bit Linux 6.2 or later and, for the forwarder, `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
+//! # Requirements
+//!
+//! The forwarder needs 64-bit Linux 6.12 or later, or an explicit opt-in (`LoadConfig::allow_unjudged_kernel`), since
+//! no test has compared the decisions with those of older kernels; and `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_PERFMON`.
+//! The crate needs Rust 1.88.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "rooms below serve those that are left out"))]

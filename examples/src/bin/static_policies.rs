@@ -1,4 +1,4 @@
-//! Policies from a file instead of the kernel, for whoever sets up their NIC by other means.
+//! Policies from a file instead of the kernel, for NICs that are set up by other means.
 //!
 //! Run as root: `cargo run --bin static_policies -- examples/static_policies.toml lan0 nic0`
 

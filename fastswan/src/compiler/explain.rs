@@ -19,6 +19,17 @@ use crate::{
 };
 
 /// A packet that arrives, as far as its fate depends on more than its own shape.
+///
+/// ```
+/// use fastswan::compiler::Flow;
+///
+/// let flow: Flow = "10.1.0.5 10.2.0.9 17 1000 2000".parse()?;
+/// assert_eq!((flow.protocol, flow.destination_port), (17, 2000));
+/// // What comes in on the interface with index 2, without a VLAN tag.
+/// let flow = Flow { ingress: Some((2, 0)), ..flow };
+/// # let _ = flow;
+/// # Ok::<(), fastswan::compiler::ParseFlowError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Flow {
     /// Interface index and VLAN id (0 for none) that it comes in on; `None` leaves that out of account.
@@ -77,6 +88,19 @@ pub struct ParseFlowError {
 }
 
 /// Whether a packet is fast, and why.
+///
+/// ```
+/// use fastswan::compiler::{Explanation, Flow};
+/// use fastswan::{Compiler, Database, PassReason, table::TableConfig};
+///
+/// let compiler = Compiler::new(TableConfig::default().capacity());
+/// let flow = Flow::between("10.1.0.5".parse()?, "10.2.0.9".parse()?);
+/// // No source has told anything.
+/// let explanation = compiler.explain(&Database::default(), &flow, None);
+/// assert!(matches!(explanation, Explanation::Pass { reason: PassReason::Disabled, .. }));
+/// println!("{explanation}");
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Explanation {
@@ -122,7 +146,7 @@ pub enum Cause {
     Marked,
     /// The two addresses are of different families.
     MixedFamilies,
-    /// Nobody has declared the port, or it does not forward the family.
+    /// The port is not known to the table, or it does not forward the family.
     Port,
     /// The address is one that is never forwarded: loopback, multicast, link-local and the like.
     Special(IpAddr),

@@ -79,6 +79,29 @@ use crate::{
 ///
 /// Each call of [`compile`](Self::compile) returns what has changed since the call before, so every update must
 /// reach the table. When a table is replaced by an empty one, start with a new compiler.
+///
+/// ```
+/// use fastswan::policy::{Egress, NextHop};
+/// use fastswan::{Compiler, Database, HostFacts, MemoryTable, OffloadTable as _, PolicySource as _};
+/// use fastswan::{Selector, StaticSource, source::fixed::StaticPolicy, table::TableConfig};
+///
+/// # futures::executor::block_on(async {
+/// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// let tunnel = StaticPolicy::new(selector, 7, "192.0.2.1".parse()?, "192.0.2.2".parse()?)
+///     .egress(Egress { next_hop: NextHop::Device, max_length: Some(1400) });
+/// let mut source = StaticSource::new(&[tunnel]);
+///
+/// let mut table = MemoryTable::new(&TableConfig::default());
+/// let (mut database, mut compiler) = (Database::default(), Compiler::new(table.capacity()));
+/// compiler.set_host(&HostFacts::vouched());
+/// while let Some(event) = source.next_event().await? {
+///     database.apply(event);
+///     table.apply(&compiler.compile(&database))?;
+/// }
+/// assert_eq!(compiler.fast_policies(&database), 1);
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// # }).unwrap();
+/// ```
 #[derive(Debug)]
 pub struct Compiler {
     capacity: Capacity,

@@ -54,6 +54,20 @@ pub enum Freshness {
 /// All policies and security associations, and what happens to packets without a policy.
 ///
 /// It also remembers what has changed lately, so that a [`Compiler`](crate::Compiler) need not look at everything.
+///
+/// ```
+/// use fastswan::{Database, Policy, PolicyEvent, PolicyId, Selector, Snapshot, policy::Direction};
+///
+/// let mut database = Database::default();
+/// assert!(!database.is_current(), "nothing was told so far");
+/// database.apply(PolicyEvent::Snapshot(Snapshot::default()));
+///
+/// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// let policy = Policy::new(PolicyId::new(Direction::Out, selector));
+/// database.apply(PolicyEvent::Policy(policy.clone()));
+/// assert_eq!(database.policy(&policy.id), Some(&policy));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Database {
     policies: Stored<PolicyKey, Policy>,
@@ -74,7 +88,8 @@ pub struct Database {
     offloaded_v4: Offloaded,
     offloaded_v6: Offloaded,
     journal: Journal,
-    /// The packet-offloaded outbound policies that were removed since somebody asked; `None` if nobody will.
+    /// The packet-offloaded outbound policies that were removed since the last question; `None` without
+    /// questions.
     departed: Option<Vec<(PolicyKey, PolicyId)>>,
 }
 
@@ -494,7 +509,7 @@ impl Database {
     }
 
     /// Whether the source has told of a policy since the last snapshot. If it is packet-offloaded, the kernel put it at the
-    /// head of its chain then: what is older than a snapshot stands in an order that nobody knows.
+    /// head of its chain then: what is older than a snapshot stands in an unknown order.
     pub(crate) fn is_told(&self, policy: PolicyKey) -> bool {
         self.age(policy) > 0
     }

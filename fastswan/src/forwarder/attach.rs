@@ -58,6 +58,8 @@ impl fmt::Display for Interface {
 
 /// Where and how to attach the program.
 ///
+/// Needs Linux 6.12, as the [forwarder](super::XdpForwarder) does.
+///
 /// ```
 /// use fastswan::forwarder::{AttachConfig, AttachMode};
 ///
@@ -87,7 +89,7 @@ impl AttachConfig {
         self
     }
 
-    /// States that whoever sends to this software port (veth, tap, bridge) sends complete frames: TX checksum
+    /// States that the sender to this software port (veth, tap, bridge) sends complete frames: TX checksum
     /// and TX VLAN offload are off there. XDP cannot tell, and a packet forwarded without its checksum is lost. What is
     /// switched on later and can be seen from here is a [`PortProblem`].
     #[must_use]

@@ -217,7 +217,7 @@ impl ForwarderError {
     }
 }
 
-/// What keeps an XDP program of somebody else attached.
+/// What keeps a foreign XDP program attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HeldBy {

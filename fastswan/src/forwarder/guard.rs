@@ -29,7 +29,22 @@ const HOOKS: [(&str, &str); 3] = [
 /// associations. A kernel without `CONFIG_XFRM_MIGRATE` has no such function, and moves nothing.
 const MIGRATION: (&str, &str) = ("fastswan_guard_migration", "xfrm_migrate");
 
-/// Shuts the fast path before the kernel removes policies, associations or devices, as long as it is kept.
+/// Shuts the fast path before the kernel removes policies, associations or devices, or moves policies and associations to
+/// other addresses, as long as it is kept.
+///
+/// Needs Linux 6.12 with BTF and function tracing.
+///
+/// ```no_run
+/// use fastswan::{XdpForwarder, table::TableConfig};
+///
+/// let (mut forwarder, table) = XdpForwarder::load(TableConfig::default())?;
+/// let guard = forwarder.attach_guard();
+/// if let Err(error) = &guard {
+///     println!("packets follow removals with a lag: {error}");
+/// }
+/// # drop((table, guard));
+/// # Ok::<(), fastswan::forwarder::ForwarderError>(())
+/// ```
 #[derive(Debug)]
 #[must_use = "dropping it detaches the guard"]
 pub struct Guard {
@@ -78,7 +93,7 @@ impl XdpForwarder {
     ///
     /// Attach it before the gateway runs. At first everything passes, so that what began before is caught up with, too.
     /// A removal in another network namespace shuts the fast path as well. Several guards may be attached at a time.
-    /// Whoever writes the table without a gateway acknowledges removals ([`OffloadTable::acknowledge`]).
+    /// A driver without a gateway acknowledges removals ([`OffloadTable::acknowledge`]).
     ///
     /// [`OffloadTable::acknowledge`]: crate::OffloadTable::acknowledge
     ///

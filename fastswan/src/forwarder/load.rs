@@ -43,6 +43,8 @@ const MOST_SLOTS: u32 = 1 << 24;
 
 /// How to load the program.
 ///
+/// Needs Linux 6.12, or [`allow_unjudged_kernel`](Self::allow_unjudged_kernel).
+///
 /// ```no_run
 /// use fastswan::{XdpForwarder, forwarder::LoadConfig, table::TableConfig};
 ///

@@ -1,32 +1,33 @@
 //! Loads the XDP program, attaches it to interfaces and detaches it.
 //!
 //! The bytecode is part of the crate: building it takes no eBPF tools. Loading gives the program's table,
-//! which the caller fills, usually through a [`Gateway`](crate::Gateway).
+//! which a gateway fills.
 //!
-//! In which order: [load](XdpForwarder::load), [resolve](XdpForwarder::resolve) the interfaces, tell the table about their
-//! ports, fill it, then [attach](XdpForwarder::attach), or [take over](XdpForwarder::attach_pinned) from an earlier process.
-//! The first packet that meets the program then finds all that it needs. As long as it runs,
-//! [look again](XdpForwarder::check_ports) when links change, and [attach again](XdpForwarder::reattach) what came back.
+//! A [`Gateway`](crate::Gateway) that has the forwarder ([`with_forwarder`](crate::Gateway::with_forwarder)) does the rest:
 //!
 //! ```no_run
-//! use fastswan::{HostFacts, XdpForwarder, forwarder::AttachConfig};
-//! use fastswan::table::{Ports as _, TableConfig};
+//! use fastswan::{Gateway, NetlinkHost, NetlinkSource, XdpForwarder};
+//! use fastswan::{forwarder::AttachConfig, table::TableConfig};
 //!
-//! let interfaces = [AttachConfig::new("lan0"), AttachConfig::new("nic0")];
-//! let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default())?;
-//! let host = HostFacts::read()?;
-//! for resolved in forwarder.resolve(&interfaces)? {
-//!     for port in host.ports(resolved.ifindex) {
-//!         table.set_port(&port)?;
-//!     }
-//! }
-//! // Here a gateway fills the table.
-//! forwarder.attach_pinned("/sys/fs/bpf/gateway", &interfaces)?;
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let (forwarder, table) = XdpForwarder::load(TableConfig::default())?;
+//! let mut gateway = Gateway::new(NetlinkSource::open()?, NetlinkHost::open()?, table)
+//!     .with_forwarder(forwarder, ["lan0", "nic0"].map(AttachConfig::new))?
+//!     .pinned_in("/sys/fs/bpf/gateway");
+//! gateway.run_until(std::future::pending()).await?;
+//! # Ok(())
+//! # }
 //! ```
 //!
-//! Rooms: `load`; `hook`, what the kernel attaches programs to; `attach`, which interface is meant and how; `port`, whether it is
-//! suitable; `pins`, what outlives a process; `takeover`, all ports or none; `reattach`; `supersession`; `run`; the guard.
+//! A driver of your own keeps this order: [load](XdpForwarder::load), [resolve](XdpForwarder::resolve) the interfaces,
+//! tell the table about their ports ([`HostFacts::ports`](crate::HostFacts::ports)), fill it, then
+//! [attach](XdpForwarder::attach), or [take over](XdpForwarder::attach_pinned) from an earlier process. The first packet
+//! that meets the program then finds all that it needs. As long as it runs, [look again](XdpForwarder::check_ports) when
+//! links change, and [attach again](XdpForwarder::reattach) what came back.
+//!
+//! Rooms: `load`; `hook`, what the kernel attaches programs to; `attach`, which interface is meant and how; `port`,
+//! whether it is suitable; `pins`, what outlives a process; `takeover`, all ports or none; `reattach`; `supersession`;
+//! `run`; the guard.
 
 use std::path::{Path, PathBuf};
 
@@ -192,9 +193,9 @@ impl XdpForwarder {
     /// If an earlier process has left its program in the directory, or still runs, this one **takes over**: at each
     /// of the interfaces one program replaces the other, and interfaces that are not named any longer are given up.
     /// What the earlier one counted is added to this table's counters, those of policies to the policies with the same
-    /// [index](crate::Policy::index). So tell the table about the ports ([`Self::resolve`]) and fill it before, for
-    /// instance with [`Gateway::synchronise`](crate::Gateway::synchronise), and do not write to it meanwhile. An earlier
-    /// process that is still there, or wakes up later, goes on writing to its own maps, which nobody reads:
+    /// [index](crate::Policy::index). So tell the table about the ports ([`Self::resolve`]) and fill it before, and
+    /// do not write to it meanwhile; [`Gateway::pinned_in`](crate::Gateway::pinned_in) has all of this done. An earlier
+    /// process that is still there, or wakes up later, goes on writing to its own maps, which no attached program reads:
     /// [`Self::superseded`] tells it.
     ///
     /// # Errors

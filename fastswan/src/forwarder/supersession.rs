@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 impl XdpForwarder {
     /// Whether another process has taken over the ports that were [pinned](Self::attach_pinned). Then this one's
-    /// table is of no consequence: nobody reads it.
+    /// table is of no consequence: no attached program reads it.
     #[must_use]
     pub fn is_superseded(&self) -> bool {
         self.pinned_in.as_deref().is_some_and(|directory| is_superseded(directory, self.program.id))

@@ -1,4 +1,4 @@
-//! Without the feature `bpf`, somebody else attaches the program.
+//! Without the feature `bpf`, another program attaches the XDP program.
 
 use std::{future::pending, time::Instant};
 

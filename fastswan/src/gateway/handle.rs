@@ -10,7 +10,7 @@ use crate::{
     mirror::{HoldId, HoldTarget},
 };
 
-/// Commands that wait at the most. Whoever has another one waits.
+/// Commands that wait at the most. The sender of another one waits.
 const WAITING: usize = 64;
 
 /// Asks and commands a gateway while it runs, from any thread, and from any executor. Clones are for the same gateway.
@@ -178,6 +178,21 @@ impl GatewayHandle {
 }
 
 /// Tells when the state of a gateway changes. It need not be looked at: only the latest state is kept.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fastswan::{Gateway, MemoryTable, StaticSource, VouchedHost, table::TableConfig};
+///
+/// let table = MemoryTable::new(&TableConfig::default());
+/// let mut gateway = Gateway::new(StaticSource::new(&[]), VouchedHost::new(), table);
+/// let mut watch = gateway.handle().watch();
+/// assert!(!watch.state().is_on);
+/// gateway.synchronise().await?;
+/// assert!(watch.changed().await.is_some_and(|state| state.is_on));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct StateWatch(watch::Receiver<GatewayState>);
 

@@ -3,7 +3,7 @@
 //! A [`Gateway`] joins a [`PolicySource`], a [`HostSource`] and a table. It decides nothing itself: what may be fast, and in
 //! which order things are done, is the mirror's. While it runs, a [`GatewayHandle`] asks and commands it from any thread.
 //!
-//! Whoever wants other parts between the sources and the table, or another runtime, drives a mirror directly.
+//! For other parts between the sources and the table, or another runtime, drive a mirror directly.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -70,7 +70,7 @@ const BATCH: usize = 4096;
 /// Changes that are written to the table at once.
 const PART: usize = 1024;
 
-/// Removed policies whose traffic is remembered until somebody asks for the status.
+/// Removed policies whose traffic is remembered until the next status.
 const MOST_REMOVED: usize = 65_536;
 
 /// What a [`Gateway`] asks of a table. Every type that is all of these is one.
@@ -80,6 +80,23 @@ impl<T: OffloadTable + Ports + TableCounters + Devices> GatewayTable for T {}
 
 /// Keeps a table equal to what two sources say, and the program attached. The [crate's documentation](crate) shows one at
 /// work.
+///
+/// Needs no kernel by itself; with a `BpfTable` or netlink sources, what these need.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fastswan::{Gateway, MemoryTable, StaticSource, VouchedHost, table::TableConfig};
+///
+/// let table = MemoryTable::new(&TableConfig::default());
+/// let mut gateway = Gateway::new(StaticSource::new(&[]), VouchedHost::new(), table);
+/// gateway.synchronise().await?;
+/// println!("{}", gateway.status());
+/// // Once it has run, what it was made of can be had back.
+/// assert!(gateway.into_parts().is_some());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Gateway<S, H, T: OffloadTable> {
     mirror: Mirror,
@@ -116,7 +133,7 @@ struct Followed<S> {
     has_ended: bool,
 }
 
-/// A table that is switched off when it is dropped: nobody follows its sources any longer.
+/// A table that is switched off when it is dropped: its sources are not followed any longer.
 #[derive(Debug)]
 struct Switched<T: OffloadTable>(Option<T>);
 
@@ -206,7 +223,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         self
     }
 
-    /// Has packets fast that come in on an interface to which somebody else attaches the program, as soon as there is one
+    /// Has packets fast that come in on an interface to which another program attaches the XDP program, as soon as there is one
     /// of this name. The gateway keeps its ports.
     #[must_use]
     pub fn with_interface(mut self, name: impl Into<String>) -> Self {

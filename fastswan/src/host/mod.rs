@@ -1,6 +1,7 @@
 //! What the host does with addresses: links, routes, rules, neighbours and the sysctls that matter.
 //!
-//! [`HostFacts`] are plain data: [read](HostFacts::read) from the kernel once, or stated by the embedder. The
+//! [`HostFacts`] are plain data. A [`HostSource`](crate::HostSource) tells them, first all, then again after each change:
+//! `NetlinkHost` follows the kernel's, [`VouchedHost`](crate::VouchedHost) has those that the embedder states. The
 //! [`Compiler`](crate::Compiler) takes from them which addresses inside a policy are not forwarded to the
 //! policy's device, and how the policy's packets leave; [`HostFacts::ports`] says from where packets may be
 //! fast.
@@ -25,6 +26,24 @@ use crate::policy::{Family, MacAddr};
 ///
 /// The default is that nothing is known, and then nothing is fast. An embedder that does not want fastswan to
 /// know the host says so with [`HostFacts::vouched`].
+///
+/// ```
+/// use fastswan::HostFacts;
+/// use fastswan::host::{Forwards, Link};
+///
+/// let lan = Link {
+///     ifindex: 2,
+///     name: "lan0".to_owned(),
+///     address: Some("02:00:5e:10:00:01".parse()?),
+///     up: true,
+///     forwards: Forwards { v4: true, v6: false },
+///     ..Link::default()
+/// };
+/// let host = HostFacts { links: vec![lan], ..HostFacts::vouched() };
+/// assert_eq!(host.ifindex("lan0"), Some(2));
+/// assert_eq!(host.ports(2).len(), 1, "frames without a VLAN tag");
+/// # Ok::<(), fastswan::policy::ParseMacAddrError>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFacts {
     /// Network interfaces.

@@ -18,7 +18,7 @@
 //! | `fastswan_passed_packets_total` | counter | `reason` | Packets that were passed to the kernel. |
 //! | `fastswan_events_total` | counter | | Events that were applied. |
 //! | `fastswan_stale_total` | counter | `input`, `cause` | Times that a source lost track: the one of `policies`, or of the `host`. |
-//! | `fastswan_resyncs_total` | counter | `input`, `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that nobody announced. |
+//! | `fastswan_resyncs_total` | counter | `input`, `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that was not announced. |
 //! | `fastswan_audit_repairs_total` | counter | | Policies and associations that were not as an audit found them. |
 //! | `fastswan_lease_expiries_total` | counter | | Renewals of the lease that came too late: packets passed for a while. |
 //! | `fastswan_guard_shut_total` | counter | | Times that the guard has shut the fast path and the loop has opened it again. |

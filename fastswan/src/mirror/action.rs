@@ -51,6 +51,6 @@ pub enum Action {
         removals: u64,
     },
     /// The table makes nothing fast any longer that is held by this. Packets that are in the program at the moment may
-    /// still be: wait a grace period before telling whoever asked.
+    /// still be: wait a grace period before you report it.
     Held(HoldId),
 }

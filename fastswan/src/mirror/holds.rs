@@ -6,6 +6,15 @@ use super::input::Revision;
 use crate::policy::{Policy, PolicyId, Selector};
 
 /// What a [hold](super::Mirror::hold) keeps from being fast.
+///
+/// ```
+/// use fastswan::{PolicyId, Selector, mirror::HoldTarget, policy::Direction};
+///
+/// let tunnels = HoldTarget::Selector(Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?);
+/// let inside = Selector::between("10.1.7.0/24".parse()?, "10.2.0.0/24".parse()?)?;
+/// assert!(tunnels.holds(&PolicyId::new(Direction::Out, inside)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]

@@ -94,7 +94,7 @@ use crate::{
     table::{Capacity, Removals, Slot, TableUpdate},
 };
 
-/// Shorter leases count as this: it must outlast a few turns of whoever drives the mirror.
+/// Shorter leases count as this: it must outlast a few turns of the driver.
 const SHORTEST_LEASE: Duration = Duration::from_millis(50);
 
 /// The wall clock is looked at, and sources are asked, at least this often.

@@ -33,7 +33,8 @@ use crate::{
 const ATTEMPTS: u32 = 16;
 
 impl HostFacts {
-    /// Reads them from the kernel, in the network namespace of the calling thread.
+    /// Reads them from the kernel, in the network namespace of the calling thread, and blocks meanwhile. They age at once: to
+    /// forward by them, follow a [`NetlinkHost`](crate::NetlinkHost), as a gateway does.
     ///
     /// # Errors
     ///

@@ -34,6 +34,20 @@ impl fmt::Display for SaId {
 }
 
 /// A security association (RFC 4301 section 4.1), without its keys.
+///
+/// ```
+/// use fastswan::SecurityAssociation;
+/// use fastswan::policy::{Family, OffloadDev, OffloadKind, Overhead, Template};
+///
+/// let tunnel = Template::esp_tunnel("192.0.2.1".parse()?, "192.0.2.2".parse()?, 7);
+/// let association = SecurityAssociation {
+///     offload: Some(OffloadDev { ifindex: 3, kind: OffloadKind::Packet, inbound: false }),
+///     overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
+///     ..SecurityAssociation::for_template(&tunnel, 0x1234_5678)
+/// };
+/// assert!(association.is_outbound_packet_offload());
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecurityAssociation {
     /// Its identity.
@@ -94,6 +108,13 @@ impl SecurityAssociation {
 }
 
 /// How an association makes packets longer (RFC 4303 section 2, RFC 4106 section 3).
+///
+/// ```
+/// use fastswan::policy::{Family, Overhead};
+///
+/// // As `ip route get` over such a tunnel tells for a link of 1500 bytes.
+/// assert_eq!(Overhead::aes_gcm_tunnel(Family::V4, false, 16).longest_inner_packet(1500), 1446);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Overhead {
     /// Bytes before the encrypted part: outer IP header in tunnel mode, UDP encapsulation, ESP header and IV.

@@ -118,6 +118,15 @@ impl Policy {
 }
 
 /// What makes two policies the same policy to the kernel.
+///
+/// ```
+/// use fastswan::{PolicyId, Selector, policy::Direction};
+///
+/// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// let id = PolicyId { if_id: 42, ..PolicyId::new(Direction::Out, selector) };
+/// assert_eq!(id.to_string(), "out 10.1.0.0/16 → 10.2.0.0/16 if_id 0x2a");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PolicyId {
     /// Direction.

@@ -23,6 +23,16 @@ pub struct OffloadDev {
 }
 
 /// How fast packets of a policy leave. The kernel does not tell; sources and embedders may.
+///
+/// ```
+/// use fastswan::policy::{Egress, NextHop};
+///
+/// let header =
+///     NextHop::Fixed { source: "02:00:5e:10:00:01".parse()?, destination: "02:00:5e:10:00:02".parse()? };
+/// let egress = Egress { next_hop: header, max_length: Some(1400) };
+/// assert_ne!(egress, Egress::default(), "by default the device writes its own header");
+/// # Ok::<(), fastswan::policy::ParseMacAddrError>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Egress {
     /// The Ethernet header they leave with.

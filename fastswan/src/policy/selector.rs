@@ -46,6 +46,14 @@ impl From<IpAddr> for Family {
 ///
 /// For ICMP and ICMPv6 the kernel puts the type where the source port is and the code where the
 /// destination port is.
+///
+/// ```
+/// use fastswan::policy::PortMatch;
+///
+/// assert!(PortMatch::exactly(443).matches(443));
+/// let even = PortMatch { port: 0, mask: 1 };
+/// assert!(even.matches(8) && !even.matches(9));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortMatch {
     /// The port.
@@ -72,6 +80,16 @@ impl PortMatch {
 ///
 /// Two selectors are the same to the kernel only if their bytes are: `10.0.0.5/24` and `10.0.0.6/24`
 /// are different selectors that match the same packets, so prefixes keep their host bits here.
+///
+/// ```
+/// use fastswan::{Selector, policy::PortMatch};
+///
+/// let mut https = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+/// https.protocol = 6;
+/// https.destination_port = PortMatch::exactly(443);
+/// assert_eq!(https.to_string(), "10.1.0.0/16 → 10.2.0.0/16 proto 6 dport 443");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Selector {
     /// Source prefix; always of the same family as the destination.

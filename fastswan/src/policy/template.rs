@@ -21,6 +21,14 @@ pub enum Mode {
 }
 
 /// One step of what a policy asks for (`struct xfrm_user_tmpl`).
+///
+/// ```
+/// use fastswan::policy::{Mode, Template};
+///
+/// let tunnel = Template::esp_tunnel("192.0.2.1".parse()?, "192.0.2.2".parse()?, 7);
+/// assert_eq!((tunnel.mode, tunnel.reqid, tunnel.optional), (Mode::Tunnel, 7, false));
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Template {
     /// Tunnel or transport.

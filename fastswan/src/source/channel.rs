@@ -142,8 +142,8 @@ pub struct ChannelSource {
 }
 
 impl ChannelSource {
-    /// A source that begins with this snapshot, and holds up to `capacity` events (at least 1) that nobody has
-    /// read yet.
+    /// A source that begins with this snapshot, and holds up to `capacity` events (at least 1) that were
+    /// not read.
     #[must_use]
     pub fn new(snapshot: Snapshot, capacity: usize) -> (PolicySender, Self) {
         let (sender, events) = channel(capacity.max(1));

@@ -52,6 +52,19 @@ const MOST_UNREAD: usize = 1 << 20;
 const MOST_LOOKED_AT: usize = 64;
 
 /// How a [`NetlinkSource`] listens.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use fastswan::{NetlinkSource, source::NetlinkConfig};
+///
+/// # async fn run() -> Result<(), fastswan::SourceError> {
+/// let config = NetlinkConfig::default().receive_buffer(32 << 20).audit(Some(Duration::from_secs(300)));
+/// let source = NetlinkSource::with_config(config)?;
+/// # drop(source);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetlinkConfig {
     receive_buffer: usize,
@@ -95,7 +108,7 @@ impl NetlinkConfig {
         DumpConfig { receive_buffer: self.receive_buffer, count_larval: self.count_larval }
     }
 
-    /// Believes messages that another process sent. For tests only: whoever has `CAP_NET_ADMIN` in the
+    /// Believes messages that another process sent. For tests only: a process with `CAP_NET_ADMIN` in the
     /// namespace can then make packets leave in clear.
     #[cfg(feature = "untrusted-netlink-senders")]
     #[must_use]
@@ -146,10 +159,28 @@ pub struct NetlinkStatistics {
 /// The policies and associations of the running kernel, in the network namespace of the thread that opens it.
 ///
 /// Needs no privilege to listen to a user's own namespace; reading them takes `CAP_NET_ADMIN`.
+///
+/// Needs Linux with `CONFIG_XFRM_USER`; policies that are packet-offloaded exist from Linux 6.2 on.
+///
+/// ```no_run
+/// use fastswan::{NetlinkSource, PolicyEvent, PolicySource as _};
+///
+/// # async fn run() -> Result<(), fastswan::SourceError> {
+/// let mut source = NetlinkSource::open()?;
+/// while let Some(event) = source.next_event().await? {
+///     match event {
+///         PolicyEvent::Snapshot(all) => println!("{} policies", all.policies.len()),
+///         PolicyEvent::Stale(cause) => println!("{}: what was told no longer counts", cause.name()),
+///         _ => {}
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct NetlinkSource {
     config: NetlinkConfig,
-    /// Whoever polls, it is asked in the namespace that it was opened in.
+    /// On whatever thread it is polled, the kernel is asked in the namespace that it was opened in.
     anchor: Anchor,
     notifications: NetlinkSocket,
     links: Links,
@@ -527,7 +558,7 @@ impl PolicySource for NetlinkSource {
         }))
     }
 
-    /// Whoever removes something counts first and notifies afterwards, and there are three who do. What is asked for by
+    /// A removal is counted first and notified of afterwards, and there are three kinds. What is asked for by
     /// netlink or `PF_KEY` is done, notification included, under a lock that each request takes. What happens to links
     /// is done under another (RTNL). And what expires does so in a softirq, which a grace period outlasts.
     fn settle(&mut self) -> BoxFuture<'static, Result<(), SourceError>> {

@@ -16,14 +16,16 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// The same, when it has failed.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What the running kernel does with addresses, in the network namespace of the thread that opens it, whoever polls it.
+/// What the running kernel does with addresses, in the network namespace of the thread that opens it, on whatever thread
+/// it is polled.
 ///
-/// It yields everything at first. When the kernel tells of a change (of links, addresses, routes, rules, neighbours, next hop
-/// objects, forwarding, reverse path filters, or of whether a device takes redirected frames), it says so at once, and yields
-/// everything again, at most ten times a second. A neighbour that is only heard from again is no change. Of other sysctls
-/// the kernel does not tell: they are known as they were when something else changed last.
+/// It yields everything at first. When the kernel tells of a change (of links, addresses, routes, rules, neighbours, next
+/// hop objects, forwarding, reverse path filters, or of whether a device takes redirected frames), it says so at once,
+/// and yields everything again, at most ten times a second. A neighbour that is only heard from again is no change. Of
+/// other sysctls the kernel does not tell: they are known as they were when something else changed last.
 ///
-/// Needs no privilege, but without `CAP_NET_ADMIN` it may read what a link loses while the kernel still takes it away.
+/// Needs Linux; from 6.3 on it hears whether devices take redirected frames. Needs no privilege, but without
+/// `CAP_NET_ADMIN` it may read what a link loses while the kernel still takes it away.
 ///
 /// ```no_run
 /// use fastswan::{HostEvent, HostSource as _, NetlinkHost};
@@ -42,7 +44,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// ```
 #[derive(Debug)]
 pub struct NetlinkHost {
-    /// Whoever polls, the kernel is asked in the namespace that this was opened in.
+    /// On whatever thread it is polled, the kernel is asked in the namespace that this was opened in.
     anchor: Anchor,
     changes: HostChanges,
     state: State,

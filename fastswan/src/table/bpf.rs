@@ -33,6 +33,19 @@ use crate::{
 /// Writing to it takes no system call, but for devices that no other slot uses, and for slots that are used
 /// again: before a slot gets another policy, the kernel is asked for a grace period (`membarrier(2)`), so
 /// that no packet is counted for the wrong one.
+///
+/// Needs Linux 6.12, as the [forwarder](crate::XdpForwarder) does that it comes with.
+///
+/// ```no_run
+/// use fastswan::XdpForwarder;
+/// use fastswan::table::{TableConfig, TableCounters as _};
+///
+/// let (_forwarder, table) = XdpForwarder::load(TableConfig::default())?;
+/// for (reason, packets) in table.passes() {
+///     println!("{}: {packets}", reason.name());
+/// }
+/// # Ok::<(), fastswan::forwarder::ForwarderError>(())
+/// ```
 pub struct BpfTable {
     store: Store,
     devices: DeviceMap,

@@ -18,6 +18,17 @@ use super::{
 /// one end to the other: slow, and simple enough to judge the other tables by. Of what
 /// [decides](Self::decide) over a packet only the table is here: headers, ports and devices are looked at before and
 /// after.
+///
+/// ```
+/// use fastswan::table::Contents;
+///
+/// let (mut old, mut new) = (Contents::default(), Contents::default());
+/// new.guards.insert("10.9.0.0/16".parse()?);
+/// let update = new.replacing(&old);
+/// old.apply(&update);
+/// assert_eq!(old, new);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Contents {
     /// The cells.

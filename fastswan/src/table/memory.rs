@@ -15,6 +15,22 @@ use crate::policy::Family;
 /// A table that no program reads: for tests, simulation and answers to "what would happen".
 ///
 /// It has the layout, the limits and the lookup of a [`BpfTable`](super::BpfTable).
+///
+/// ```
+/// use fastswan::table::{Cell, Change, Forwarding, Probes, ReadBack as _, Slot, TableConfig, TableUpdate, Verdict};
+/// use fastswan::{MemoryTable, OffloadTable as _};
+///
+/// let mut table = MemoryTable::new(&TableConfig::default());
+/// let tunnel = Cell { source: "10.1.0.0/16".parse()?, destination: "10.2.0.0/16".parse()? };
+/// let fast = Verdict::Fast { slot: Slot(0), probes: Probes::default() };
+/// let forwarding = Forwarding { ifindex: 7, max_length: 1400, rewrite: None };
+/// let mut update = TableUpdate::default();
+/// update.push(Change::Slot(Slot(0), Some(Ok(forwarding))));
+/// update.push(Change::Cell(tunnel, Some(fast)));
+/// table.apply(&update)?;
+/// assert_eq!(table.verdict("10.1.0.5".parse()?, "10.2.0.9".parse()?), Some(fast));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct MemoryTable {
     store: Store,

@@ -84,7 +84,7 @@ impl std::fmt::Display for Traffic {
 pub struct Removals {
     /// Begun, says the guard; 0 if there is none.
     pub begun: u64,
-    /// Acknowledged by whoever writes the table.
+    /// Acknowledged by the driver, which writes the table.
     pub acknowledged: u64,
 }
 
@@ -122,7 +122,7 @@ pub trait OffloadTable: Send {
         let _ = removals;
     }
 
-    /// What becomes readable when a guard has counted a removal, so that nobody need look at [`Self::removals`] all the
+    /// What becomes readable when a guard has counted a removal, so that a driver need not look at [`Self::removals`] all the
     /// time: [drain](Self::drain_removal_signal) it, then look. `None` if there is no such thing.
     #[cfg(unix)]
     fn removal_signal(&self) -> Option<std::os::fd::BorrowedFd<'_>> {

@@ -40,6 +40,13 @@ impl Capacity {
 /// How large a table is made.
 ///
 /// The default takes about 16 MiB, and 256 KiB for each CPU.
+///
+/// ```
+/// use fastswan::table::TableConfig;
+///
+/// let config = TableConfig { cells_v4: 400_000, slots: 100_000, ..TableConfig::default() };
+/// assert_eq!(config.capacity().slots, 100_000);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableConfig {
     /// Cells, host facts and guards together, of IPv4. Takes 32 bytes each, after rounding up to a power of two.

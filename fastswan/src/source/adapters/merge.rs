@@ -36,31 +36,26 @@ struct Part<'a> {
 /// only its own, and its associations serve its own policies only.
 ///
 /// When two sources say different things about one policy, packets that it matches pass
-/// ([`disputed`](Policy::disputed)): nobody knows which of them the kernel has. One association of which they say
+/// ([`disputed`](Policy::disputed)): which of them the kernel has is not known. One association of which they say
 /// different things serves none. The default policy blocks if any source says so. Priority alone decides if that is so in
 /// each source ([`PolicyOrder`]). A change of a policy that several sources tell of costs a snapshot, since the order in the
 /// kernel is not known then. The whole is stale as long as one source is, and ends when all have.
 ///
 /// ```
-/// use fastswan::policy::Direction;
-/// use fastswan::source::adapters::merge;
-/// use fastswan::{ChannelSource, Database, Policy, PolicyEvent, PolicyId, PolicySource as _, Selector, Snapshot};
+/// use fastswan::source::{adapters::merge, fixed::StaticPolicy};
+/// use fastswan::{PolicyEvent, PolicySource as _, Selector, StaticSource};
 ///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-/// # runtime.block_on(async {
+/// # futures::executor::block_on(async {
 /// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
-/// let one = Policy::new(PolicyId::new(Direction::Out, selector));
-/// let other = Policy { priority: 7, ..one.clone() };
-/// let snapshot = |policy: &Policy| Snapshot { policies: vec![policy.clone()], ..Snapshot::default() };
-/// let (_sender, first) = ChannelSource::new(snapshot(&one), 8);
-/// let (_sender2, second) = ChannelSource::new(snapshot(&other), 8);
+/// let one = StaticPolicy::new(selector, 7, "192.0.2.1".parse()?, "192.0.2.2".parse()?);
+/// let other = one.clone().priority(100);
+/// let (first, second) = (StaticSource::new(&[one]), StaticSource::new(&[other]));
 ///
 /// let mut merged = merge(vec![Box::new(first), Box::new(second)]);
 /// let Some(PolicyEvent::Snapshot(snapshot)) = merged.next_event().await? else { panic!("first comes a snapshot") };
 /// assert!(snapshot.policies[0].disputed);
-/// # Ok(()) })
-/// # }
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// # }).unwrap();
 /// ```
 #[must_use]
 pub fn merge<'a>(sources: Vec<Box<dyn PolicySource + 'a>>) -> Merge<'a> {

@@ -18,18 +18,17 @@ use crate::policy::{Egress, Policy};
 /// Adapters for every source.
 ///
 /// ```
-/// use fastswan::policy::{Direction, Egress, NextHop};
-/// use fastswan::{ChannelSource, Policy, PolicyEvent, PolicyId, PolicySource, PolicySourceExt, Selector, Snapshot};
+/// use fastswan::policy::{Egress, NextHop};
+/// use fastswan::{PolicyEvent, PolicySource as _, PolicySourceExt as _, Selector, StaticSource};
+/// use fastswan::source::fixed::StaticPolicy;
 ///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-/// # runtime.block_on(async {
+/// # futures::executor::block_on(async {
 /// let selector = Selector::between("10.99.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
-/// let policies = vec![Policy::new(PolicyId::new(Direction::Out, selector))];
-/// let (_sender, source) = ChannelSource::new(Snapshot { policies, ..Snapshot::default() }, 8);
+/// let tunnel = StaticPolicy::new(selector, 7, "192.0.2.1".parse()?, "192.0.2.2".parse()?);
+/// let source = StaticSource::new(&[tunnel]);
 ///
 /// // One customer's traffic stays in the kernel, and the NIC wants frames with the header of the next router.
-/// let customer = "10.99.0.0/16".parse()?;
+/// let customer: ipnet::IpNet = "10.99.0.0/16".parse()?;
 /// let mut source = source
 ///     .withhold(move |policy| policy.id.selector.source == customer)
 ///     .with_egress(|policy| Egress { next_hop: NextHop::Neighbour, ..policy.egress });
@@ -37,8 +36,8 @@ use crate::policy::{Egress, Policy};
 /// let Some(PolicyEvent::Snapshot(snapshot)) = source.next_event().await? else { panic!("first comes a snapshot") };
 /// assert!(snapshot.policies[0].withheld);
 /// assert_eq!(snapshot.policies[0].egress.next_hop, NextHop::Neighbour);
-/// # Ok(()) })
-/// # }
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// # }).unwrap();
 /// ```
 pub trait PolicySourceExt: PolicySource + Sized {
     /// Keeps policies from being fast for which `is_withheld` is true; packets that the kernel would choose one for
