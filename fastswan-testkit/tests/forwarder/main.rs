@@ -31,7 +31,7 @@ mod takeover;
 const UNPRIVILEGED: &str = "FASTSWAN_TEST_UNPRIVILEGED";
 
 fn forwarder() -> XdpForwarder {
-    XdpForwarder::load(&config()).unwrap().0
+    XdpForwarder::load(config()).unwrap().0
 }
 
 fn config() -> TableConfig {
@@ -457,7 +457,7 @@ fn a_directory_elsewhere_is_refused_with_a_place_to_choose() {
 #[test]
 fn the_guard_counts_removals_or_says_why_it_cannot() {
     story("the guard", |namespace| {
-        let (mut forwarder, table) = XdpForwarder::load(&config()).unwrap();
+        let (mut forwarder, table) = XdpForwarder::load(config()).unwrap();
         match forwarder.attach_guard() {
             Ok(guard) => {
                 let begun = || table.removals().begun;

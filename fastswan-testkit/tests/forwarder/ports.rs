@@ -241,7 +241,7 @@ const LACKING: &str = "FASTSWAN_TEST_LACKING";
 fn a_process_that_lacks_one_capability_is_told_which() {
     if let Some(lacking) = std::env::var_os(LACKING) {
         let lacking = lacking.into_string().unwrap();
-        let error = XdpForwarder::load(&config()).unwrap_err();
+        let error = XdpForwarder::load(config()).unwrap_err();
         let ForwarderError::NotPermitted { lacks, .. } = &error else { panic!("{error}") };
         assert_eq!(lacks[..], [&*lacking]);
         says(&error, &[&format!("lacks {lacking}"), "run it with"]);
