@@ -75,16 +75,16 @@ fn the_mirror_answers_a_scrape_with_what_the_kernel_has() {
         wait_for_lines(&[
             "fastswan_current 1",
             "fastswan_policies{state=\"fast\",reason=\"\"} 0",
-            "fastswan_resyncs_total{cause=\"start\"} 1",
+            "fastswan_resyncs_total{input=\"policies\",cause=\"start\"} 1",
             "fastswan_events_total 1",
-            "fastswan_lag_seconds_count 1",
+            "# TYPE fastswan_lag_seconds histogram",
             "# TYPE fastswan_fast_packets_total counter",
         ]);
         site.gateway
             .ip("xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir out \
                  tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel")
             .unwrap();
-        wait_for_lines(&["fastswan_events_total 2", "fastswan_lag_seconds_count 2"]);
+        wait_for_lines(&["fastswan_events_total 2"]);
     });
 }
 

@@ -26,7 +26,7 @@ fn a_removal_wakes_whoever_waits_for_its_signal_once_it_is_counted() {
         return;
     }
     let namespace = Namespace::new("signal").unwrap();
-    let (mut forwarder, mut table) = XdpForwarder::load(&TableConfig::default()).unwrap();
+    let (mut forwarder, mut table) = XdpForwarder::load(TableConfig::default()).unwrap();
     assert!(MemoryTable::new(&TableConfig::default()).removal_signal().is_none());
     // Another test says what is wrong if it cannot be attached.
     let Ok(_guard) = forwarder.attach_guard() else { return };

@@ -45,7 +45,7 @@ const CARGO_TOOLS: [(&str, &str, &[&str]); 3] = [
 pub(crate) fn tier_1() -> Vec<(&'static str, Result<String, String>)> {
     let root = nix::unistd::geteuid().is_root();
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
-    let program = XdpForwarder::load(&TableConfig::default());
+    let program = XdpForwarder::load(TableConfig::default());
     let cost = program.as_ref().ok().and_then(|(forwarder, _)| forwarder.cost().ok());
     let loaded = match (&program, cost) {
         (Ok(_), Some(cost)) => Ok(format!("{} verified instructions", cost.verified_instructions)),
@@ -63,7 +63,7 @@ pub(crate) fn tier_1() -> Vec<(&'static str, Result<String, String>)> {
 /// Whether the fast path can be shut before the kernel removes anything.
 fn guard() -> Result<String, String> {
     let (mut forwarder, _) =
-        XdpForwarder::load(&TableConfig::default()).map_err(|error| error.to_string())?;
+        XdpForwarder::load(TableConfig::default()).map_err(|error| error.to_string())?;
     let guard = forwarder.attach_guard();
     guard
         .map(|_| "it shuts the fast path before anything is removed".to_owned())
@@ -76,7 +76,7 @@ fn lab() -> Result<String, String> {
     namespace.ip("xfrm policy list").map_err(|error| error.to_string())?;
     let config = AttachConfig::new("v0").complete_frames(true);
     let attached = namespace.enter(|| {
-        let (mut forwarder, _) = XdpForwarder::load(&TableConfig::default())?;
+        let (mut forwarder, _) = XdpForwarder::load(TableConfig::default())?;
         forwarder.attach(&config)
     });
     attached

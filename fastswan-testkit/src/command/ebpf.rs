@@ -183,7 +183,7 @@ fn check() -> anyhow::Result<()> {
             different.join(", ")
         );
     }
-    let (forwarder, _) = XdpForwarder::load(&TableConfig::default())?;
+    let (forwarder, _) = XdpForwarder::load(TableConfig::default())?;
     let cost = forwarder.cost()?;
     println!(
         "the program has {} instructions; the verifier walked through {} of 1,000,000",

@@ -12,7 +12,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+#[cfg(feature = "bpf")]
+use std::os::fd::OwnedFd;
+
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+#[cfg(feature = "bpf")]
+use tokio::io::unix::AsyncFd;
 use tokio::{
     sync::oneshot,
     task::unconstrained,
@@ -58,7 +63,7 @@ use crate::{
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 
-/// How often the loop looks whether a guard has shut the fast path.
+/// How often the loop looks whether a guard has shut the fast path, where nothing tells it.
 const LOOK_FOR_REMOVALS: Duration = Duration::from_millis(5);
 
 /// Between two records of the metrics that are looked at and not counted.
@@ -124,6 +129,10 @@ pub struct Gateway<S, H, T: OffloadTable> {
     meters: Meters,
     record: Option<time::Instant>,
     has_failed: bool,
+    /// What keeps everything from being fast, as it was told last.
+    obstacles: Vec<String>,
+    /// That may have changed.
+    may_be_obstructed: bool,
 }
 
 /// A source, and whether it has ended: then what it said stays true.
@@ -184,6 +193,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             meters: Meters::new(),
             record: None,
             has_failed: false,
+            obstacles: Vec::new(),
+            may_be_obstructed: true,
         }
     }
 
@@ -328,6 +339,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         is_done: impl Fn(&Self) -> bool,
     ) -> Result<(), GatewayError> {
         let mut stop = pin!(stop);
+        let signal = removal_signal(self.table.get());
         let mut look_for_removals = interval(LOOK_FOR_REMOVALS);
         look_for_removals.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -349,7 +361,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                 }
                 Some(hold) = self.leaving.next() => self.answer_hold(hold),
                 Some(command) = self.ends.commands.recv() => self.obey(command)?,
-                _ = look_for_removals.tick(), if has_guard => {}
+                () = removal(signal.as_ref()) => self.table.drain_removal_signal(),
+                _ = look_for_removals.tick(), if has_guard && signal.is_none() => {}
                 () = sleep_until(due) => {}
                 () = ready(()), if self.collection.is_under_way() => self.collect(),
             }
@@ -381,14 +394,32 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         }
         self.act()?;
         if self.mirror.is_written() {
+            if self.unwritten_events > 0 {
+                self.meters.applied(std::mem::take(&mut self.unwritten_events));
+            }
             if let Some(since) = self.since.take() {
                 self.lag.record(since.elapsed());
                 self.meters.caught_up(since.elapsed());
             }
             self.source.source.written();
         }
+        self.look_for_obstacles();
         self.tell_state();
         Ok(())
+    }
+
+    /// Says once what keeps everything, or all of a family, from being fast.
+    fn look_for_obstacles(&mut self) {
+        if !(self.may_be_obstructed && self.mirror.is_written()) {
+            return;
+        }
+        self.may_be_obstructed = false;
+        let obstacles = self.mirror.compiler().obstacles(self.mirror.database());
+        let obstacles: Vec<String> = obstacles.iter().map(ToString::to_string).collect();
+        for obstacle in obstacles.iter().filter(|obstacle| !self.obstacles.contains(obstacle)) {
+            tracing::warn!(obstacle, "packets pass");
+        }
+        self.obstacles = obstacles;
     }
 
     fn take_policy_event(&mut self, event: Option<PolicyEvent>) -> Result<(), GatewayError> {
@@ -401,6 +432,12 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             PolicyEvent::Stale(cause) => (Some(cause.name()), None),
             PolicyEvent::Snapshot(all) => (None, Some((all.policies.len(), all.sas.len()))),
             _ => (None, None),
+        };
+        self.may_be_obstructed |= match &event {
+            PolicyEvent::Snapshot(_) | PolicyEvent::DefaultPolicy(_) => true,
+            PolicyEvent::Policy(policy) => policy.id.selector.matches_everything(),
+            PolicyEvent::PolicyRemoved(policy) => policy.selector.matches_everything(),
+            _ => false,
         };
         let before = self.mirror.statistics().audit_repairs;
         let known = self.mirror.input(Input::Policies);
@@ -441,6 +478,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             let cause = cause_of(known);
             self.meters.resynchronised(Input::Host.name(), cause);
             tracing::debug!(cause, "the host is known");
+            self.may_be_obstructed = true;
             self.table.refresh_devices();
             self.attached.look_again(&mut self.mirror);
         }
@@ -508,7 +546,6 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.meters.retired(policy.traffic);
             self.remember_removed(policy);
         }
-        self.meters.applied(std::mem::take(&mut self.unwritten_events));
         self.meters.written(update.len());
         self.journal.note(update, &self.mirror);
         Ok(())
@@ -625,6 +662,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             state: self.state(),
             removed: self.removed.drain(..).collect(),
             removed_unnamed: std::mem::take(&mut self.removed_unnamed),
+            lost: self.table.lost(),
             passes: self.table.passes().into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
             interfaces: self.mirror.interfaces().map(interface).collect(),
             holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),
@@ -649,7 +687,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             is_killed: self.mirror.is_killed(),
             has_ended: self.has_failed,
             inputs: Input::ALL.iter().map(freshness).collect(),
-            obstacles: Vec::new(),
+            obstacles: self.obstacles.clone(),
         }
     }
 
@@ -721,6 +759,33 @@ impl std::fmt::Debug for Settling {
 /// The time by the runtime's clock, which tests may stop.
 fn now() -> Instant {
     time::Instant::now().into_std()
+}
+
+/// What becomes readable when a guard has seen a removal begin, if there is such a thing.
+#[cfg(feature = "bpf")]
+fn removal_signal(table: &impl OffloadTable) -> Option<AsyncFd<OwnedFd>> {
+    let signal = table.removal_signal()?.try_clone_to_owned().ok()?;
+    crate::sys::watch_descriptor(signal).ok()
+}
+
+/// Waits until a removal begins; for ever if nothing tells.
+#[cfg(feature = "bpf")]
+async fn removal(signal: Option<&AsyncFd<OwnedFd>>) {
+    let Some(signal) = signal else { return pending().await };
+    match signal.readable().await {
+        Ok(mut readable) => readable.clear_ready(),
+        Err(_) => pending().await,
+    }
+}
+
+#[cfg(not(feature = "bpf"))]
+fn removal_signal(_: &impl OffloadTable) -> Option<std::convert::Infallible> {
+    None
+}
+
+#[cfg(not(feature = "bpf"))]
+async fn removal(_: Option<&std::convert::Infallible>) {
+    pending().await
 }
 
 /// What made a snapshot necessary.

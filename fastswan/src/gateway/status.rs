@@ -29,6 +29,8 @@ pub struct Status {
     pub removed_unnamed: Traffic,
     /// How many policies are fast, or are not, by the name of the reason.
     pub totals: BTreeMap<&'static str, u64>,
+    /// Packets that are counted as forwarded and did not leave all the same; `None` if that is not counted.
+    pub lost: Option<u64>,
     /// Packets that were passed to the kernel, by the name of the reason.
     pub passes: BTreeMap<&'static str, u64>,
     /// The interfaces that are followed, by name.
@@ -147,6 +149,9 @@ impl fmt::Display for Status {
         }
         for (reason, packets) in &self.passes {
             writeln!(f, "passed, {reason}: {packets} packets")?;
+        }
+        if let Some(lost) = self.lost.filter(|lost| *lost > 0) {
+            writeln!(f, "lost on the way to their device: {lost} packets")?;
         }
         for (_, target) in &self.holds {
             writeln!(f, "held: {target}")?;

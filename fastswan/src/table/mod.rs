@@ -129,8 +129,7 @@ pub trait OffloadTable: Send {
         None
     }
 
-    /// Makes the [signal](Self::removal_signal) unreadable until the next removal.
-    #[cfg(unix)]
+    /// Makes what signals removals unreadable until the next one.
     fn drain_removal_signal(&mut self) {}
 }
 
