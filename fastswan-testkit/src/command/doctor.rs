@@ -62,8 +62,7 @@ pub(crate) fn tier_1() -> Vec<(&'static str, Result<String, String>)> {
 
 /// Whether the fast path can be shut before the kernel removes anything.
 fn guard() -> Result<String, String> {
-    let (mut forwarder, _) =
-        XdpForwarder::load(TableConfig::default()).map_err(|error| error.to_string())?;
+    let (mut forwarder, _) = XdpForwarder::load(TableConfig::default()).map_err(|error| error.to_string())?;
     let guard = forwarder.attach_guard();
     guard
         .map(|_| "it shuts the fast path before anything is removed".to_owned())

@@ -9,18 +9,16 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{Map, MapData, MapError, RingBuf},
+    maps::{Map, MapData, RingBuf},
 };
-#[cfg(feature = "guard")]
-use fastswan_ebpf::Control;
-use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason, Shared};
+use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason};
 
 use super::{
     Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters, TableError,
     TableUpdate, Traffic,
     devices::DeviceMap,
     losses::Losses,
-    mmap::Region,
+    maps::{MapsError, map},
     store::{Regions, Store, read_back},
 };
 use crate::{
@@ -64,19 +62,6 @@ impl fmt::Debug for BpfTable {
         // The device map cannot be shown, and the rest is too much to show.
         f.debug_struct("BpfTable").field("capacity", &self.store.capacity()).finish_non_exhaustive()
     }
-}
-
-/// The maps that a loaded object has are not the ones that this library knows.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum MapsError {
-    #[error("the object has no map {0}")]
-    Missing(&'static str),
-    #[error("map {name} cannot be mapped: {error}")]
-    Mmap { name: &'static str, error: rustix::io::Errno },
-    #[error("map {name} has values of {size} bytes, which is another layout")]
-    OtherLayout { name: &'static str, size: u32 },
-    #[error(transparent)]
-    Map(#[from] MapError),
 }
 
 impl BpfTable {
@@ -140,27 +125,6 @@ impl BpfTable {
             clock_offset,
         })
     }
-}
-
-/// Counts a removal, so that everything passes until it is acknowledged.
-#[cfg(feature = "guard")]
-pub(crate) fn begin_removal(ebpf: &Ebpf) -> Result<(), MapsError> {
-    let control: Region<Control> = map(ebpf, "CONTROL", 1)?;
-    control[0].removals.atomic().fetch_add(1, std::sync::atomic::Ordering::AcqRel);
-    Ok(())
-}
-
-/// An array map of an object.
-pub(crate) fn array<'e>(ebpf: &'e Ebpf, name: &'static str) -> Result<&'e MapData, MapsError> {
-    match ebpf.map(name) {
-        Some(Map::Array(data)) => Ok(data),
-        _ => Err(MapsError::Missing(name)),
-    }
-}
-
-fn map<T: Shared>(ebpf: &Ebpf, name: &'static str, length: usize) -> Result<Region<T>, MapsError> {
-    let fd: BorrowedFd<'_> = array(ebpf, name)?.fd().as_fd();
-    Region::map(fd, length).map_err(|error| MapsError::Mmap { name, error })
 }
 
 impl OffloadTable for BpfTable {

@@ -8,7 +8,7 @@ use std::{collections::HashMap, os::fd::AsFd as _};
 use aya::maps::MapData;
 use fastswan_ebpf::{Forwarding, Passes, Shared, Traffic};
 
-use super::{bpf::MapsError, mmap::Region};
+use super::{maps::MapsError, mmap::Region};
 
 /// The maps that a table's counters are in, and whose they are.
 #[derive(Debug)]

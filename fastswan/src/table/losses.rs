@@ -10,7 +10,7 @@ use aya::{
 };
 use fastswan_ebpf::Losses as Record;
 
-use super::{bpf::MapsError, mmap::Region, net_device::ifindex_offset};
+use super::{maps::MapsError, mmap::Region, net_device::ifindex_offset};
 
 /// The programs of the object, and the tracepoints that they are attached to.
 const HOOKS: [(&str, &str); 2] =

@@ -18,12 +18,7 @@ use fastswan_ebpf::PassReason;
 #[cfg(feature = "bpf")]
 pub use self::bpf::BpfTable;
 #[cfg(feature = "guard")]
-pub(crate) use self::bpf::begin_removal;
-#[cfg(feature = "bpf")]
-pub(crate) use self::{
-    bpf::{MapsError, array},
-    counters::Counters,
-};
+pub(crate) use self::maps::begin_removal;
 pub use self::{
     contents::{Contents, Packet},
     entries::{Cell, Exception, Fact, Forwarding, Probes, Side, Slot, Standing, Verdict},
@@ -31,6 +26,11 @@ pub use self::{
     memory::MemoryTable,
     size::{Capacity, TableConfig},
     update::{Change, TableUpdate},
+};
+#[cfg(feature = "bpf")]
+pub(crate) use self::{
+    counters::Counters,
+    maps::{MapsError, array},
 };
 pub use crate::host::{Forwards, Port, ReversePath};
 
@@ -45,6 +45,8 @@ mod entries;
 mod error;
 #[cfg(feature = "bpf")]
 mod losses;
+#[cfg(feature = "bpf")]
+mod maps;
 mod memory;
 mod mmap;
 #[cfg(feature = "bpf")]
