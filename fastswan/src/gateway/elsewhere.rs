@@ -7,7 +7,7 @@ use crate::mirror::Mirror;
 
 /// The same as with the feature, without a forwarder.
 #[derive(Debug, Default)]
-pub(super) struct Attached;
+pub(super) struct Attached(());
 
 #[expect(clippy::unused_self, reason = "the signatures are those of the feature `bpf`")]
 impl Attached {

@@ -784,8 +784,8 @@ fn removal_signal(_: &impl OffloadTable) -> Option<std::convert::Infallible> {
 }
 
 #[cfg(not(feature = "bpf"))]
-async fn removal(_: Option<&std::convert::Infallible>) {
-    pending().await
+fn removal(_: Option<&std::convert::Infallible>) -> impl Future<Output = ()> {
+    pending()
 }
 
 /// What made a snapshot necessary.
@@ -805,10 +805,16 @@ async fn settled(settling: &mut Option<Settling>) -> Result<(), SourceError> {
 }
 
 /// Waits until every packet that was in the program has left it.
+#[cfg(feature = "bpf")]
 async fn left_the_program(hold: HoldId) -> HoldId {
-    #[cfg(feature = "bpf")]
     if tokio::task::spawn_blocking(crate::sys::grace_period).await.is_err() {
         tracing::warn!("the thread that waits for a grace period has gone");
     }
     hold
+}
+
+/// No program runs that this process could wait for.
+#[cfg(not(feature = "bpf"))]
+fn left_the_program(hold: HoldId) -> impl Future<Output = HoldId> {
+    ready(hold)
 }

@@ -22,7 +22,7 @@ pub(super) fn all() -> Vec<Scenario> {
         name,
         about,
         expected_failure: None,
-        limit: Duration::from_secs(120),
+        limit: Duration::from_secs(240),
         tell,
     };
     vec![
