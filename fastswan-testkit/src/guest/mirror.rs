@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child as Process, Command},
+    time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
@@ -14,7 +15,7 @@ use nix::{
 };
 use serde::Deserialize;
 
-use super::{gateways::Gateways, wait_for};
+use super::{gateways::Gateways, wait_at_most, wait_for};
 
 /// What it says when it runs on a port.
 const ATTACHED: &str = "attached the XDP program";
@@ -70,7 +71,8 @@ impl Mirror {
         })?;
         let mut mirror = Self { process, files };
         let mut ended = None;
-        let attached = wait_for("the mirror", || {
+        // An emulated processor takes some 15 s to verify the program.
+        let attached = wait_at_most(Duration::from_secs(90), "the mirror", || {
             ended = mirror.process.try_wait().ok().flatten();
             let log = mirror.log();
             ended.is_some() || log.matches(ATTACHED).count() >= PORTS.len() || log.contains(TAKEN_OVER)
