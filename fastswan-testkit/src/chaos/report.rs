@@ -8,8 +8,9 @@ use super::{EXAMPLES, lag::Lags, mirror::Life, witness::Testimony};
 
 /// The kernel's notifications that there must be in a second.
 const EVENTS_PER_SECOND: f64 = 50_000.0 / 60.0;
-/// Everything passes for less than this share of the time.
-const MOST_PASSED: f64 = 0.5;
+/// Everything passes for less than this share of the time. That is much: each migration, each lost device and each overrun
+/// takes a new snapshot, each change of the host another one, and there are some ten of them in a second.
+const MOST_PASSED: f64 = 0.75;
 
 /// What a run found.
 #[derive(Clone, Debug)]
