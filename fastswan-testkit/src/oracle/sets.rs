@@ -117,13 +117,19 @@ pub(super) fn is_promoted(policy: &Policy) -> bool {
             && matches!(policy.templates[..], [Template { reqid, .. }] if reqid % 2 == 1)
 }
 
-/// Whether NICs offload such a policy.
+/// Whether NICs offload such a policy. mlx5 takes none for everything without a reqid.
 fn is_offloadable(policy: &Policy) -> bool {
+    let selector = &policy.id.selector;
+    let is_for_all = selector.protocol == 0
+        && selector.source.addr().is_unspecified()
+        && selector.destination.addr().is_unspecified();
+    let has_reqid = policy.templates.first().is_some_and(|template| template.reqid != 0);
     policy.id.policy_type == PolicyType::Main
         && policy.id.direction != Direction::Forward
         && policy.templates.len() <= 1
         && matches!(policy.id.selector.protocol, 0 | 6 | 17)
         && policy.priority != u32::MAX
+        && (has_reqid || !is_for_all)
 }
 
 /// Policies that come and go.
