@@ -6,7 +6,7 @@
 //! For other parts between the sources and the table, or another runtime, drive a mirror directly.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     future::{Future, pending, ready},
     pin::pin,
     time::{Duration, Instant, SystemTime},
@@ -57,7 +57,7 @@ use crate::{
     metrics::Meters,
     mirror::{Action, HoldId, Input, InputState, Mirror},
     source::{HostSource, PolicySource, SourceError},
-    table::{Devices, OffloadTable, Ports, TableCounters, TableError, TableUpdate, Traffic},
+    table::{Devices, OffloadTable, Ports, Slot, TableCounters, TableError, TableUpdate, Traffic},
 };
 
 /// How long fast forwarding goes on after the last sign of life of the loop, unless set otherwise.
@@ -529,8 +529,13 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     /// Writes an update, a little at a time unless everything passes anyway, as it does while something is being written.
     fn write(&mut self, update: &TableUpdate) -> Result<(), GatewayError> {
         let departed = self.mirror.take_departed();
-        let filled: std::collections::HashSet<_> =
-            update.slots.iter().filter(|(_, standing)| standing.is_some()).map(|(slot, _)| *slot).collect();
+        // Mostly nothing has departed, and a first update fills every slot.
+        let filled: HashSet<Slot> = if departed.is_empty() {
+            HashSet::new()
+        } else {
+            let filled = update.slots.iter().filter(|(_, standing)| standing.is_some());
+            filled.map(|(slot, _)| *slot).collect()
+        };
         let mut removed: Vec<(RemovedPolicy, _)> = departed
             .into_iter()
             .map(|(slot, id)| (RemovedPolicy { id, traffic: self.table.traffic(slot) }, slot))
