@@ -252,7 +252,7 @@ impl World {
                     ("2001:db8:f::/48", via(NIC)),
                 ]
                 .map(|(prefix, kind)| (prefix.parse().unwrap(), kind));
-                let route = |(destination, kind)| Route { table: 254, destination, metric: 0, kind };
+                let route = |(destination, kind)| Route::new(254, destination, kind);
                 self.host.routes = routes.into_iter().chain(outer).map(route).collect();
                 self.compiler.set_host(&self.host);
             }

@@ -5,7 +5,10 @@ use std::fmt;
 use super::Compiler;
 use crate::{
     database::Database,
-    host::{HostFacts, routing::Routing},
+    host::{
+        HostFacts,
+        routing::{Routing, table},
+    },
     policy::{Action, DefaultPolicy, Family, PolicyId},
 };
 
@@ -65,7 +68,7 @@ impl Obstacle {
                 obstacles.push(Self::UnknownHost(family));
                 continue;
             }
-            let unclear = rules.filter(|rule| rule.table.is_none());
+            let unclear = rules.filter(|rule| table(rule).is_none());
             obstacles.extend(unclear.map(|rule| Self::Rule { family, priority: rule.priority }));
             let is_unclear = obstacles.iter().any(|other| other.family().is_none_or(|other| other == family));
             if !is_unclear && matches!(host.routing(family), Routing::Unknown) {

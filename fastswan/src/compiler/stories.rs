@@ -14,7 +14,7 @@ use super::{
 use crate::{
     database::Database,
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
-    host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule},
+    host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule, RuleAction, RuleSelector},
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
         PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
@@ -119,7 +119,7 @@ fn packet(source: &str, destination: &str) -> Packet {
 }
 
 fn route(destination: &str, kind: RouteKind) -> Route {
-    Route { table: 254, destination: destination.parse().unwrap(), metric: 0, kind }
+    Route::new(254, destination.parse().unwrap(), kind)
 }
 
 fn via(ifindex: u32) -> RouteKind {
@@ -884,7 +884,7 @@ fn the_reverse_path_is_told_only_where_a_link_asks_for_it() {
 #[test]
 fn policy_routing_and_unknown_routes_leave_everything_to_the_kernel() {
     let mut scene = Scene::new().has(site());
-    scene.host.rules.push(Rule { family: Family::V4, priority: 1, table: None });
+    scene.host.rules.push(Rule::new(Family::V4, 1, RuleSelector::default(), RuleAction::Unclear));
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
     scene.host = HostFacts::default();
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
@@ -1190,7 +1190,7 @@ fn what_keeps_everything_from_being_fast_is_told_once_by_name() {
     );
 
     let mut ruled = forwarding();
-    ruled.host.rules.push(Rule { family: Family::V6, priority: 220, table: None });
+    ruled.host.rules.push(Rule::new(Family::V6, 220, RuleSelector::default(), RuleAction::Unclear));
     assert_eq!(
         obstacles(&mut ruled),
         [

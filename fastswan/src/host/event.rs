@@ -1,6 +1,11 @@
 //! What host sources say.
 
-use super::HostFacts;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{HostFacts, Link, Neighbour, Route, Rule};
+use crate::policy::Family;
 
 /// What a [`HostSource`](crate::HostSource) says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -8,9 +13,42 @@ use super::HostFacts;
 pub enum HostEvent {
     /// Everything that the source knows now. It replaces all that it said before.
     Snapshot(HostFacts),
+    /// What has changed since, in this order. Nothing else has.
+    Changes(Vec<HostChange>),
     /// What the source said may no longer be true, and a [`HostEvent::Snapshot`] will follow. Until then nothing may be
     /// fast.
     Stale(HostStaleCause),
+}
+
+/// Something about the host that is not as it was told before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HostChange {
+    /// There is such a link now; it replaces one of the same interface index.
+    Link(Link),
+    /// The link with this interface index is gone.
+    LinkGone(u32),
+    /// These are all routes that a table has for exactly this prefix now; none is left out.
+    Routes {
+        /// The table.
+        table: u32,
+        /// The prefix, without host bits.
+        destination: IpNet,
+        /// The routes for it in this table, in the order in which the kernel has them, or none.
+        routes: Vec<Route>,
+    },
+    /// These are all rules of a family now. No rule at all means that nothing is known about its routes, and then nothing of
+    /// it is fast.
+    Rules(Family, Vec<Rule>),
+    /// A neighbour has this Ethernet address now.
+    Neighbour(Neighbour),
+    /// The Ethernet address of a neighbour is not known any longer.
+    NeighbourGone {
+        /// Interface index of the device.
+        ifindex: u32,
+        /// Its address.
+        destination: IpAddr,
+    },
 }
 
 /// Why a host source lost track.

@@ -9,16 +9,18 @@
 mod error;
 mod event;
 mod port;
+mod route;
 pub(crate) mod routing;
+mod rule;
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
-
 pub use self::{
     error::HostError,
-    event::{HostEvent, HostStaleCause},
+    event::{HostChange, HostEvent, HostStaleCause},
     port::{Forwards, Port, ReversePath},
+    route::{Route, RouteKind},
+    rule::{Rule, RuleAction, RuleSelector},
 };
 use crate::policy::{Family, MacAddr};
 
@@ -130,6 +132,36 @@ impl HostFacts {
         vlans.dedup();
         vlans.into_iter().filter_map(|vlan| self.port(ifindex, vlan)).collect()
     }
+
+    /// Takes up a change. Looks at all links, routes, rules or neighbours, whichever it is about.
+    pub fn apply(&mut self, change: HostChange) {
+        match change {
+            HostChange::Link(link) => {
+                match self.links.iter_mut().find(|other| other.ifindex == link.ifindex) {
+                    Some(other) => *other = link,
+                    None => self.links.push(link),
+                }
+            }
+            HostChange::LinkGone(ifindex) => self.links.retain(|link| link.ifindex != ifindex),
+            HostChange::Routes { table, destination, routes } => {
+                self.routes.retain(|route| (route.table, route.destination) != (table, destination));
+                self.routes.extend(routes);
+            }
+            HostChange::Rules(family, rules) => {
+                self.rules.retain(|rule| rule.family != family);
+                self.rules.extend(rules);
+            }
+            HostChange::Neighbour(neighbour) => {
+                self.forget_neighbour(neighbour.ifindex, neighbour.destination);
+                self.neighbours.push(neighbour);
+            }
+            HostChange::NeighbourGone { ifindex, destination } => self.forget_neighbour(ifindex, destination),
+        }
+    }
+
+    fn forget_neighbour(&mut self, ifindex: u32, destination: IpAddr) {
+        self.neighbours.retain(|other| (other.ifindex, other.destination) != (ifindex, destination));
+    }
 }
 
 /// A network interface.
@@ -174,76 +206,6 @@ impl Link {
             Family::V4 => self.mtu,
             Family::V6 => self.mtu.min(self.mtu_v6),
         }
-    }
-}
-
-/// A route.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Route {
-    /// The table it is in.
-    pub table: u32,
-    /// The addresses it is for, without host bits.
-    pub destination: IpNet,
-    /// Lower is better among routes for the same prefix.
-    pub metric: u32,
-    /// What happens to packets.
-    pub kind: RouteKind,
-}
-
-/// What a route does (`RTN_*`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RouteKind {
-    /// Forwards to one next hop.
-    Unicast {
-        /// Interface index of the device.
-        ifindex: u32,
-        /// The next hop's address; `None` if the destination is a neighbour itself.
-        gateway: Option<IpAddr>,
-        /// Longest packet in bytes, if the route says (`RTAX_MTU`).
-        mtu: Option<u32>,
-    },
-    /// Forwards in a way that depends on more than the destination: several next hops, a source prefix, a type
-    /// of service, an encapsulation, or a next hop that is down.
-    Unclear,
-    /// An address of this host.
-    Local,
-    /// A broadcast address.
-    Broadcast,
-    /// An anycast address of this host.
-    Anycast,
-    /// Multicast.
-    Multicast,
-    /// Drops.
-    Blackhole,
-    /// Drops and tells the sender.
-    Unreachable,
-    /// Drops and tells the sender that it is not allowed.
-    Prohibit,
-    /// Goes on with the next rule.
-    Throw,
-}
-
-/// A rule of policy routing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rule {
-    /// The family it is for.
-    pub family: Family,
-    /// Lower comes first.
-    pub priority: u32,
-    /// The table to look up for every packet. `None` if the rule is for some packets only or does something
-    /// else: the routes of its family are then not clear, and nothing is fast in it.
-    pub table: Option<u32>,
-}
-
-impl Rule {
-    /// The rules of a host without policy routing: the tables local (255), main (254) and default (253).
-    #[must_use]
-    pub fn ordinary(family: Family) -> [Self; 3] {
-        [(0, 255), (32_766, 254), (32_767, 253)].map(|(priority, table)| Self {
-            family,
-            priority,
-            table: Some(table),
-        })
     }
 }
 

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::{HostFacts, Route, RouteKind};
+use super::{HostFacts, Route, RouteKind, Rule, RuleAction};
 use crate::{policy::Family, prefix_map::PrefixMap};
 
 /// What is known about the routes of a family.
@@ -32,7 +32,7 @@ impl HostFacts {
         }
         let mut rules: Vec<_> = self.rules.iter().filter(|rule| rule.family == family).collect();
         rules.sort_by_key(|rule| rule.priority);
-        let tables: Option<Vec<u32>> = rules.iter().map(|rule| rule.table).collect();
+        let tables: Option<Vec<u32>> = rules.iter().map(|rule| table(rule)).collect();
         match tables {
             Some(tables) if !tables.is_empty() && self.links.iter().all(|link| link.kind != "vrf") => {
                 Routing::Known(flatten(&self.routes, family, &tables))
@@ -49,6 +49,18 @@ impl Routing {
             Self::Known(routes) => routes.covering(destination.into()).next().map(|(_, kind)| *kind),
             Self::Unknown | Self::Vouched => None,
         }
+    }
+}
+
+/// The table that a rule looks up for every packet.
+pub(crate) fn table(rule: &Rule) -> Option<u32> {
+    match rule.action {
+        RuleAction::Lookup { table, suppress_prefix_length: None, suppress_group: false }
+            if rule.selector.is_everything() =>
+        {
+            Some(table)
+        }
+        _ => None,
     }
 }
 
@@ -88,8 +100,12 @@ fn choose(routes: &[&Route], family: Family) -> RouteKind {
     let best = routes.iter().map(|route| route.metric).min();
     let mut kinds = routes
         .iter()
-        .filter(|route| family == Family::V6 || Some(route.metric) == best)
-        .map(|route| route.kind);
+        .filter(|route| family == Family::V6 || route.tos != 0 || Some(route.metric) == best)
+        .map(|route| match route {
+            Route { tos: 0, source: None, kind, .. } => *kind,
+            Route { kind: Unicast { .. } | Throw, .. } => Unclear,
+            Route { kind, .. } => *kind,
+        });
     let Some(first) = kinds.next() else { return Unreachable };
     kinds.fold(first, |one, other| match (one, other) {
         _ if one == other => one,
@@ -105,7 +121,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::host::{Link, Rule};
+    use crate::host::Link;
 
     const MAIN: u32 = 254;
     const LOCAL: u32 = 255;
@@ -115,7 +131,7 @@ mod tests {
     }
 
     fn route(table: u32, destination: &str, kind: RouteKind) -> Route {
-        Route { table, destination: destination.parse().unwrap(), metric: 0, kind }
+        Route::new(table, destination.parse().unwrap(), kind)
     }
 
     fn lookup(host: &HostFacts, destination: &str) -> Option<RouteKind> {
@@ -147,7 +163,7 @@ mod tests {
             route(100, "0.0.0.0/0", via(2)),
             route(MAIN, "10.1.0.0/16", via(1)),
         ]);
-        host.rules.push(Rule { family: Family::V4, priority: 100, table: Some(100) });
+        host.rules.push(Rule::lookup(Family::V4, 100, 100));
         assert_eq!(lookup(&host, "10.1.0.1"), Some(via(1)));
         assert_eq!(lookup(&host, "10.2.0.1"), Some(RouteKind::Unreachable));
         assert_eq!(lookup(&host, "192.0.2.1"), Some(via(2)));
@@ -181,7 +197,7 @@ mod tests {
         assert!(matches!(without_rules.routing(Family::V4), Routing::Unknown));
 
         let mut policy_routing = known.clone();
-        policy_routing.rules.push(Rule { family: Family::V4, priority: 10, table: None });
+        policy_routing.rules.push(Rule { action: RuleAction::Unclear, ..Rule::lookup(Family::V4, 10, 10) });
         assert!(matches!(policy_routing.routing(Family::V4), Routing::Unknown));
         assert!(matches!(policy_routing.routing(Family::V6), Routing::Known(_)), "the other family is clear");
 
@@ -202,7 +218,7 @@ mod tests {
         let route =
             (0..3u32, 0..16u8, 28..=32u8, 0..2u32, kind).prop_map(|(table, host, length, metric, kind)| {
                 let destination = format!("10.0.0.{host}/{length}").parse::<IpNet>().unwrap().trunc();
-                Route { table, destination, metric, kind }
+                Route { metric, ..Route::new(table, destination, kind) }
             });
         proptest::collection::vec(route, 0..12)
     }
@@ -211,7 +227,7 @@ mod tests {
         /// One lookup in the map gives what asking table after table gives.
         #[test]
         fn the_map_answers_as_the_tables_do(routes in routes()) {
-            let rules = [2, 0, 1].map(|table| Rule { family: Family::V4, priority: 0, table: Some(table) });
+            let rules = [2, 0, 1].map(|table| Rule::lookup(Family::V4, 0, table));
             let host = HostFacts { routes: routes.clone(), rules: rules.to_vec(), ..HostFacts::default() };
             let routing = host.routing(Family::V4);
             for last in 0..16u8 {

@@ -230,6 +230,13 @@ impl Mirror {
         self.tick(now);
         match event {
             HostEvent::Stale(cause) => self.host.lose_track(cause.name()),
+            HostEvent::Changes(changes) => {
+                for change in changes {
+                    self.links.apply(change);
+                }
+                self.compiler.set_host(&self.links);
+                self.interfaces.resolve(&self.links);
+            }
             HostEvent::Snapshot(facts) => {
                 let cause = match self.host.state() {
                     InputState::Unknown => "start",
@@ -238,7 +245,7 @@ impl Mirror {
                 };
                 *self.statistics.host_resyncs.entry(cause).or_default() += 1;
                 self.compiler.set_host(&facts);
-                self.links = HostFacts { links: facts.links, ..HostFacts::default() };
+                self.links = facts;
                 self.interfaces.resolve(&self.links);
                 self.host.tell_everything();
             }

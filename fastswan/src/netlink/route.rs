@@ -24,7 +24,7 @@ use super::{
     request::{DUMP, RequestError, Requests},
 };
 use crate::{
-    host::{HostError, HostFacts, Link, Neighbour, Route, RouteKind, Rule},
+    host::{self, HostError, HostFacts, Link, Neighbour, Route, RouteKind, Rule, RuleSelector},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
@@ -242,23 +242,55 @@ fn rule(message: &RuleMessage, family: Family) -> Option<Rule> {
     if header.family != address_family(family) {
         return None;
     }
-    let mut priority = 0;
-    let mut table = u32::from(header.table);
-    let mut unconditional = header.action == RuleAction::ToTable
-        && (header.dst_len, header.src_len, header.tos) == (0, 0, 0)
-        && !header.flags.contains(RuleFlags::Invert);
+    let mut selector = RuleSelector { other: header.tos != 0, ..RuleSelector::default() };
+    selector.inverted = header.flags.contains(RuleFlags::Invert);
+    let (mut priority, mut table) = (0, u32::from(header.table));
+    let (mut suppress_prefix_length, mut suppress_group, mut target) = (None, false, None);
+    let (mut value, mut mask) = (None, u32::MAX);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(value) => priority = *value,
             RuleAttribute::Table(value) => table = *value,
+            RuleAttribute::Goto(value) => target = Some(*value),
+            RuleAttribute::Source(address) => {
+                selector.source = IpNet::new(*address, header.src_len).ok().map(|prefix| prefix.trunc());
+            }
+            RuleAttribute::Destination(address) => {
+                selector.destination = IpNet::new(*address, header.dst_len).ok().map(|prefix| prefix.trunc());
+            }
+            RuleAttribute::FwMark(mark) => value = Some(*mark),
+            RuleAttribute::FwMask(value) => mask = *value,
+            RuleAttribute::Iifname(name) => selector.iif = Some(name.clone()),
+            RuleAttribute::Oifname(name) => selector.oif = Some(name.clone()),
+            RuleAttribute::L3MDev(is_on) => selector.l3mdev = *is_on,
             // All ones is how the kernel says that it suppresses nothing.
             RuleAttribute::Protocol(_)
             | RuleAttribute::SuppressPrefixLen(u32::MAX)
             | RuleAttribute::SuppressIfGroup(u32::MAX) => {}
-            _ => unconditional = false,
+            RuleAttribute::SuppressPrefixLen(length) => {
+                suppress_prefix_length = Some(u8::try_from(*length).unwrap_or(u8::MAX));
+            }
+            RuleAttribute::SuppressIfGroup(_) => suppress_group = true,
+            _ => selector.other = true,
         }
     }
-    Some(Rule { family, priority, table: unconditional.then_some(table) })
+    // The kernel tells of a mark that is 0 by its mask alone.
+    if value.is_some() || mask != u32::MAX {
+        selector.mark = Some((value.unwrap_or(0), mask));
+    }
+    let is_cut = |length: u8, prefix: &Option<IpNet>| length != 0 && prefix.is_none();
+    selector.other |=
+        is_cut(header.src_len, &selector.source) || is_cut(header.dst_len, &selector.destination);
+    let action = match (header.action, target) {
+        (RuleAction::ToTable, _) => {
+            host::RuleAction::Lookup { table, suppress_prefix_length, suppress_group }
+        }
+        (RuleAction::Goto, Some(target)) => host::RuleAction::Goto(target),
+        (RuleAction::Nop, _) => host::RuleAction::Nop,
+        (RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit, _) => host::RuleAction::Deny,
+        _ => host::RuleAction::Unclear,
+    };
+    Some(Rule::new(family, priority, selector, action))
 }
 
 /// A route, or `None` if it is for another family or a cached decision.
@@ -268,19 +300,22 @@ fn route(message: &RouteMessage, family: Family) -> Result<Option<Route>, HostEr
         return Ok(None);
     }
     let mut table = u32::from(header.table);
-    let mut destination = match family {
+    let unspecified = match family {
         Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
+    let mut destination = unspecified;
     let (mut metric, mut device, mut gateway, mut mtu) = (0, None, None, None);
-    let mut unclear = header.tos != 0
-        || header.source_prefix_length != 0
-        || header.flags.intersects(RouteFlags::Dead | RouteFlags::Linkdown | RouteFlags::Unresolved);
+    let mut source = None;
+    let mut unclear =
+        header.flags.intersects(RouteFlags::Dead | RouteFlags::Linkdown | RouteFlags::Unresolved);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(value) => table = *value,
             RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = (*address).into(),
             RouteAttribute::Destination(RouteAddress::Inet6(address)) => destination = (*address).into(),
+            RouteAttribute::Source(RouteAddress::Inet(address)) => source = Some((*address).into()),
+            RouteAttribute::Source(RouteAddress::Inet6(address)) => source = Some((*address).into()),
             RouteAttribute::Priority(value) => metric = *value,
             RouteAttribute::Oif(value) => device = Some(*value),
             RouteAttribute::Gateway(RouteAddress::Inet(address))
@@ -303,11 +338,17 @@ fn route(message: &RouteMessage, family: Family) -> Result<Option<Route>, HostEr
             _ => {}
         }
     }
-    let destination =
-        IpNet::new(destination, header.destination_prefix_length).map_err(|_| HostError::Undecodable {
+    let prefix = |address: IpAddr, length| {
+        IpNet::new(address, length).map_err(|_| HostError::Undecodable {
             object: "routes",
-            reason: format!("prefix {destination}/{}", header.destination_prefix_length),
-        })?;
+            reason: format!("prefix {address}/{length}"),
+        })
+    };
+    let destination = prefix(destination, header.destination_prefix_length)?;
+    let source = match header.source_prefix_length {
+        0 => None,
+        length => Some(prefix(source.unwrap_or(unspecified), length)?.trunc()),
+    };
     let kind = match (header.kind, device) {
         (RouteType::Unicast, Some(ifindex)) if !unclear => RouteKind::Unicast { ifindex, gateway, mtu },
         (RouteType::Unicast, _) => RouteKind::Unclear,
@@ -321,7 +362,7 @@ fn route(message: &RouteMessage, family: Family) -> Result<Option<Route>, HostEr
         // The others are not for packets that are forwarded, or not for all of them.
         _ => RouteKind::Unreachable,
     };
-    Ok(Some(Route { table, destination: destination.trunc(), metric, kind }))
+    Ok(Some(Route { metric, tos: header.tos, source, ..Route::new(table, destination, kind) }))
 }
 
 /// A neighbour whose Ethernet address is known.
@@ -376,7 +417,7 @@ mod tests {
             let own: IpNet = "127.0.0.1/32".parse().unwrap();
             let is_own = |route: &Route| route.destination == own && route.kind == RouteKind::Local;
             assert!(host.routes.iter().any(is_own), "{:?}", host.routes);
-            let local = Rule { family: Family::V4, priority: 0, table: Some(255) };
+            let local = Rule::lookup(Family::V4, 0, 255);
             assert!(host.rules.contains(&local), "{:?}", host.rules);
         }
     }
