@@ -9,6 +9,7 @@ use ipnet::IpNet;
 
 use super::{
     Compiler, exceptions,
+    facts::AddressFacts,
     rule::{Candidate, Terms, eligible, is_check, judge, same_way},
     standing,
 };
@@ -294,7 +295,7 @@ impl Compiler {
             return Err(pass(PassReason::Guarded, cause));
         }
         let addresses = (flow.source, flow.destination);
-        compiled.facts().allow(addresses, probes, forwarding.ifindex, port).map_err(
+        AddressFacts::new(&self.paths, family).allow(addresses, probes, forwarding.ifindex, port).map_err(
             |(reason, side, known)| {
                 let (prefix, fact) = known.unzip();
                 pass(reason, Cause::Address { side, prefix, fact })

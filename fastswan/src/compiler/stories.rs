@@ -119,7 +119,8 @@ fn packet(source: &str, destination: &str) -> Packet {
 }
 
 fn route(destination: &str, kind: RouteKind) -> Route {
-    Route::new(254, destination.parse().unwrap(), kind)
+    let table = if kind == RouteKind::Local { 255 } else { 254 };
+    Route::new(table, destination.parse().unwrap(), kind)
 }
 
 fn via(ifindex: u32) -> RouteKind {
@@ -1193,18 +1194,8 @@ fn what_keeps_everything_from_being_fast_is_told_once_by_name() {
     ruled.host.rules.push(Rule::new(Family::V6, 220, RuleSelector::default(), RuleAction::Unclear));
     assert_eq!(
         obstacles(&mut ruled),
-        [
-            "the rule with pref 220 for IPv6 is not for all packets or not for a table, so routes are not clear"
-        ]
+        ["the rule with pref 220 for IPv6 does something that is not understood, so routes are not clear"]
     );
-    let mut vrf = forwarding();
-    vrf.host.links.push(Link {
-        ifindex: 12,
-        name: "red".to_owned(),
-        kind: "vrf".to_owned(),
-        ..Link::default()
-    });
-    assert_eq!(obstacles(&mut vrf), ["the VRF red (#12) makes routes depend on where packets arrive"]);
     let mut quiet = forwarding();
     quiet.link(LAN).forwards = Forwards { v4: true, v6: false };
     assert_eq!(obstacles(&mut quiet), ["no interface forwards IPv6"]);
