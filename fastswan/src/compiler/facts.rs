@@ -141,7 +141,7 @@ impl<'p> AddressFacts<'p> {
     /// The prefixes strictly inside one for which something else may hold, and what does, in order.
     fn others_inside(&self, side: Side, prefix: IpNet) -> impl Iterator<Item = (IpNet, Fact)> {
         let same = |covering: Option<RouteKind>, kinds: Kinds| match side {
-            Side::Destination => self.is_same_destination(covering, kinds),
+            Side::Destination => is_same_destination(covering, kinds),
             Side::Source => self.is_same_source(covering, kinds),
         };
         let mut inside = self.routes.inside(prefix, same);
@@ -198,16 +198,7 @@ impl<'p> AddressFacts<'p> {
         }
     }
 
-    fn is_same_destination(&self, covering: Option<RouteKind>, kinds: Kinds) -> bool {
-        match covering {
-            Some(RouteKind::Unicast { ifindex, mtu: None, .. }) => {
-                kinds.are_within(kind::FORWARDS) && kinds.device() == Some(ifindex)
-            }
-            None | Some(RouteKind::Unicast { .. } | RouteKind::Throw) => false,
-            Some(_) => kinds.are_within(kind::OWN | kind::DENIES | kind::UNCLEAR),
-        }
-    }
-
+    /// The same of sources.
     fn is_same_source(&self, covering: Option<RouteKind>, kinds: Kinds) -> bool {
         let leads_anywhere = kind::FORWARDS | kind::LIMITED | kind::DENIES | kind::UNCLEAR;
         match covering {
@@ -226,8 +217,19 @@ impl<'p> AddressFacts<'p> {
     }
 }
 
-/// Why an address keeps a packet from being fast: the reason, which address, and what is known about it.
-pub(super) type Denial = (PassReason, Side, Option<(IpNet, Fact)>);
+/// Whether all destinations of a subtree have the fact of what covers it.
+fn is_same_destination(covering: Option<RouteKind>, kinds: Kinds) -> bool {
+    match covering {
+        Some(RouteKind::Unicast { ifindex, mtu: None, .. }) => {
+            kinds.are_within(kind::FORWARDS) && kinds.device() == Some(ifindex)
+        }
+        None | Some(RouteKind::Unicast { .. } | RouteKind::Throw) => false,
+        Some(_) => kinds.are_within(kind::OWN | kind::DENIES | kind::UNCLEAR),
+    }
+}
+
+/// Why an address keeps a packet from being fast, and which of both it is.
+pub(super) type Denial = (PassReason, Side);
 
 impl AddressFacts<'_> {
     /// What the program finds out about the addresses of a packet.
@@ -241,34 +243,42 @@ impl AddressFacts<'_> {
         if self.routes.is_vouched() || self.routes.is_unknown() {
             return Ok(());
         }
-        let known = |side, address: IpAddr| {
-            let prefix = self.covering(side, address.into())?;
-            Some((prefix, self.at(side, address.into())))
-        };
         if probes.destination {
-            let known = known(Side::Destination, destination);
-            match known {
+            match self.known(Side::Destination, destination) {
                 Some((_, Fact::Via(ifindex))) if ifindex == device => {}
-                Some((_, Fact::Via(_))) => {
-                    return Err((PassReason::RouteElsewhere, Side::Destination, known));
-                }
-                _ => return Err((PassReason::DeniedDestination, Side::Destination, known)),
+                Some((_, Fact::Via(_))) => return Err((PassReason::RouteElsewhere, Side::Destination)),
+                _ => return Err((PassReason::DeniedDestination, Side::Destination)),
             }
         }
-        let known = known(Side::Source, source);
         // The kernel has no reverse path filter for IPv6.
         let port = port.filter(|port| source.is_ipv4() && port.reverse_path != ReversePath::Off);
-        match (known, port) {
+        match (self.known(Side::Source, source), port) {
             (Some((_, Fact::Denied)), port) if probes.source || port.is_some() => {
-                Err((PassReason::DeniedSource, Side::Source, known))
+                Err((PassReason::DeniedSource, Side::Source))
             }
-            (None, Some(_)) => Err((PassReason::ReversePath, Side::Source, None)),
+            (None, Some(_)) => Err((PassReason::ReversePath, Side::Source)),
             (Some((_, Fact::Via(ifindex))), Some(port))
                 if port.reverse_path == ReversePath::Strict && ifindex != port.receiver =>
             {
-                Err((PassReason::ReversePath, Side::Source, known))
+                Err((PassReason::ReversePath, Side::Source))
             }
             _ => Ok(()),
         }
+    }
+
+    /// What is known about an address, and the prefix that it is known of.
+    pub(super) fn known(&self, side: Side, address: IpAddr) -> Option<(IpNet, Fact)> {
+        if self.routes.is_vouched() || self.routes.is_unknown() {
+            return None;
+        }
+        let prefix = self.covering(side, address.into())?;
+        Some((prefix, self.at(side, address.into())))
+    }
+
+    /// The priority of the rule by which that is known, or because of which it is not certain.
+    pub(super) fn rule(&self, side: Side, address: IpAddr) -> Option<u32> {
+        let purpose = if side == Side::Source { Purpose::Return } else { Purpose::Forward };
+        let special = || self.routes.special_rule(address).filter(|_| side == Side::Source);
+        special().or_else(|| self.routes.rule(address.into(), purpose))
     }
 }

@@ -232,12 +232,12 @@ impl Routes {
 
     /// Takes up all routes that a table has for a prefix. Returns which answers that may change.
     pub(crate) fn set_routes(&mut self, table: u32, destination: IpNet, routes: &[Route]) -> Effect {
-        let had_routes = self.tables.contains_key(&table);
+        let was_empty = !self.tables.contains_key(&table);
         let entry = Entry::of(routes.iter());
         let is_new = self.set(table, destination, entry);
-        let has_routes = self.tables.contains_key(&table);
+        let is_empty = !self.tables.contains_key(&table);
         let is_special = |step: &Step| step.source.is_some() && step.asks(table);
-        if had_routes != has_routes && self.steps.iter().any(is_special) {
+        if was_empty != is_empty && self.steps.iter().any(is_special) {
             Effect::Everything
         } else if is_new && self.asked().any(|asked| asked == table) {
             Effect::Prefix
@@ -263,13 +263,38 @@ impl Routes {
     /// The rules that are for some sources only and lead elsewhere: their sources. Nothing else takes them into account for
     /// packets that are forwarded.
     pub(crate) fn special_sources(&self) -> impl Iterator<Item = IpNet> {
+        self.special_steps().map(|(_, source)| source)
+    }
+
+    /// The priority of the first of those rules that is for an address.
+    pub(crate) fn special_rule(&self, source: IpAddr) -> Option<u32> {
+        self.special_steps().find(|(_, prefix)| prefix.contains(&source)).map(|(step, _)| step.priority)
+    }
+
+    fn special_steps(&self) -> impl Iterator<Item = (&Step, IpNet)> {
         let leads_on = |step: &&Step| match step.action {
             RuleAction::Nop => false,
             RuleAction::Lookup { table, .. } => self.tables.contains_key(&table),
             _ => true,
         };
         let steps = self.steps.iter().filter(|step| !step.is_inverted && step.always != Truth::No);
-        steps.filter(leads_on).filter_map(|step| step.source)
+        steps.filter(leads_on).filter_map(|step| Some((step, step.source?)))
+    }
+
+    /// The priority of the first rule that is, or may be, for packets to a prefix and leads somewhere: it decides, or leaves
+    /// open, what becomes of them. `None` if every host has that rule.
+    pub(crate) fn rule(&self, prefix: IpNet, purpose: Purpose) -> Option<u32> {
+        let leads_on = |step: &&Step| match step.action {
+            RuleAction::Nop => false,
+            RuleAction::Lookup { table, .. } => {
+                self.look_up(table, prefix).is_some_and(|(_, entry)| entry.kind != RouteKind::Throw)
+            }
+            _ => true,
+        };
+        let mut steps = self.steps.iter().filter(|step| step.matches(prefix, purpose) != Truth::No);
+        let step = steps.find(leads_on)?;
+        let is_ordinary = Rule::ordinary(self.family).iter().any(|rule| Step::of(rule, &[]) == *step);
+        (!is_ordinary).then_some(step.priority)
     }
 
     /// Whether an address is the host's own, whatever the rules say (`__ip_dev_find`).
@@ -481,10 +506,10 @@ impl Step {
             (Some(_), Purpose::Forward | Purpose::Return) => Truth::Maybe,
         };
         let iif = match (self.iif, purpose) {
-            (None, _) => Truth::Yes,
-            (Some(Interface::Loopback), Purpose::Output(_)) => Truth::Yes,
-            (Some(Interface::Loopback), Purpose::Forward) | (Some(Interface::Missing), _) => Truth::No,
-            (Some(Interface::There), Purpose::Output(_)) => Truth::No,
+            (None, _) | (Some(Interface::Loopback), Purpose::Output(_)) => Truth::Yes,
+            (Some(Interface::Loopback), Purpose::Forward)
+            | (Some(Interface::There), Purpose::Output(_))
+            | (Some(Interface::Missing), _) => Truth::No,
             (Some(_), Purpose::Forward | Purpose::Return) => Truth::Maybe,
         };
         let oif = match (self.has_oif, purpose) {
@@ -518,7 +543,9 @@ impl Entry {
     }
 
     fn kinds(self) -> Kinds {
-        use RouteKind::*;
+        use RouteKind::{
+            Anycast, Blackhole, Broadcast, Local, Multicast, Prohibit, Throw, Unclear, Unicast, Unreachable,
+        };
 
         let (kind, device) = match self.kind {
             Unicast { ifindex, mtu: None, .. } => (kind::FORWARDS, ifindex),
@@ -935,9 +962,8 @@ mod tests {
                     let actual = of_packet(&host, source, destination, is_other);
                     let is_bad = matches!(actual, RouteKind::Blackhole | RouteKind::Prohibit | RouteKind::Unreachable);
                     match certain {
-                        RouteKind::Unclear => {}
-                        // It may be the host's own.
-                        RouteKind::Local => {}
+                        // Local says that it may be the host's own.
+                        RouteKind::Unclear | RouteKind::Local => {}
                         RouteKind::Blackhole | RouteKind::Prohibit | RouteKind::Unreachable => prop_assert!(is_bad),
                         certain => prop_assert_eq!(certain, actual, "{} to {}", source, destination),
                     }
