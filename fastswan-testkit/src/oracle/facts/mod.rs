@@ -48,13 +48,13 @@ use self::{
 };
 
 /// Packets that are judged after each step of a change.
-const PACKETS: usize = 80;
+const PACKETS: usize = 140;
 /// The same when the change was taken back.
-const PACKETS_AFTER: usize = 30;
+const PACKETS_AFTER: usize = 40;
 /// Packets after each step of a story.
 const PACKETS_OF_STORY: usize = 150;
 /// Changes of one world.
-const CHANGES: usize = 6;
+const CHANGES: usize = 10;
 /// Changes that are there at once in a world of several.
 const AT_ONCE: usize = 4;
 /// Packets that a source that lies is judged by at a time.

@@ -14,12 +14,15 @@ use super::{
     packet::{ETHERNET, Packet},
     report::KindReport,
     tunnels::Tunnel,
-    world::World,
+    world::{World, base},
 };
 use crate::oracle::packets::is_special;
 
 /// What nobody tells of is to be known so soon.
 const POLLED: Duration = Duration::from_millis(260);
+
+/// New devices are quiet then.
+const SETTLE: Duration = Duration::from_millis(400);
 
 /// A world, and what follows it. Used on a thread that is on its gateway.
 pub(super) struct Trial<'a> {
@@ -35,9 +38,12 @@ pub(super) struct Trial<'a> {
 
 impl<'a> Trial<'a> {
     pub(super) fn new(world: &'a World, tunnels: &'a [Tunnel], mutant: Option<HostMutant>) -> anyhow::Result<Self> {
-        let kernel = Kernel::new(world)?;
+        let mut kernel = Kernel::new(world)?;
+        let commands: Vec<Command> = base().map(command::ip).collect();
+        command::run(world, &mut kernel.wires, &commands, true)?;
         let mut follower = Follower::new(world, tunnels, mutant)?;
-        follower.follow(Duration::ZERO)?;
+        // Until what the devices' being new leads to is over: it would hide what nobody tells of.
+        follower.follow(SETTLE)?;
         Ok(Self { world, tunnels, kernel, follower, aims: Aims::default(), done: Vec::new() })
     }
 

@@ -128,6 +128,7 @@ pub(super) struct World {
 }
 
 impl World {
+    /// Its gateway has no routes but those of its own networks so far: [`base`].
     pub(super) fn new() -> Result<Self, LabError> {
         let (gateway, far) = (Namespace::new("facts")?, Namespace::new("far")?);
         far.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
@@ -147,15 +148,17 @@ impl World {
             gateway.ip(&format!("link set {} arp off", device.name()))?;
         }
         gateway.forward()?;
-        for (address, device, last) in NEIGHBOURS {
-            let mac = MacAddr([2, 0, 0, 0, 0, last]);
-            gateway.ip(&format!("neighbour replace {address} lladdr {mac} dev {}", device.name()))?;
-        }
-        for route in ROUTES {
-            gateway.ip(&format!("route add {route}"))?;
-        }
         Ok(Self { gateway, far })
     }
+}
+
+/// What gives the gateway neighbours and routes, as arguments of `ip`.
+pub(super) fn base() -> impl Iterator<Item = String> {
+    let neighbours = NEIGHBOURS.iter().map(|(address, device, last)| {
+        let mac = MacAddr([2, 0, 0, 0, 0, *last]);
+        format!("neighbour replace {address} lladdr {mac} dev {}", device.name())
+    });
+    neighbours.chain(ROUTES.iter().map(|route| format!("route add {route}")))
 }
 
 /// A frame that the gateway has sent.
