@@ -20,7 +20,7 @@ use super::{
 
 /// How long nothing must be heard until all that was sent has been dealt with.
 const QUIET: Duration = Duration::from_millis(2);
-/// The same for a packet that is asked about once more.
+/// The same for packets that are asked about once more.
 const VERY_QUIET: Duration = Duration::from_millis(25);
 
 /// What becomes of a packet.
@@ -32,6 +32,8 @@ pub(super) enum Fate {
     Answered,
     /// It is dropped or delivered.
     Gone,
+    /// It cannot arrive: its port hears nothing.
+    Unsent,
 }
 
 /// Where a tunnel's outer packets would go.
@@ -92,23 +94,24 @@ impl Kernel {
         self.judge_patiently(packets, QUIET)
     }
 
-    /// The same for a packet alone.
-    pub(super) fn judge_again(&mut self, packet: &Packet) -> anyhow::Result<Fate> {
-        let fates = self.judge_patiently(std::slice::from_ref(packet), VERY_QUIET)?;
-        fates.into_iter().next().context("one packet has one fate")
+    /// The same, with more time.
+    pub(super) fn judge_again(&mut self, packets: &[Packet]) -> anyhow::Result<Vec<Fate>> {
+        self.judge_patiently(packets, VERY_QUIET)
     }
 
     fn judge_patiently(&mut self, packets: &[Packet], patience: Duration) -> anyhow::Result<Vec<Fate>> {
         let Some((first, _)) = packets.first().and_then(|packet| number_in(&packet.frame)) else {
             return Ok(Vec::new());
         };
+        let mut fates = Vec::new();
         for packet in packets {
-            self.wires.send(packet.port, &packet.frame)?;
+            let is_sent = self.wires.send(packet.port, &packet.frame)?;
+            fates.push(if is_sent { Fate::Gone } else { Fate::Unsent });
         }
-        let mut fates = vec![Fate::Gone; packets.len()];
         for seen in self.wires.listen(patience)? {
             let Some((number, at)) = number_in(&seen.frame) else { continue };
-            let Some(index) = usize::try_from(number.wrapping_sub(first)).ok().filter(|at| *at < packets.len())
+            let Some(index) =
+                usize::try_from(number.wrapping_sub(first)).ok().filter(|at| *at < packets.len())
             else {
                 continue;
             };
@@ -179,7 +182,8 @@ impl Kernel {
 fn mtu_of(device: Device, v6: bool) -> anyhow::Result<u32> {
     let links = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{}/mtu", device.name()));
     let of_v6 = || -> io::Result<u32> { links?.trim().parse().map_err(io::Error::other) };
-    let output = std::process::Command::new("ip").args(["-o", "link", "show", "dev", device.name()]).output()?;
+    let output =
+        std::process::Command::new("ip").args(["-o", "link", "show", "dev", device.name()]).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let mtu = text.split(" mtu ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap_or(0);
     Ok(if v6 { of_v6().unwrap_or(0).min(mtu) } else { mtu })
@@ -231,7 +235,8 @@ fn question(tunnel: &Tunnel, tos: u8) -> Vec<u8> {
 fn answer(message: &[u8]) -> anyhow::Result<Option<Answer>> {
     const ERROR: u16 = 2;
     const NEWROUTE: u16 = 24;
-    let kind = u16::from_ne_bytes(*message.get(4..).and_then(<[u8]>::first_chunk).context("a short message")?);
+    let kind =
+        u16::from_ne_bytes(*message.get(4..).and_then(<[u8]>::first_chunk).context("a short message")?);
     if kind == ERROR {
         return Ok(None);
     }

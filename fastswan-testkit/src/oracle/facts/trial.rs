@@ -14,7 +14,7 @@ use super::{
     packet::{ETHERNET, Packet},
     report::KindReport,
     tunnels::Tunnel,
-    world::{World, base},
+    world::{World, base, is_own},
 };
 use crate::oracle::packets::is_special;
 
@@ -37,7 +37,11 @@ pub(super) struct Trial<'a> {
 }
 
 impl<'a> Trial<'a> {
-    pub(super) fn new(world: &'a World, tunnels: &'a [Tunnel], mutant: Option<HostMutant>) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        world: &'a World,
+        tunnels: &'a [Tunnel],
+        mutant: Option<HostMutant>,
+    ) -> anyhow::Result<Self> {
         let mut kernel = Kernel::new(world)?;
         let commands: Vec<Command> = base().map(command::ip).collect();
         command::run(world, &mut kernel.wires, &commands, true)?;
@@ -114,6 +118,9 @@ impl<'a> Trial<'a> {
         let fates = self.kernel.judge(&packets)?;
         let mut suspects = Vec::new();
         for ((packet, verdict), fate) in packets.into_iter().zip(verdicts).zip(fates) {
+            if fate == Fate::Unsent {
+                continue;
+            }
             report.decisions += 1;
             let eligible = self.is_eligible(&packet, &fate)?;
             report.eligible += u64::from(eligible);
@@ -138,15 +145,21 @@ impl<'a> Trial<'a> {
     }
 
     /// What seemed to be wrong is so if it still is when all that is polled must be known.
-    fn judge_again(&mut self, suspects: Vec<(Packet, String)>, report: &mut KindReport) -> anyhow::Result<()> {
+    fn judge_again(
+        &mut self,
+        suspects: Vec<(Packet, String)>,
+        report: &mut KindReport,
+    ) -> anyhow::Result<()> {
         report.stuck += u64::from(!self.follower.follow(POLLED)?);
         self.kernel.forget()?;
-        for (mut packet, first) in suspects {
-            self.kernel.number(std::slice::from_mut(&mut packet));
-            let verdict = self.follower.run(&packet)?;
-            let fate = self.kernel.judge_again(&packet)?;
+        let (mut packets, firsts): (Vec<Packet>, Vec<String>) = suspects.into_iter().unzip();
+        self.kernel.number(&mut packets);
+        let verdicts: Vec<Verdict> =
+            packets.iter().map(|packet| self.follower.run(packet)).collect::<anyhow::Result<_>>()?;
+        let fates = self.kernel.judge_again(&packets)?;
+        for (((packet, first), verdict), fate) in packets.iter().zip(firsts).zip(verdicts).zip(&fates) {
             let objection = match verdict {
-                Verdict::Fast(frame) => self.objection(&packet, &frame, &fate)?,
+                Verdict::Fast(frame) => self.objection(packet, &frame, fate)?,
                 Verdict::Passed(_) => None,
             };
             let (name, objection) = match objection {
@@ -159,7 +172,7 @@ impl<'a> Trial<'a> {
                     ("late", first)
                 }
             };
-            report.example(|| format!("{name}: {objection}: {}", self.describe(&packet, &fate)));
+            report.example(|| format!("{name}: {objection}: {}", self.describe(packet, fate)));
         }
         Ok(())
     }
@@ -173,8 +186,7 @@ impl<'a> Trial<'a> {
         let Some(tunnel) = self.tunnel(packet) else { return Ok(Some("no policy is about it".to_owned())) };
         let device = tunnel.device.name();
         match fate {
-            Fate::Forwarded(by, sent) if *by != tunnel.device => {
-                let _ = sent;
+            Fate::Forwarded(by, _) if *by != tunnel.device => {
                 return Ok(Some(format!("the kernel sends it by {} instead of {device}", by.name())));
             }
             Fate::Forwarded(_, sent) if frame.get(ETHERNET..) != Some(&sent[..]) => {
@@ -182,6 +194,7 @@ impl<'a> Trial<'a> {
             }
             Fate::Forwarded(..) => {}
             Fate::Answered => return Ok(Some("the kernel answers it".to_owned())),
+            Fate::Unsent => return Ok(None),
             Fate::Gone => return Ok(Some("the kernel drops or delivers it".to_owned())),
         }
         let outer = self.kernel.outer(tunnel, packet.tos)?;
@@ -206,7 +219,10 @@ impl<'a> Trial<'a> {
     /// Whether nothing keeps a packet from being fast: the kernel sends it where the tunnel is.
     fn is_eligible(&mut self, packet: &Packet, fate: &Fate) -> anyhow::Result<bool> {
         let Some(tunnel) = self.tunnel(packet) else { return Ok(false) };
-        let is_odd = !packet.is_plain || is_special(packet.source) || is_special(packet.destination);
+        let is_odd = !packet.is_plain
+            || is_special(packet.source)
+            || is_own(packet.source)
+            || is_special(packet.destination);
         if is_odd || !matches!(fate, Fate::Forwarded(by, _) if *by == tunnel.device) {
             return Ok(false);
         }
@@ -222,6 +238,7 @@ impl<'a> Trial<'a> {
             Fate::Forwarded(device, _) => format!("sent by {}", device.name()),
             Fate::Answered => "answered".to_owned(),
             Fate::Gone => "gone".to_owned(),
+            Fate::Unsent => "unsent".to_owned(),
         };
         let protocol = packet.protocol();
         format!(

@@ -120,13 +120,29 @@ pub(super) const KINDS: &[Kind] = &[
     kind("nft", hooks::nft).hook(),
 ];
 
+/// Kinds that packets are wrong in so far, from known causes.
+pub(super) const KNOWN_WRONG: &[&str] = &[
+    "mixed",
+    "v6-expires",
+    "disable-xfrm",
+    "v6-mtu",
+    "table-local",
+    "rule-local",
+    "rp-filter-loose-bare",
+    "path-mtu",
+    "router-advertisement",
+];
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
     use rand::{SeedableRng as _, rngs::StdRng};
 
-    use super::{super::tunnels::{everything, sites}, *};
+    use super::{
+        super::tunnels::{everything, sites},
+        *,
+    };
 
     #[test]
     fn every_kind_has_a_name_of_its_own_and_what_it_does_can_be_repeated() {
