@@ -83,10 +83,12 @@ pub(super) fn anycast(draw: &mut Draw<'_>) -> Change {
         .to([network, network.network().into()])
 }
 
-/// A next hop moves, or is lost.
+/// The next hop of a tunnel that asks for it moves, or is lost. For the others the kernel of the judge, which
+/// encrypts nothing, needs one where IPsec does not.
 pub(super) fn neighbour(draw: &mut Draw<'_>) -> Change {
-    let v6 = draw.flip();
-    let next_hop = draw.gateway(v6);
+    let asking: Vec<_> =
+        draw.tunnels.iter().filter(|tunnel| tunnel.by_neighbour).map(|tunnel| tunnel.peer).collect();
+    let next_hop = draw.one(&asking);
     let replace = |how: &str| ip(format!("neighbour replace {next_hop} dev out0 {how}"));
     let second = match draw.below(3) {
         0 => replace("nud failed"),
