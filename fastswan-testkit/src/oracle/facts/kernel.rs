@@ -36,6 +36,18 @@ pub(super) enum Fate {
     Unsent,
 }
 
+/// The Ethernet header of a tunnel's outer packets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum Header {
+    /// The tunnel's packets do not leave with it.
+    #[default]
+    OfNoConcern,
+    /// The kernel does not know the next hop's address.
+    Unresolved,
+    /// Destination, source and type.
+    Known(Vec<u8>),
+}
+
 /// Where a tunnel's outer packets would go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Outer {
@@ -43,9 +55,7 @@ pub(super) struct Outer {
     pub(super) device: Option<Device>,
     /// The longest packet.
     pub(super) mtu: u32,
-    /// The Ethernet header that they would get, destination, source and type, if they leave at all; `None` if that was
-    /// not asked.
-    pub(super) header: Option<Option<Vec<u8>>>,
+    pub(super) header: Header,
 }
 
 /// The kernel of a world. Used on a thread that is on its gateway.
@@ -142,7 +152,7 @@ impl Kernel {
         let Some(device) = self.indices.get(&ifindex).copied() else { return Ok(Outer::default()) };
         let of_device = mtu_of(device, tunnel.is_v6())?;
         let mtu = mtu.map_or(of_device, |mtu| mtu.min(of_device));
-        let header = if tunnel.by_neighbour && tos == 0 { self.header(tunnel)? } else { None };
+        let header = if tunnel.by_neighbour && tos == 0 { self.header(tunnel)? } else { Header::OfNoConcern };
         Ok(Outer { device: Some(device), mtu, header })
     }
 
@@ -155,18 +165,18 @@ impl Kernel {
     }
 
     /// The Ethernet header of a packet that the host itself sends from the tunnel's source to its destination.
-    fn header(&mut self, tunnel: &Tunnel) -> anyhow::Result<Option<Option<Vec<u8>>>> {
+    fn header(&mut self, tunnel: &Tunnel) -> anyhow::Result<Header> {
         const NOBODYS_PORT: u16 = 9;
         // An address that is no longer the host's.
-        let Ok(socket) = UdpSocket::bind((tunnel.local, 0)) else { return Ok(None) };
+        let Ok(socket) = UdpSocket::bind((tunnel.local, 0)) else { return Ok(Header::OfNoConcern) };
         let number = self.next;
         self.next = self.next.wrapping_add(1);
         if socket.send_to(&mark(number), (tunnel.peer, NOBODYS_PORT)).is_err() {
-            return Ok(Some(None));
+            return Ok(Header::Unresolved);
         }
         let seen = self.wires.listen(QUIET)?;
         let own = seen.iter().find(|seen| number_in(&seen.frame).is_some_and(|(found, _)| found == number));
-        Ok(Some(own.map(|seen| seen.frame[..ETHERNET].to_vec())))
+        Ok(own.map_or(Header::Unresolved, |seen| Header::Known(seen.frame[..ETHERNET].to_vec())))
     }
 
     /// Whether IPv4 packets that leave by a device bypass IPsec (`IN_DEV_ORCONF` of `disable_xfrm`).

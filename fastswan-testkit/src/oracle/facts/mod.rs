@@ -277,7 +277,6 @@ fn at_a_time(work: impl Fn() -> anyhow::Result<()> + Sync) -> anyhow::Result<()>
         let threads: Vec<_> = (0..WORLDS).map(|_| scope.spawn(&work)).collect();
         threads
             .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }

@@ -113,7 +113,7 @@ impl<S> Lying<S> {
                 );
             }
             HostMutant::RuleOrder => {
-                facts.rules = [Family::V4, Family::V6].map(|f| turned(&facts.rules, f)).concat()
+                facts.rules = [Family::V4, Family::V6].map(|family| turned(&facts.rules, family)).concat();
             }
         }
         facts

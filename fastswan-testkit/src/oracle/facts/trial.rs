@@ -8,7 +8,7 @@ use super::{
     aims::Aims,
     command::{self, Command},
     draw::Change,
-    kernel::{Fate, Kernel, Outer},
+    kernel::{Fate, Header, Kernel, Outer},
     mirror::{Follower, Verdict},
     mutant::HostMutant,
     packet::{ETHERNET, Packet},
@@ -162,15 +162,12 @@ impl<'a> Trial<'a> {
                 Verdict::Fast(frame) => self.objection(packet, &frame, fate)?,
                 Verdict::Passed(_) => None,
             };
-            let (name, objection) = match objection {
-                Some(objection) => {
-                    report.wrong += 1;
-                    ("WRONG", objection)
-                }
-                None => {
-                    report.late += 1;
-                    ("late", first)
-                }
+            let (name, objection) = if let Some(objection) = objection {
+                report.wrong += 1;
+                ("WRONG", objection)
+            } else {
+                report.late += 1;
+                ("late", first)
             };
             report.example(|| format!("{name}: {objection}: {}", self.describe(packet, fate)));
         }
@@ -208,8 +205,10 @@ impl<'a> Trial<'a> {
             return Ok(Some(format!("{device} bypasses IPsec")));
         }
         match &outer.header {
-            Some(None) => Ok(Some("the kernel does not know the outer next hop's address".to_owned())),
-            Some(Some(header)) if frame.get(..12) != header.get(..12) => {
+            Header::Unresolved => {
+                Ok(Some("the kernel does not know the outer next hop's address".to_owned()))
+            }
+            Header::Known(header) if frame.get(..12) != header.get(..12) => {
                 Ok(Some(format!("the kernel sends the outer packet to {:02x?}", &header[..6])))
             }
             _ => Ok(None),
@@ -229,7 +228,7 @@ impl<'a> Trial<'a> {
         let Outer { device, mtu, header } = self.kernel.outer(tunnel, packet.tos)?;
         let fits = packet.length <= tunnel.longest(mtu);
         let bypasses = !tunnel.is_v6() && Kernel::bypasses_xfrm(tunnel.device);
-        Ok(device == Some(tunnel.device) && fits && !bypasses && header != Some(None))
+        Ok(device == Some(tunnel.device) && fits && !bypasses && header != Header::Unresolved)
     }
 
     fn describe(&self, packet: &Packet, fate: &Fate) -> String {

@@ -120,7 +120,7 @@ const ROUTES: [&str; 8] = [
 
 /// Whether an address is the gateway's own, or the first or last of a network of its own.
 pub(super) fn is_own(address: IpAddr) -> bool {
-    let networks = Device::ALL.into_iter().flat_map(|device| device.addresses());
+    let networks = Device::ALL.into_iter().flat_map(Device::addresses);
     networks.filter_map(|text| text.parse::<IpNet>().ok()).any(|own| {
         let v4 = own.addr().is_ipv4();
         [own.addr(), own.network()].contains(&address) || v4 && own.broadcast() == address

@@ -170,7 +170,7 @@ mod tests {
         for kind in KINDS {
             let mut rng = StdRng::seed_from_u64(7);
             let change = (kind.change)(&mut Draw { rng: &mut rng, tunnels: &tunnels });
-            let changes = change.steps.concat().len() > 0;
+            let changes = !change.steps.concat().is_empty();
             assert!(!changes || kind.is_final || !change.undo.is_empty(), "{}", kind.name);
         }
     }
