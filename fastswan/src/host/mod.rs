@@ -12,6 +12,7 @@ mod port;
 mod route;
 pub(crate) mod routing;
 mod rule;
+mod trie;
 
 use std::net::IpAddr;
 
