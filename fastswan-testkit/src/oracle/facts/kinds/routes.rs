@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::{
-    command::{Command, ip, ip_of, sysctl},
+    command::{Command, carrier, ip, ip_of, sysctl},
     draw::{Change, Draw},
     world::Device,
 };
@@ -149,8 +149,8 @@ pub(super) fn linkdown(draw: &mut Draw<'_>) -> Change {
         sysctl(format!("{family}/conf/out1/ignore_routes_with_linkdown"), ignore),
         ip(format!("route add {to} via {via} dev out1 metric 5")),
     ])
-    .then([Command::Far(format!("link set {} down", Device::Out1.far_end()))])
-    .then([Command::Far(format!("link set {} up", Device::Out1.far_end()))])
+    .then(carrier(Device::Out1, false))
+    .then(carrier(Device::Out1, true))
     .to([to])
 }
 
