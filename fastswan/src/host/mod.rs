@@ -6,6 +6,7 @@
 //! policy's device, and how the policy's packets leave; [`HostFacts::ports`] says from where packets may be
 //! fast.
 
+mod broken;
 mod error;
 mod event;
 mod port;
@@ -15,6 +16,10 @@ mod rule;
 
 use std::net::IpAddr;
 
+#[cfg(feature = "broken-rules")]
+pub use self::broken::BrokenHostRule;
+#[cfg(not(feature = "broken-rules"))]
+pub(crate) use self::broken::BrokenHostRule;
 pub use self::{
     error::HostError,
     event::{HostChange, HostEvent, HostStaleCause},
@@ -156,6 +161,8 @@ impl HostFacts {
                 self.neighbours.push(neighbour);
             }
             HostChange::NeighbourGone { ifindex, destination } => self.forget_neighbour(ifindex, destination),
+            // What a device can do is not among these facts.
+            HostChange::Device { .. } => {}
         }
     }
 
