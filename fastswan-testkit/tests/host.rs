@@ -627,8 +627,9 @@ fn routes_go_with_their_device() {
             if !undo.is_empty() {
                 ip(undo);
             }
-            let _ = gateway.ip("link del veth7");
-            let _ = gateway.ip("link del veth9");
+            for device in ["veth7", "veth8", "veth9"] {
+                let _ = gateway.ip(&format!("link del {device}"));
+            }
             followed.until_as_read(gateway, undo).await;
         }
         // Down and up again before it is looked at.

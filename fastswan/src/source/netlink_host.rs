@@ -237,12 +237,12 @@ impl NetlinkHost {
             State::Following(following) => {
                 if is_drained {
                     following.take_found(now, &self.anchor);
+                    following.start_reading(now, &self.anchor);
                 }
                 following.follower.handle_time(now);
                 if following.follower.doubts_sysctls() && matches!(following.sysctls, Look::Waiting(_)) {
                     following.sysctls = Look::Waiting(now);
                 }
-                following.start_reading(now, &self.anchor);
                 let changes = following.follower.changes(now);
                 if !changes.is_empty() {
                     self.ready.push_back(HostEvent::Changes(changes));
@@ -371,7 +371,7 @@ impl NetlinkHost {
                 read = &mut beginning.job, if beginning.read.is_none() => Woken::Begun(started(read)),
             },
             State::Following(following) => {
-                let due = following.follower.due();
+                let due = following.follower.due(following.reading.is_some() || following.found.is_some());
                 let Following { reading, sysctls, .. } = &mut **following;
                 tokio::select! {
                     told = route.receive() => Woken::Route(told),
