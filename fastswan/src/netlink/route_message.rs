@@ -235,9 +235,15 @@ impl RouteInfo {
         self.hops.len() == other.hops.len() && self.hops.iter().all(|hop| other.hops.contains(hop))
     }
 
-    /// IPv6: may be one of several next hops (`rt6_qualify_for_ecmp`).
-    pub(super) fn can_have_siblings(&self) -> bool {
-        self.next_hop == 0 && self.protocol != RTPROT_RA && self.hops.iter().any(|hop| hop.gateway.is_some())
+    /// IPv6: may be one of several next hops (`rt6_qualify_for_ecmp`). `None` is not clear: those that router advertisements
+    /// made may not, but others can say that they are such.
+    pub(super) fn can_have_siblings(&self) -> Option<bool> {
+        let has_gateway = self.next_hop == 0 && self.hops.iter().any(|hop| hop.gateway.is_some());
+        if has_gateway && self.protocol == RTPROT_RA && self.hops.len() == 1 {
+            None
+        } else {
+            Some(has_gateway)
+        }
     }
 
     /// Whether it leads through a device.
@@ -312,10 +318,6 @@ pub(super) mod testing {
             unclear: false,
             hops: [hop].into_iter().collect(),
         }
-    }
-
-    pub(in crate::netlink) fn is_same_group(one: &RouteInfo, other: &RouteInfo) -> bool {
-        one.can_have_siblings() == other.can_have_siblings()
     }
 }
 

@@ -65,7 +65,14 @@ pub(crate) fn take_up(
             }
             add_v4(list, info, replaces, is_last)
         }
-        (Family::V6, RouteAction::Added { replaces, .. }) => add_v6(list, info, replaces),
+        (Family::V6, RouteAction::Added { replaces, .. }) => {
+            // One of several next hops, which were read together.
+            let is_among = |route: &RouteInfo| route.hops.len() > 1 && is_part(route, info);
+            if is_repeated && !replaces && list.iter().any(is_among) {
+                return Effect::Nothing;
+            }
+            add_v6(list, info, replaces)
+        }
         (_, RouteAction::Removed) => remove(list, family, info),
     };
     if effect == Effect::Doubtful && is_repeated { Effect::Changed } else { effect }
@@ -93,16 +100,43 @@ fn add_v4(list: &mut RouteList, info: &RouteInfo, replaces: bool, is_last: bool)
 }
 
 /// `fib6_add_rt2node`: by metric, a new one behind the others of its metric. Those that differ in their gateway only are one
-/// route with several next hops, which is told as a whole. One that replaces takes the place of the first that is of its kind in
-/// this respect, else of the first.
+/// route with several next hops, which is told as a whole when one is added. One that replaces takes the place of the first that
+/// is of its kind in this respect, else of the first.
 fn add_v6(list: &mut RouteList, info: &RouteInfo, replaces: bool) -> Effect {
     let (first, end) = places(list, |route| (route.source.is_none(), route.source, route.metric), info);
-    let known = (first..end).find(|at| list[*at].is_same(info));
-    let kin = (first..end).find(|at| list[*at].can_have_siblings() == info.can_have_siblings());
+    let mut same = first..end;
+    let is_part = |at: &usize| {
+        let hops = &list[*at].hops;
+        list[*at].next_hop == 0 && !hops.is_empty() && hops.iter().any(|hop| info.hops.contains(hop))
+    };
+    let known = same.clone().find(|at| list[*at].is_same(info));
     let place = match known {
         Some(at) if !replaces || info.next_hop != 0 => Some(at),
-        _ if replaces => kin.or((first < end).then_some(first)),
-        _ => kin.filter(|_| info.can_have_siblings()),
+        _ if replaces => {
+            // Only a command replaces a route, and what it makes is not from a router advertisement.
+            let can_have_siblings = info.can_have_siblings().unwrap_or(true);
+            let is_clear = same.len() == 1 || same.clone().all(|at| list[at].can_have_siblings().is_some());
+            let kin = same.find(|at| list[*at].can_have_siblings().unwrap_or(true) == can_have_siblings);
+            let place = kin.or((first < end).then_some(first));
+            if let Some(at) = place.filter(|_| !is_clear) {
+                list[at] = info.clone();
+                return Effect::Doubtful;
+            }
+            place
+        }
+        _ if info.hops.len() > 1 => {
+            let parts: Vec<_> = same.filter(is_part).collect();
+            if let [at, rest @ ..] = &parts[..]
+                && !rest.is_empty()
+            {
+                // They have become one, unless one of them was from a router advertisement.
+                list[*at] = info.clone();
+                rest.iter().rev().for_each(|at| drop(list.remove(*at)));
+                return Effect::Doubtful;
+            }
+            parts.first().copied()
+        }
+        _ => None,
     };
     match place {
         Some(at) => update(&mut list[at], info),
@@ -140,17 +174,20 @@ fn remove(list: &mut RouteList, family: Family, info: &RouteInfo) -> Effect {
         return Effect::Changed;
     }
     // One of several next hops.
-    let is_among = |route: &RouteInfo| {
-        let is_part = info.hops.iter().all(|hop| route.hops.contains(hop));
-        (route.metric, route.source) == (info.metric, info.source) && route.can_have_siblings() && is_part
-    };
-    let among = is_only(&|route| family == Family::V6 && info.can_have_siblings() && is_among(route));
+    let among = is_only(&|route| family == Family::V6 && route.hops.len() > 1 && is_part(route, info));
     let Some(at) = among else { return Effect::Doubtful };
     list[at].hops.retain(|hop| !info.hops.contains(hop));
     if list[at].hops.is_empty() {
         list.remove(at);
     }
     Effect::Changed
+}
+
+/// Whether all next hops of a route are among those of another one of its metric.
+fn is_part(route: &RouteInfo, info: &RouteInfo) -> bool {
+    (route.metric, route.source, route.next_hop) == (info.metric, info.source, info.next_hop)
+        && !info.hops.is_empty()
+        && info.hops.iter().all(|hop| route.hops.contains(hop))
 }
 
 /// The routes of all tables of one family.
@@ -332,7 +369,7 @@ mod tests {
     use proptest::{collection::vec, prelude::*, sample::Index};
 
     use super::*;
-    use crate::netlink::route_message::testing::{info, is_same_group};
+    use crate::netlink::route_message::testing::info;
 
     /// What the kernel does with a command, written down from what it is seen to do: which notification follows, if it is not
     /// refused.
@@ -434,7 +471,7 @@ mod tests {
             | Command::Replace(number) => info(u32::from(number & 1), 0, number >> 1),
         };
         let same: Vec<usize> = (0..list.len()).filter(|at| list[*at].metric == new.metric).collect();
-        let kin = same.iter().copied().find(|at| is_same_group(&list[*at], &new));
+        let kin = same.iter().copied().find(|at| list[*at].can_have_siblings() == new.can_have_siblings());
         let end = list.iter().filter(|other| other.metric <= new.metric).count();
         match (command, &same[..], kin) {
             (Command::Add(_), [_, ..], _) => None,
@@ -442,7 +479,7 @@ mod tests {
                 list[kin.unwrap_or(*first)] = new.clone();
                 Some((added(true, false), new))
             }
-            (_, _, Some(at)) if new.can_have_siblings() => {
+            (_, _, Some(at)) if new.can_have_siblings() == Some(true) => {
                 if list[at].hops.contains(&new.hops[0]) {
                     return None;
                 }
