@@ -1,6 +1,7 @@
 //! Host facts as the kernel tells them, in namespaces that were set up for it.
 
 use std::{
+    collections::HashSet,
     fmt::Write as _,
     fs,
     net::IpAddr,
@@ -9,7 +10,7 @@ use std::{
 
 use fastswan::{
     HostEvent, HostFacts, HostSource as _, NetlinkHost,
-    host::{BrokenHostRule, HostChange, Link, Neighbour, RouteKind, Rule},
+    host::{BrokenHostRule, HostChange, Link, Neighbour, Route, RouteKind, Rule},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
@@ -311,6 +312,13 @@ const SOON: Duration = Duration::from_secs(5);
 
 /// In an order of its own, which lets routes of one prefix be as they are.
 fn sorted(mut facts: HostFacts) -> HostFacts {
+    // Beside a route with several next hops, a dump of IPv6 leaves out others.
+    let is_unclear = |route: &Route| route.destination.addr().is_ipv6() && route.kind == RouteKind::Unclear;
+    let unclear: HashSet<_> =
+        facts.routes.iter().filter(|one| is_unclear(one)).map(|one| (one.table, one.destination)).collect();
+    facts.routes.retain(|route| !unclear.contains(&(route.table, route.destination)));
+    let unclear = unclear.into_iter().map(|(table, prefix)| Route::new(table, prefix, RouteKind::Unclear));
+    facts.routes.extend(unclear);
     facts.links.sort_by_key(|link| link.ifindex);
     // Source-specific routes are in tables of their own.
     facts.routes.sort_by_key(|route| (route.table, route.destination, route.source));

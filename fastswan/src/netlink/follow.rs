@@ -8,6 +8,8 @@
 //!   their device, and with a next hop object.
 //! - Routes with a lifetime stop working when it ends, and it may be prolonged or cut short.
 //! - IPv6 routes get another MTU with their device.
+//!
+//! And a dump of IPv6 leaves out routes that have the metric of one with several next hops.
 
 use std::{
     cmp::Reverse,
@@ -587,7 +589,11 @@ impl Routes {
     fn take(&mut self, action: RouteAction, message: RouteMessage, is_repeated: bool, now: Instant) {
         let RouteMessage { key, ref info, ends } = message;
         let mut list = self.list(&key);
-        let effect = take_up(&mut list, key.family(), action, info, is_repeated);
+        let could_hide = may_hide_others(&list);
+        let mut effect = take_up(&mut list, key.family(), action, info, is_repeated);
+        if could_hide && !may_hide_others(&list) && !list.is_empty() {
+            effect = Effect::Doubtful;
+        }
         if effect != Effect::Nothing {
             self.set(key, list);
         }
@@ -718,6 +724,14 @@ impl Routes {
             }
             self.is_overdue = true;
             self.want(now + PAUSE);
+        }
+        for key in differences.iter().filter(|key| !touched.contains_key(*key)) {
+            let (read, was): (RouteList, RouteList) =
+                (new.get(key).cloned().collect(), self.store.get(key).cloned().collect());
+            let are_hidden = || read.iter().all(|info| was.contains(info));
+            if may_hide_others(&read) && are_hidden() {
+                new.set(*key, &was);
+            }
         }
         let old = std::mem::replace(&mut self.store, Arc::new(new));
         for key in differences {
@@ -853,6 +867,14 @@ impl Routes {
         let mut all = devices.chain(preferred).chain([Suspect::NextHop(info.next_hop)]);
         all.any(|suspect| self.suspects.contains_key(&suspect) && suspect.concerns(info))
     }
+}
+
+/// IPv6: a dump jumps from the first of several next hops to the last one, and over what stands between them
+/// (`fib6_dump_node`).
+fn may_hide_others(list: &RouteList) -> bool {
+    list.iter().any(|info| {
+        info.hops.len() > 1 && info.hops.iter().any(|hop| hop.gateway.is_some_and(|ip| ip.is_ipv6()))
+    })
 }
 
 fn has_ended(at: Instant, now: Instant) -> bool {
