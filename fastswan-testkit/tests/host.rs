@@ -748,6 +748,75 @@ fn what_others_say_counts_for_nothing() {
     });
 }
 
+/// Bytes that this process has in memory.
+fn resident() -> u64 {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+/// Prints what a large table costs: `FASTSWAN_ROUTES=1000000 cargo test --release … -- --ignored --nocapture large_table`.
+#[test]
+#[ignore = "it measures"]
+fn what_a_large_table_costs() {
+    let count: u32 = std::env::var("FASTSWAN_ROUTES").map_or(10_000, |count| count.parse().unwrap());
+    following("a large table", async |gateway, followed| {
+        drop(followed);
+        let batch = |verb: &str, numbers: std::ops::Range<u32>| {
+            let batch = tempfile::NamedTempFile::new().unwrap();
+            let lines = numbers.fold(String::new(), |mut lines, number| {
+                let address = std::net::Ipv4Addr::from(0x2000_0000 + (number << 8));
+                let _ = writeln!(lines, "route {verb} {address}/24 via 192.0.2.{}", number % 200 + 2);
+                lines
+            });
+            fs::write(batch.path(), lines).unwrap();
+            gateway.ip(&format!("-batch {}", batch.path().display())).unwrap();
+        };
+        batch("add", 0..count);
+        let (before, began) = (resident(), Instant::now());
+        let mut host = NetlinkHost::open().unwrap();
+        let Some(HostEvent::Snapshot(facts)) = host.next_event().await.unwrap() else { panic!() };
+        let (read, with_facts) = (began.elapsed(), resident() - before);
+        let routes = facts.routes.len();
+        drop(facts);
+        let store = resident() - before;
+        println!(
+            "{routes} routes read in {read:?}; {} bytes each, {} with the facts",
+            store / routes as u64,
+            with_facts / routes as u64
+        );
+
+        let changes = 10_000.min(count);
+        batch("replace", 1..changes + 1);
+        let began = Instant::now();
+        let mut told = 0;
+        while told < changes as usize {
+            match host.next_event().await.unwrap() {
+                Some(HostEvent::Changes(changes)) => told += changes.len(),
+                other => panic!("{other:?}"),
+            }
+        }
+        println!("{told} changes in {:?}: {:?} each", began.elapsed(), began.elapsed() / changes);
+        // An address goes: everything is read again beside the loop.
+        gateway.ip("address add 192.0.2.9/24 dev out0").unwrap();
+        gateway.ip("route add 10.9.0.0/16 via 192.0.2.2 src 192.0.2.9").unwrap();
+        let mut followed = Followed { host, facts: HostFacts::vouched(), stale: 0, changes: Vec::new() };
+        followed.look();
+        gateway.ip("address del 192.0.2.9/24 dev out0").unwrap();
+        let (began, mut longest) = (Instant::now(), Duration::ZERO);
+        while began.elapsed() < Duration::from_secs(8) {
+            let turn = Instant::now();
+            followed.look();
+            longest = longest.max(turn.elapsed());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        println!(
+            "the longest turn while everything is read again: {longest:?}; {} changes",
+            followed.changes.len()
+        );
+        assert_eq!(followed.stale, 0);
+    });
+}
+
 /// A command for `ip`, made up; many are refused, and some fit.
 fn command(random: &mut StdRng) -> String {
     let pick = |random: &mut StdRng, words: &[&str]| (*words.choose(random).unwrap()).to_owned();

@@ -251,8 +251,8 @@ impl Follower {
     }
 
     /// What a device can do may have changed.
-    pub(crate) fn take_device(&mut self, ifindex: Option<u32>) {
-        self.devices.push(HostChange::Device { ifindex });
+    pub(crate) fn take_device(&mut self, change: HostChange) {
+        self.devices.push(change);
     }
 
     /// Notifications about neighbours were lost.
@@ -339,14 +339,13 @@ impl Follower {
     }
 
     fn take_conf(&mut self, conf: ConfTold, now: Instant) {
-        match conf.ifindex {
-            Some(ifindex) => self.change_link(ifindex, now, |state| conf.change_link(state)),
-            None => {
-                self.stamp += 1;
-                self.touched = self.stamp;
-                conf.change_host(&mut self.everywhere);
-                self.changed_links.extend(self.links.keys());
-            }
+        if let Some(ifindex) = conf.ifindex {
+            self.change_link(ifindex, now, |state| conf.change_link(state));
+        } else {
+            self.stamp += 1;
+            self.touched = self.stamp;
+            conf.change_host(&mut self.everywhere);
+            self.changed_links.extend(self.links.keys());
         }
     }
 
@@ -816,20 +815,20 @@ impl Routes {
         for (suspect, _) in suspects {
             self.tell_all(|info| suspect.concerns(info));
         }
-        let had_ended: Vec<_> =
+        let former: Vec<_> =
             self.ends.iter().flat_map(|(key, ends)| ends.iter().map(move |(_, at)| (*key, *at))).collect();
         self.ends.retain(|key, _| touched.contains_key(key));
         self.set_ends(ends.into_iter().filter(|(key, ..)| !touched.contains_key(key)).collect(), now);
-        for (key, _) in had_ended.into_iter().filter(|(_, at)| has_ended(*at, now)) {
+        for (key, _) in former.into_iter().filter(|(_, at)| has_ended(*at, now)) {
             self.tell(key);
         }
-        let has_ended: Vec<_> = self
+        let ended: Vec<_> = self
             .ends
             .iter()
             .filter(|(_, ends)| ends.iter().any(|(_, at)| has_ended(*at, now)))
             .map(|(key, _)| *key)
             .collect();
-        for key in has_ended {
+        for key in ended {
             self.tell(key);
         }
     }

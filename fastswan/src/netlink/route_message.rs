@@ -381,7 +381,7 @@ mod tests {
             read(1, &[destination.clone(), attribute(RTA_NH_ID, &[1, 0, 0, 0])]).info.kind(|_| true),
             RouteKind::Unclear
         );
-        assert_eq!(read(RTN_THROW, &[destination.clone()]).info.kind(|_| true), RouteKind::Throw);
+        assert_eq!(read(RTN_THROW, std::slice::from_ref(&destination)).info.kind(|_| true), RouteKind::Throw);
         assert_eq!(
             read(77, &[destination]).info.kind(|_| true),
             RouteKind::Unreachable,

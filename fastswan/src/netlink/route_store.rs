@@ -138,13 +138,11 @@ fn add_v6(list: &mut RouteList, info: &RouteInfo, replaces: bool) -> Effect {
         }
         _ => None,
     };
-    match place {
-        Some(at) => update(&mut list[at], info),
-        None => {
-            list.insert(end, info.clone());
-            if replaces { Effect::Doubtful } else { Effect::Changed }
-        }
+    if let Some(at) = place {
+        return update(&mut list[at], info);
     }
+    list.insert(end, info.clone());
+    if replaces { Effect::Doubtful } else { Effect::Changed }
 }
 
 /// Where the routes begin and end that are ranked like this one.
@@ -434,8 +432,8 @@ mod tests {
                         list[*first] = new.clone();
                         Some((added(true, false), new))
                     }
-                    (Command::Append(_), [.., last]) => {
-                        list.insert(last + 1, new.clone());
+                    (Command::Append(_), [.., end]) => {
+                        list.insert(end + 1, new.clone());
                         Some((added(false, true), new))
                     }
                     (_, [first, ..]) => {
@@ -581,7 +579,9 @@ mod tests {
             }
             let mut copy = RouteStore::default();
             for (key, list) in &map {
-                list.iter().for_each(|info| copy.push(*key, info));
+                for info in list {
+                    copy.push(*key, info);
+                }
             }
             prop_assert_eq!(store.differences(&copy), []);
             prop_assert_eq!(copy.differences(&RouteStore::default()).len(), map.len());

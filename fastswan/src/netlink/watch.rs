@@ -11,7 +11,7 @@ use super::{
     socket::{Datagram, NetlinkSocket},
     wire::{attributes, u32_at},
 };
-use crate::host::HostStaleCause;
+use crate::host::{HostChange, HostStaleCause};
 
 /// Multicast groups (`enum rtnetlink_groups`): links, IPv4 addresses, routes and rules of both families; what IPv6 has learnt of
 /// a link from router advertisements (12); the sysctls `forwarding` and `rp_filter` of both (24, 25); and next hop objects (32).
@@ -92,17 +92,18 @@ pub(crate) fn hear(
     Ok(Ok(messages))
 }
 
-/// The interface indices of devices that something is told of; `None` if it was lost, or is not clear.
-pub(crate) fn heard_device(received: io::Result<Datagram>) -> io::Result<Option<Option<u32>>> {
-    match received {
-        Ok(datagram) if datagram.sender != 0 => Ok(None),
+/// What is told of a device; of any if notifications were lost.
+pub(crate) fn heard_device(received: io::Result<Datagram>) -> io::Result<Option<HostChange>> {
+    let ifindex = match received {
+        Ok(datagram) if datagram.sender != 0 => return Ok(None),
         Ok(datagram) => {
             let message = NetlinkBuffer::new_checked(&datagram.bytes[..]).ok();
             let payload = message.map(|message| message.payload()).unwrap_or_default();
             let ifindex = attributes(payload, GENERIC_LENGTH).find(|(kind, _)| *kind == NETDEV_IFINDEX);
-            Ok(Some(ifindex.and_then(|(_, value)| u32_at(value, 0))))
+            ifindex.and_then(|(_, value)| u32_at(value, 0))
         }
-        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(Some(None)),
-        Err(error) => Err(error),
-    }
+        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => None,
+        Err(error) => return Err(error),
+    };
+    Ok(Some(HostChange::Device { ifindex }))
 }

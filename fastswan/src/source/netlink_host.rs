@@ -93,11 +93,14 @@ enum State {
     Following(Box<Following>),
 }
 
+/// What was read at first.
+type Begun = Result<(Box<Follower>, HostFacts), HostError>;
+
 /// Everything is being read.
 #[derive(Debug)]
 struct Beginning {
-    job: Job<Result<(Follower, HostFacts), HostError>>,
-    read: Option<Result<(Follower, HostFacts), HostError>>,
+    job: Job<Begun>,
+    read: Option<Begun>,
     /// What was told meanwhile.
     backlog: Vec<Told>,
     has_lost_neighbours: bool,
@@ -105,7 +108,7 @@ struct Beginning {
 
 #[derive(Debug)]
 struct Following {
-    follower: Follower,
+    follower: Box<Follower>,
     /// What is being read beside the loop.
     reading: Option<(Wanted, Job<Result<Found, HostError>>)>,
     found: Option<(Wanted, Result<Found, HostError>)>,
@@ -126,7 +129,7 @@ enum Woken {
     Route(io::Result<Datagram>),
     Neighbours(io::Result<Datagram>),
     Device(io::Result<Datagram>),
-    Begun(Result<(Follower, HostFacts), HostError>),
+    Begun(Begun),
     Found(Result<Found, HostError>),
     Sysctls(Result<Sysctls, HostError>),
 }
@@ -206,8 +209,7 @@ impl NetlinkHost {
                 }
             }
         }
-        let job =
-            self.anchor.run("fastswan-host", || read_all().map(|read| Follower::new(read, Instant::now())));
+        let job = self.anchor.run("fastswan-host", begin);
         self.state =
             State::Reading(Beginning { job, read: None, backlog: Vec::new(), has_lost_neighbours: false });
         Ok(())
@@ -319,8 +321,8 @@ impl NetlinkHost {
 
     fn hear_device(&mut self, received: io::Result<Datagram>) -> Result<(), HostError> {
         let heard = heard_device(received).map_err(|error| system(HEARING, error))?;
-        if let (State::Following(following), Some(ifindex)) = (&mut self.state, heard) {
-            following.follower.take_device(ifindex);
+        if let (State::Following(following), Some(change)) = (&mut self.state, heard) {
+            following.follower.take_device(change);
         }
         Ok(())
     }
@@ -495,6 +497,12 @@ impl Look {
             Self::Looking(_, job) => Some(started(job.await)),
         }
     }
+}
+
+/// Reads everything.
+fn begin() -> Begun {
+    let (follower, facts) = Follower::new(read_all()?, Instant::now());
+    Ok((Box::new(follower), facts))
 }
 
 /// Waits for what is being read; for ever if nothing is. Cancel-safe.
