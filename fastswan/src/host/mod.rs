@@ -6,6 +6,7 @@
 //! policy's device, and how the policy's packets leave; [`HostFacts::ports`] says from where packets may be
 //! fast.
 
+mod broken;
 mod error;
 mod event;
 mod port;
@@ -16,6 +17,10 @@ mod trie;
 
 use std::net::IpAddr;
 
+#[cfg(feature = "broken-rules")]
+pub use self::broken::BrokenHostRule;
+#[cfg(not(feature = "broken-rules"))]
+pub(crate) use self::broken::BrokenHostRule;
 pub use self::{
     error::HostError,
     event::{HostChange, HostEvent, HostStaleCause},
@@ -158,6 +163,8 @@ impl HostFacts {
                 self.neighbours.push(neighbour);
             }
             HostChange::NeighbourGone { ifindex, destination } => self.forget_neighbour(ifindex, destination),
+            // What a device can do is not among these facts.
+            HostChange::Device { .. } => {}
         }
     }
 
