@@ -359,11 +359,10 @@ pub(super) fn unreachable_default(draw: &mut Draw<'_>) -> Change {
         .to([to])
 }
 
-/// A better IPv6 route whose router does not answer.
+/// A better IPv6 route, by another device, whose router does not answer.
 pub(super) fn router_fails(draw: &mut Draw<'_>) -> Change {
     let to = draw.destination(true);
-    let elsewhere = draw.one(&["out0", "out1"]);
-    let router = if elsewhere == "out0" { "2001:db8:f::77" } else { "2001:db8:e::77" };
+    let (elsewhere, router) = ("out1", "2001:db8:e::77");
     Change::once([
         ip(format!("neighbour replace {router} dev {elsewhere} lladdr 02:00:00:00:00:c7")),
         ip(format!("route add {to} via {router} dev {elsewhere} metric 15")),
