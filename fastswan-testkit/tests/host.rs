@@ -1,7 +1,7 @@
 //! Host facts as the kernel tells them, in namespaces that were set up for it.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fmt::Write as _,
     fs,
     net::IpAddr,
@@ -229,7 +229,9 @@ impl Followed {
         match event {
             HostEvent::Snapshot(facts) => self.facts = facts,
             HostEvent::Changes(changes) => {
-                changes.iter().for_each(|change| self.facts.apply(change.clone()));
+                for change in &changes {
+                    self.facts.apply(change.clone());
+                }
                 self.changes.extend(changes);
             }
             HostEvent::Stale(_) => {
@@ -972,8 +974,8 @@ fn command(random: &mut StdRng) -> String {
 /// Whether what is told is what is read, or unclear where a reading is to come.
 fn is_safe(told: &HostFacts, read: &HostFacts) -> Result<(), String> {
     type Key = (u32, ipnet::IpNet);
-    let mut prefixes: std::collections::BTreeSet<Key> = Default::default();
-    prefixes.extend(told.routes.iter().chain(&read.routes).map(|route| (route.table, route.destination)));
+    let prefixes: BTreeSet<Key> =
+        told.routes.iter().chain(&read.routes).map(|route| (route.table, route.destination)).collect();
     for (table, prefix) in prefixes {
         let of = |facts: &HostFacts| -> Vec<_> {
             facts
