@@ -77,10 +77,11 @@ pub(super) fn outer(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let tunnel = draw.tunnel(v6);
     let (to, length) = (tunnel.peer, if v6 { 128 } else { 32 });
-    let how = match draw.below(4) {
+    let how = match draw.below(5) {
         0 => format!("{} {to}/{length}", draw.denial()),
-        1 => format!("{to}/{length} {} onlink", draw.via(v6).replace("dev lan1", "dev out0")),
-        2 => format!("{to}/{length} dev {} mtu {}", tunnel.device.name(), draw.one(&[1280, 1400])),
+        1 => format!("{to}/{length} via {} dev out0 onlink", draw.gateway(v6)),
+        2 => format!("{to}/{length} via {} dev out1", if v6 { "2001:db8:e::2" } else { "198.51.100.2" }),
+        3 => format!("{to}/{length} dev {} mtu {}", tunnel.device.name(), draw.one(&[1280, 1400])),
         _ => format!("{to}/{length} dev {}", tunnel.device.name()),
     };
     Change::once([ip(format!("route add {how}"))]).undone_by([ip(format!("route del {how}"))]).lengths(1346)
