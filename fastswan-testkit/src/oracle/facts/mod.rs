@@ -36,7 +36,11 @@ use std::sync::{
 };
 
 use anyhow::Context as _;
-use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
+use rand::{
+    RngExt as _, SeedableRng as _,
+    rngs::StdRng,
+    seq::{IndexedRandom as _, SliceRandom as _},
+};
 
 use self::{
     draw::Draw,
@@ -251,14 +255,11 @@ impl Plans {
 
     fn next_plan(&mut self) -> Plan {
         let is_mixed = self.kinds.len() >= AT_ONCE && self.rng.random_range(0..MIXED) == 0;
-        let mut kinds = Vec::new();
+        let mut kinds: Vec<&'static Kind> = Vec::new();
         while kinds.len() < if is_mixed { AT_ONCE } else { CHANGES } {
-            if self.waiting.is_empty() {
-                self.waiting.clone_from(&self.kinds);
-                self.waiting.shuffle(&mut self.rng);
-            }
-            let Some(kind) = self.waiting.pop() else { break };
-            if is_mixed && kind.is_hook {
+            let kind = if is_mixed { self.kinds.choose(&mut self.rng).copied() } else { self.next_kind() };
+            let Some(kind) = kind else { break };
+            if is_mixed && (kind.is_hook || kinds.iter().any(|other| other.name == kind.name)) {
                 continue;
             }
             kinds.push(kind);
@@ -268,6 +269,14 @@ impl Plans {
             }
         }
         Plan { kinds, is_mixed, seed: self.rng.random() }
+    }
+
+    fn next_kind(&mut self) -> Option<&'static Kind> {
+        if self.waiting.is_empty() {
+            self.waiting.clone_from(&self.kinds);
+            self.waiting.shuffle(&mut self.rng);
+        }
+        self.waiting.pop()
     }
 }
 

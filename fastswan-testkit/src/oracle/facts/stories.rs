@@ -50,31 +50,12 @@ const fn fast(case: &'static str, name: &'static str, change: fn() -> Change) ->
 
 /// Stories that do not end right so far.
 pub(super) const KNOWN_GAPS: &[&str] = &[
-    "an-ipv6-route-expires",
-    "disable-xfrm",
-    "a-smaller-mtu-for-ipv6",
-    "a-throw-in-the-table-local",
-    "a-route-in-the-table-local-with-a-hole-in-the-main-one",
-    "the-rule-for-own-ipv6-addresses-goes",
-    "a-loose-filter-at-a-port-without-an-ipv4-address",
     "a-path-mtu-is-learnt",
     "a-path-mtu-is-learnt-and-forwarding-uses-it",
-    "libreswan",
-    "strongswan-mark",
-    "tailscale",
-    "wg-quick",
-    "vrf",
-    "iif",
-    "ports",
-    "from",
-    "to",
-    "an-unreachable-default-of-a-high-metric",
     "source-specific-routes",
     "a-route-with-an-mtu",
-    "two-ipv6-metrics",
     "two-next-hops-behind-one-device",
     "a-linkdown-route-that-is-skipped",
-    "blackholed-sources-without-a-filter",
     "a-macvlan-on-the-port",
 ];
 

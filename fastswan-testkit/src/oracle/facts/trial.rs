@@ -228,7 +228,13 @@ impl<'a> Trial<'a> {
         let Outer { device, mtu, header } = self.kernel.outer(tunnel, packet.tos)?;
         let fits = packet.length <= tunnel.longest(mtu);
         let bypasses = !tunnel.is_v6() && Kernel::bypasses_xfrm(tunnel.device);
-        Ok(device == Some(tunnel.device) && fits && !bypasses && header != Header::Unresolved)
+        // The address of a neighbour that nobody has told, since the device asks for none, is the device's own.
+        let has_next_hop = match header {
+            Header::OfNoConcern => true,
+            Header::Unresolved => false,
+            Header::Known(header) => !header.starts_with(&tunnel.device.mac().0),
+        };
+        Ok(device == Some(tunnel.device) && fits && !bypasses && has_next_hop)
     }
 
     fn describe(&self, packet: &Packet, fate: &Fate) -> String {

@@ -109,7 +109,7 @@ pub(super) const KINDS: &[Kind] = &[
     kind("disable-xfrm", devices::disable_xfrm).silent(),
     kind("disable-policy", devices::disable_policy).silent(),
     kind("v6-mtu", devices::mtu_v6).silent(),
-    kind("v6-disabled", devices::disable_ipv6).at_last(),
+    kind("v6-disabled", devices::disable_ipv6).silent().at_last(),
     kind("macvlan", devices::macvlan),
     kind("bridge", devices::bridge).at_last(),
     kind("proxy-ndp", devices::proxy_ndp).silent(),
@@ -121,17 +121,7 @@ pub(super) const KINDS: &[Kind] = &[
 ];
 
 /// Kinds that packets are wrong in so far, from known causes.
-pub(super) const KNOWN_WRONG: &[&str] = &[
-    "mixed",
-    "v6-expires",
-    "disable-xfrm",
-    "v6-mtu",
-    "table-local",
-    "rule-local",
-    "rp-filter-loose-bare",
-    "path-mtu",
-    "router-advertisement",
-];
+pub(super) const KNOWN_WRONG: &[&str] = &["mixed", "path-mtu"];
 
 #[cfg(test)]
 mod tests {
