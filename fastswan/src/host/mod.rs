@@ -13,6 +13,7 @@ mod port;
 mod route;
 pub(crate) mod routing;
 mod rule;
+mod trie;
 
 use std::net::IpAddr;
 
@@ -93,7 +94,7 @@ impl HostFacts {
     /// The port for frames that arrive on an interface with a VLAN tag, or, for 0, without one.
     ///
     /// `None` if the kernel does not give such frames to its IP layer, or may not: no such interface or VLAN
-    /// device, a device that is down or has no Ethernet address, a member of a bridge, bond or VRF, or one that
+    /// device, a device that is down, has no carrier or no Ethernet address, a member of a bridge, bond or VRF, or one that
     /// macvlan or ipvlan devices share. Devices of other network namespaces are not seen.
     #[must_use]
     pub fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
@@ -110,7 +111,8 @@ impl HostFacts {
             (0, Some(_)) | (_, None) => return None,
             (_, Some(link)) => link,
         };
-        if receiver.controller.is_some() || !device.up || !receiver.up {
+        let is_on = |link: &Link| link.up && link.carrier;
+        if receiver.controller.is_some() || !is_on(device) || !is_on(receiver) {
             return None;
         }
         Some(Port {

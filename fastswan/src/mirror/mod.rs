@@ -89,7 +89,7 @@ use crate::{
     compiler::{Compiler, Explanation, Flow},
     database::{Database, Freshness},
     event::PolicyEvent,
-    host::{HostEvent, HostFacts},
+    host::{HostChange, HostEvent, HostFacts},
     policy::PolicyId,
     table::{Capacity, Removals, Slot, TableUpdate},
 };
@@ -231,11 +231,17 @@ impl Mirror {
         match event {
             HostEvent::Stale(cause) => self.host.lose_track(cause.name()),
             HostEvent::Changes(changes) => {
+                let mut links_changed = false;
                 for change in changes {
-                    self.links.apply(change);
+                    self.compiler.change_host(&change);
+                    if matches!(change, HostChange::Link(_) | HostChange::LinkGone(_)) {
+                        self.links.apply(change);
+                        links_changed = true;
+                    }
                 }
-                self.compiler.set_host(&self.links);
-                self.interfaces.resolve(&self.links);
+                if links_changed {
+                    self.interfaces.resolve(&self.links);
+                }
             }
             HostEvent::Snapshot(facts) => {
                 let cause = match self.host.state() {
@@ -245,7 +251,7 @@ impl Mirror {
                 };
                 *self.statistics.host_resyncs.entry(cause).or_default() += 1;
                 self.compiler.set_host(&facts);
-                self.links = facts;
+                self.links = HostFacts { links: facts.links, ..HostFacts::default() };
                 self.interfaces.resolve(&self.links);
                 self.host.tell_everything();
             }

@@ -179,12 +179,12 @@ impl Follower {
             rules_v6: Rules { list: rules_v6, ..Rules::default() },
             ..Self::default()
         };
-        for state in links {
-            let told = Some(state.link(&everywhere));
-            follower.links.insert(state.ifindex(), Followed { state, told, touched: 0 });
-        }
         for (ifindex, address) in addresses {
             follower.addresses.entry(ifindex).or_default().insert(address);
+        }
+        for state in links {
+            let told = Some(state.link(&everywhere, follower.has_address_v4(state.ifindex())));
+            follower.links.insert(state.ifindex(), Followed { state, told, touched: 0 });
         }
         for (ifindex, destination, address) in neighbours {
             follower.neighbours.known.extend(address.map(|address| ((ifindex, destination), address)));
@@ -374,7 +374,12 @@ impl Follower {
         }
     }
 
+    fn has_address_v4(&self, ifindex: u32) -> bool {
+        self.addresses.get(&ifindex).is_some_and(|addresses| addresses.iter().any(IpAddr::is_ipv4))
+    }
+
     fn take_address(&mut self, ifindex: u32, address: IpAddr, is_new: bool, now: Instant) {
+        self.changed_links.insert(ifindex);
         let addresses = self.addresses.entry(ifindex).or_default();
         if is_new {
             addresses.insert(address);
@@ -455,6 +460,7 @@ impl Follower {
     pub(crate) fn changes(&mut self, now: Instant) -> Vec<HostChange> {
         let mut changes = std::mem::take(&mut self.devices);
         for ifindex in std::mem::take(&mut self.changed_links) {
+            let has_address_v4 = self.has_address_v4(ifindex);
             let Some(link) = self.links.get_mut(&ifindex) else { continue };
             if link.state.ifindex() != ifindex {
                 let was_told = link.told.is_some();
@@ -462,7 +468,7 @@ impl Follower {
                 changes.extend(was_told.then_some(HostChange::LinkGone(ifindex)));
                 continue;
             }
-            let is = link.state.link(&self.everywhere);
+            let is = link.state.link(&self.everywhere, has_address_v4);
             if link.told.as_ref() != Some(&is) {
                 link.told = Some(is.clone());
                 changes.push(HostChange::Link(is));

@@ -34,14 +34,12 @@ const RP_FILTER: usize = 7;
 const NOXFRM: usize = 14;
 const MTU6: usize = 2;
 const DISABLE_IPV6: usize = 26;
-const FORCE_FORWARDING: usize = 59;
 
 /// A netconf message (`linux/netconf.h`): its fixed part with its padding, and attributes.
 const NETCONF_LENGTH: usize = 4;
 const NETCONFA_IFINDEX: u16 = 1;
 const NETCONFA_FORWARDING: u16 = 2;
 const NETCONFA_RP_FILTER: u16 = 3;
-const NETCONFA_FORCE_FORWARDING: u16 = 9;
 const NETCONFA_IFINDEX_ALL: i32 = -1;
 
 /// A link as its messages tell it.
@@ -70,7 +68,6 @@ struct ConfV4 {
 struct ConfV6 {
     mtu: u32,
     disabled: bool,
-    force_forwarding: bool,
 }
 
 /// The sysctls of the whole host: `net.*.conf.all`. `None` is one that cannot be read.
@@ -186,12 +183,7 @@ impl ConfV6 {
     fn read(attribute: &[u8]) -> Option<Self> {
         let (_, conf) = attributes(attribute, 0).find(|(kind, _)| *kind == IFLA_INET6_CONF)?;
         let at = |position: usize| u32_at(conf, position * 4);
-        Some(Self {
-            mtu: at(MTU6)?,
-            disabled: at(DISABLE_IPV6)? != 0,
-            // Linux 6.17.
-            force_forwarding: at(FORCE_FORWARDING).is_some_and(|value| value != 0),
-        })
+        Some(Self { mtu: at(MTU6)?, disabled: at(DISABLE_IPV6)? != 0 })
     }
 }
 
@@ -214,23 +206,22 @@ impl LinkState {
     }
 
     /// With what its sysctls and those of the whole host say together.
-    pub(crate) fn link(&self, everywhere: &Everywhere) -> Link {
+    pub(crate) fn link(&self, everywhere: &Everywhere, has_address_v4: bool) -> Link {
         let Conf { v4, v6 } = self.conf;
         // IN_DEV_RPFILTER: the greater of both counts.
         let filters = [everywhere.rp_filter, v4.map(|v4| v4.rp_filter)].map(|filter| filter.unwrap_or(1));
         Link {
             mtu_v6: v6.map_or(0, |v6| v6.mtu),
-            // Forwarding is a property of each device for IPv4, but of the host for IPv6 (`ip6_forward`); since
-            // Linux 6.17 a device can be made to forward although the host does not.
+            // Forwarding is a property of each device for IPv4, but of the host for IPv6 (`ip6_forward`). A device can be made
+            // to forward although the host does not (Linux 6.17), but then it is the neighbours who decide between routes.
             forwards: Forwards {
                 v4: v4.is_some_and(|v4| v4.forwarding),
-                v6: v6.is_some_and(|v6| {
-                    !v6.disabled && (everywhere.forwarding_v6.unwrap_or(0) != 0 || v6.force_forwarding)
-                }),
+                v6: v6.is_some_and(|v6| !v6.disabled) && everywhere.forwarding_v6.unwrap_or(0) != 0,
             },
             reverse_path: match filters.into_iter().max() {
                 Some(0) => ReversePath::Off,
-                Some(2) => ReversePath::Loose,
+                // Loose is strict on a device without an address (`__fib_validate_source`).
+                Some(2) if has_address_v4 => ReversePath::Loose,
                 _ => ReversePath::Strict,
             },
             // IN_DEV_NOXFRM: either counts.
@@ -253,7 +244,6 @@ pub(crate) struct ConfTold {
     pub(crate) ifindex: Option<u32>,
     forwarding: Option<u32>,
     rp_filter: Option<u32>,
-    force_forwarding: Option<u32>,
 }
 
 impl ConfTold {
@@ -270,7 +260,6 @@ impl ConfTold {
             ifindex,
             forwarding: number(NETCONFA_FORWARDING),
             rp_filter: number(NETCONFA_RP_FILTER),
-            force_forwarding: number(NETCONFA_FORCE_FORWARDING),
         })
     }
 
@@ -282,12 +271,7 @@ impl ConfTold {
                     v4.rp_filter = self.rp_filter.unwrap_or(v4.rp_filter);
                 }
             }
-            Family::V6 => {
-                if let Some(v6) = &mut state.conf.v6 {
-                    v6.force_forwarding =
-                        self.force_forwarding.map_or(v6.force_forwarding, |value| value != 0);
-                }
-            }
+            Family::V6 => {}
         }
     }
 
