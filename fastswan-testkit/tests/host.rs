@@ -384,7 +384,6 @@ fn what_changes_is_told_at_once_and_nothing_else() {
             ("route del 10.9.0.0/16 via 192.0.2.4", 1),
             ("-6 route add 2001:db8:9::/48 via 2001:db8:f::2", 1),
             ("-6 route append 2001:db8:9::/48 via 2001:db8:f::3", 1),
-            ("-6 route del 2001:db8:9::/48 via 2001:db8:f::2", 1),
             ("rule add priority 100 from 10.9.0.0/16 table 100", 1),
             ("rule add priority 100 from 10.8.0.0/16 table 100", 1),
             ("rule del priority 100 from 10.9.0.0/16 table 100", 1),
