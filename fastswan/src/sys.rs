@@ -154,6 +154,39 @@ pub(crate) fn network_namespace() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What the kernel says about a legacy table of iptables (`linux/netfilter_ipv4/ip_tables.h`), the same for IPv6.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum XtablesOption {
+    /// `IPT_SO_GET_INFO`: takes the table's name, and makes the table if there is none.
+    Info = 64,
+    /// `IPT_SO_GET_ENTRIES`: takes the table's name and size.
+    Entries = 65,
+}
+
+impl XtablesOption {
+    /// Asks about a table of this thread's network namespace. The buffer holds the question, and then the answer.
+    pub(crate) fn get(self, v6: bool, buffer: &mut [u8]) -> io::Result<()> {
+        let (family, level) = match v6 {
+            false => (AddressFamily::INET, libc::IPPROTO_IP),
+            true => (AddressFamily::INET6, libc::IPPROTO_IPV6),
+        };
+        let socket = socket(family, SocketType::DGRAM, None)?;
+        let mut length = libc::socklen_t::try_from(buffer.len()).map_err(io::Error::other)?;
+        // SAFETY: the kernel reads and writes up to `length` bytes of the buffer, which has as many; both live through
+        // the call.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                level,
+                self as libc::c_int,
+                buffer.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
 /// Commands of `bpf(2)` and their structures, as in `linux/bpf.h`.
 pub(crate) mod bpf {
     use std::{
@@ -169,6 +202,7 @@ pub(crate) mod bpf {
     const BPF_OBJ_PIN: u32 = 6;
     const BPF_OBJ_GET: u32 = 7;
     const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
+    const BPF_PROG_QUERY: u32 = 16;
     const BPF_LINK_CREATE: u32 = 28;
     const BPF_LINK_UPDATE: u32 = 29;
     const BPF_LINK_DETACH: u32 = 34;
@@ -243,6 +277,53 @@ pub(crate) mod bpf {
             return Err(io::Error::from(io::ErrorKind::InvalidData));
         }
         Ok(XdpLinkInfo { program: info.program, ifindex: info.ifindex })
+    }
+
+    /// Where tcx programs are attached.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) enum Tcx {
+        /// `BPF_TCX_INGRESS`
+        Ingress = 46,
+        /// `BPF_TCX_EGRESS`
+        Egress = 47,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    struct Query {
+        ifindex: u32,
+        kind: u32,
+        flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        padding: u32,
+        program_flags: u64,
+        links: u64,
+        link_flags: u64,
+        revision: u64,
+    }
+
+    /// The number of one of the tcx programs on a device of this thread's network namespace, if there is any. There is none
+    /// before Linux 6.6, nor on a device that has gone.
+    pub(crate) fn tcx_programs(ifindex: u32, side: Tcx) -> io::Result<Option<u32>> {
+        let mut programs = [0_u32; 16];
+        let mut query = Query {
+            ifindex,
+            kind: side as u32,
+            programs: (&raw mut programs).expose_provenance() as u64,
+            count: u32::try_from(programs.len()).map_err(io::Error::other)?,
+            ..Query::default()
+        };
+        match command(BPF_PROG_QUERY, &mut query) {
+            Ok(_) => Ok((query.count > 0).then_some(programs[0])),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINVAL | libc::ENODEV | libc::ENOENT) => Ok(None),
+                // There are more than fit.
+                Some(libc::ENOSPC) => Ok(Some(programs[0])),
+                _ => Err(error),
+            },
+        }
     }
 
     /// Makes a link, program or map stay at a path of a BPF file system.

@@ -6,7 +6,7 @@ use super::Compiler;
 use crate::{
     database::Database,
     host::{
-        HostFacts,
+        Hook, HookPlace, HostFacts,
         routing::{Routing, table},
     },
     policy::{Action, DefaultPolicy, Family, PolicyId},
@@ -39,6 +39,8 @@ pub enum Obstacle {
     },
     /// No interface forwards packets of a family.
     NotForwarding(Family),
+    /// Something may change the fate of all packets on their way, or of those of a family.
+    Hook(Hook),
 }
 
 impl Obstacle {
@@ -47,6 +49,10 @@ impl Obstacle {
     pub fn family(&self) -> Option<Family> {
         match self {
             Self::DefaultBlock(_) | Self::Vrf { .. } => None,
+            Self::Hook(hook) => match hook.place {
+                HookPlace::Forwarding(family) => family,
+                _ => None,
+            },
             Self::Check(policy) => Some(policy.selector.family()),
             Self::UnknownHost(family) | Self::Rule { family, .. } | Self::NotForwarding(family) => {
                 Some(*family)
@@ -56,8 +62,10 @@ impl Obstacle {
 
     /// Those that a host has.
     pub(super) fn of_host(host: &HostFacts) -> Vec<Self> {
+        let hooks = host.hooks.iter().filter(|hook| matches!(hook.place, HookPlace::Forwarding(_)));
+        let hooks = hooks.map(|hook| Self::Hook(hook.clone()));
         if host.vouched {
-            return Vec::new();
+            return hooks.collect();
         }
         let vrfs = host.links.iter().filter(|link| link.kind == "vrf");
         let vrfs = vrfs.map(|link| Self::Vrf { ifindex: link.ifindex, name: link.name.clone() });
@@ -82,6 +90,7 @@ impl Obstacle {
                 obstacles.push(Self::NotForwarding(family));
             }
         }
+        obstacles.extend(hooks);
         obstacles
     }
 }
@@ -137,6 +146,10 @@ impl fmt::Display for Obstacle {
                 write!(f, "the VRF {name} (#{ifindex}) makes routes depend on where packets arrive")
             }
             Self::NotForwarding(family) => write!(f, "no interface forwards {}", name(family)),
+            Self::Hook(hook) => match self.family() {
+                Some(family) => write!(f, "the fast path would skip {hook} ({} only)", name(&family)),
+                None => write!(f, "the fast path would skip {hook}"),
+            },
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::{collections::HashMap, net::IpAddr};
 
-use super::obstacles::Obstacle;
+use super::{hooks::HooksAhead, obstacles::Obstacle};
 use crate::{
-    host::{HostFacts, Link, RouteKind, routing::Routing},
+    host::{Hook, HostFacts, Link, RouteKind, routing::Routing},
     policy::{Family, MacAddr, NextHop, OffloadDev, Overhead, Policy, Template},
     table::{Forwarding, ReversePath},
 };
@@ -18,6 +18,7 @@ pub(super) struct Paths {
     v6: Routing,
     vouched: bool,
     obstacles: Vec<Obstacle>,
+    hooks: HooksAhead,
 }
 
 impl Paths {
@@ -33,6 +34,7 @@ impl Paths {
             v6: host.routing(Family::V6),
             vouched: host.vouched,
             obstacles: Obstacle::of_host(host),
+            hooks: HooksAhead::new(host),
         }
     }
 
@@ -46,6 +48,11 @@ impl Paths {
     /// What keeps everything, or all of a family, from being fast.
     pub(super) fn obstacles(&self) -> &[Obstacle] {
         &self.obstacles
+    }
+
+    /// What packets of a family that leave through a device must not skip.
+    pub(super) fn hook(&self, family: Family, device: u32) -> Option<&Hook> {
+        self.hooks.of(family, device)
     }
 
     pub(super) fn link(&self, ifindex: u32) -> Option<&Link> {

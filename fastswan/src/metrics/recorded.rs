@@ -9,7 +9,11 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogra
 
 use fastswan_ebpf::PassReason;
 
-use crate::{compiler::PolicyState, table::Traffic};
+use crate::{
+    compiler::PolicyState,
+    host::{Hook, HookKind},
+    table::Traffic,
+};
 
 /// What a gateway has counted that nobody else remembers.
 #[derive(Debug)]
@@ -18,6 +22,8 @@ pub(crate) struct Meters {
     retired: Traffic,
     /// Reasons that policies have had: their gauges go back to zero.
     reasons: BTreeSet<&'static str>,
+    /// Kinds of hooks that were skipped: likewise.
+    skipped: BTreeSet<HookKind>,
 }
 
 /// What is looked at instead of counted.
@@ -34,7 +40,7 @@ pub(crate) struct Moment {
 impl Meters {
     pub(crate) fn new() -> Self {
         describe();
-        Self { retired: Traffic::default(), reasons: BTreeSet::new() }
+        Self { retired: Traffic::default(), reasons: BTreeSet::new(), skipped: BTreeSet::new() }
     }
 
     pub(crate) fn lost_track(&mut self, input: &'static str, cause: &'static str) {
@@ -89,6 +95,17 @@ impl Meters {
         gauge!("fastswan_current").set(if on { 1.0 } else { 0.0 });
     }
 
+    pub(crate) fn skipped(&mut self, hooks: &[Hook]) {
+        for kind in HookKind::ALL {
+            let there = hooks.iter().filter(|hook| hook.kind == kind).count() as u64;
+            // Of the kinds that were never allowed there is nothing to see.
+            if there > 0 || self.skipped.contains(&kind) {
+                gauge!("fastswan_skipped_hooks", "kind" => kind.name()).set(float(there));
+                self.skipped.insert(kind);
+            }
+        }
+    }
+
     pub(crate) fn look(&mut self, moment: &Moment) {
         let mut fast = 0;
         let mut in_kernel: BTreeMap<&'static str, u64> =
@@ -128,6 +145,10 @@ fn describe() {
     describe_gauge!(
         "fastswan_current",
         "1 while the fast path is on: every input is current, and no kill switch is on"
+    );
+    describe_gauge!(
+        "fastswan_skipped_hooks",
+        "hooks that fast packets skip, as the embedder allows, by kind"
     );
     describe_gauge!("fastswan_queued_events", "events that the source holds and the loop has not read");
     describe_counter!("fastswan_fast_packets_total", "packets forwarded at XDP");

@@ -8,6 +8,7 @@ mod audit;
 mod back_off;
 mod decode;
 mod dump;
+mod hooks;
 #[cfg(feature = "bpf")]
 mod interface;
 mod links;
@@ -26,6 +27,7 @@ pub(crate) use self::{
     audit::Audit,
     back_off::BackOff,
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
+    hooks::HookWatch,
     links::{Links, settle as settle_links},
     route::read_host,
     socket::{Datagram, NetlinkSocket},

@@ -19,6 +19,7 @@ use netlink_packet_route::{
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::{
+    hooks::read_hooks,
     links::settle as settle_links,
     remedy,
     request::{DUMP, RequestError, Requests},
@@ -40,7 +41,7 @@ impl HostFacts {
     ///
     /// [`HostError`].
     pub fn read() -> Result<Self, HostError> {
-        read_host()
+        Ok(Self { hooks: read_hooks(), ..read_host()? })
     }
 }
 

@@ -7,8 +7,8 @@ use tokio::time::{Instant, sleep_until};
 
 use super::HostSource;
 use crate::{
-    host::{HostError, HostEvent, HostFacts, HostStaleCause},
-    netlink::{Anchor, HostChanges, Job, read_host, remedy},
+    host::{Hook, HostChange, HostError, HostEvent, HostFacts, HostStaleCause},
+    netlink::{Anchor, HookWatch, HostChanges, Job, read_host, remedy},
 };
 
 /// From the end of one reading to the beginning of the next.
@@ -47,6 +47,9 @@ pub struct NetlinkHost {
     /// On whatever thread it is polled, the kernel is asked in the namespace that this was opened in.
     anchor: Anchor,
     changes: HostChanges,
+    hooks: HookWatch,
+    /// As they were told last.
+    known_hooks: Option<Vec<Hook>>,
     state: State,
     /// Not yielded yet.
     ready: VecDeque<HostEvent>,
@@ -76,7 +79,9 @@ impl NetlinkHost {
             )
         })?;
         let anchor = Anchor::here().map_err(|error| system("starting a thread", error))?;
-        Ok(Self { anchor, changes, state: State::Waiting(Instant::now()), ready: VecDeque::new() })
+        let hooks = HookWatch::start(&anchor);
+        let state = State::Waiting(Instant::now());
+        Ok(Self { anchor, changes, hooks, known_hooks: None, state, ready: VecDeque::new() })
     }
 
     /// Reads the facts once, in the network namespace of the calling thread, and blocks meanwhile: a few microseconds for
@@ -86,7 +91,7 @@ impl NetlinkHost {
     ///
     /// [`HostError`].
     pub fn read_once() -> Result<HostFacts, HostError> {
-        read_host()
+        HostFacts::read()
     }
 
     /// Everything is to be read again.
@@ -104,6 +109,10 @@ impl HostSource for NetlinkHost {
                 return Ok(Some(event));
             }
             match &mut self.state {
+                State::Waiting(_) if self.known_hooks.is_none() => {
+                    let hooks = self.hooks.changed().await.map_err(|error| system(HEARING, error))?;
+                    self.known_hooks = Some(hooks);
+                }
                 State::Waiting(until) => {
                     // A timer takes a millisecond even when it is due.
                     if Instant::now() < *until {
@@ -116,8 +125,9 @@ impl HostSource for NetlinkHost {
                 State::Reading(reading) => {
                     let started = reading.await.map_err(|error| system("starting a thread", error));
                     match started.and_then(identity) {
-                        Ok(facts) => {
+                        Ok(mut facts) => {
                             self.changes.know(&facts);
+                            facts.hooks = self.known_hooks.clone().unwrap_or_default();
                             self.state = State::Following(Instant::now() + PAUSE);
                             self.ready.push_back(HostEvent::Snapshot(facts));
                         }
@@ -129,8 +139,18 @@ impl HostSource for NetlinkHost {
                 }
                 State::Following(not_before) => {
                     let not_before = *not_before;
-                    let cause = self.changes.changed().await.map_err(|error| system(HEARING, error))?;
-                    self.lose_track(not_before, cause);
+                    tokio::select! {
+                        biased;
+                        cause = self.changes.changed() => {
+                            let cause = cause.map_err(|error| system(HEARING, error))?;
+                            self.lose_track(not_before, cause);
+                        }
+                        hooks = self.hooks.changed() => {
+                            let hooks = hooks.map_err(|error| system(HEARING, error))?;
+                            self.known_hooks = Some(hooks.clone());
+                            self.ready.push_back(HostEvent::Changes(vec![HostChange::Hooks(hooks)]));
+                        }
+                    }
                 }
             }
         }
@@ -142,7 +162,7 @@ impl HostSource for NetlinkHost {
             return Ok(false);
         }
         match self.changes.try_changed().map_err(|error| system(HEARING, error))? {
-            None => Ok(true),
+            None => self.hooks.caught_up().map_err(|error| system(HEARING, error)),
             Some(cause) => {
                 self.lose_track(not_before, cause);
                 Ok(false)

@@ -1,0 +1,100 @@
+//! The devices of a network namespace: their names, and which of them run an XDP program.
+
+use super::attribute::{Attributes, Body, host_u32, needed, text, undecodable};
+use crate::{
+    host::{Hook, HookKind, HookPlace},
+    netlink::request::{DUMP, RequestError, Requests},
+};
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+/// Length of `struct ifinfomsg` in bytes.
+const HEADER: usize = 16;
+const IFF_UP: u32 = 1;
+const ARPHRD_ETHER: u16 = 1;
+
+const IFLA_IFNAME: u16 = 3;
+const IFLA_EXT_MASK: u16 = 29;
+const IFLA_XDP: u16 = 43;
+const XDP_ATTACHED: u16 = 2;
+/// `RTEXT_FILTER_SKIP_STATS`
+const WITHOUT_STATISTICS: u32 = 8;
+
+/// What there is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Devices(Vec<Device>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Device {
+    ifindex: u32,
+    name: String,
+    /// It is switched on and has an Ethernet address, so packets may come in or leave.
+    is_of_use: bool,
+    runs_xdp: bool,
+}
+
+impl Devices {
+    pub(super) fn read(kernel: &mut Requests) -> Result<Self, RequestError> {
+        let body = Body(vec![0; HEADER]).with(IFLA_EXT_MASK, &WITHOUT_STATISTICS.to_ne_bytes());
+        let mut devices = Vec::new();
+        kernel.ask((RTM_GETLINK, DUMP, &body.0), |kind, payload| {
+            if kind == RTM_NEWLINK {
+                devices.push(device(payload)?);
+            }
+            Ok::<_, RequestError>(())
+        })?;
+        Ok(Self(devices))
+    }
+
+    /// The interface indices of those whose names are wanted.
+    pub(super) fn named(&self, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
+        self.0.iter().filter(|device| wanted(&device.name)).map(|device| device.ifindex).collect()
+    }
+
+    /// The name of a device.
+    pub(super) fn name(&self, ifindex: u32) -> String {
+        let device = self.0.iter().find(|device| device.ifindex == ifindex);
+        device.map_or_else(|| format!("#{ifindex}"), |device| device.name.clone())
+    }
+
+    /// The interface indices of those that packets may come in on, or leave by.
+    pub(super) fn of_use(&self) -> impl Iterator<Item = u32> {
+        self.0.iter().filter(|device| device.is_of_use).map(|device| device.ifindex)
+    }
+
+    /// XDP programs. That on a port itself is no hook, which the host facts see to.
+    pub(super) fn xdp(&self) -> Vec<Hook> {
+        let running = self.0.iter().filter(|device| device.runs_xdp);
+        let hooks = running.map(|device| Hook {
+            kind: HookKind::Xdp,
+            place: HookPlace::Ingress(device.ifindex),
+            name: format!("the XDP program on {}", device.name),
+        });
+        hooks.collect()
+    }
+}
+
+fn device(payload: &[u8]) -> Result<Device, RequestError> {
+    let header = payload.first_chunk::<HEADER>().ok_or_else(|| undecodable("a link without a header"))?;
+    let kind = u16::from_ne_bytes([header[2], header[3]]);
+    let (mut name, mut runs_xdp) = (None, false);
+    for attribute in Attributes::behind(payload, HEADER)? {
+        match attribute? {
+            (IFLA_IFNAME, value) => name = Some(text(value)),
+            (IFLA_XDP, value) => {
+                for attribute in Attributes::inside(value) {
+                    if let (XDP_ATTACHED, mode) = attribute? {
+                        runs_xdp = mode != [0];
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(Device {
+        ifindex: host_u32(&header[4..8])?,
+        name: needed(name, "the name of a link")?,
+        is_of_use: host_u32(&header[8..12])? & IFF_UP != 0 && kind == ARPHRD_ETHER,
+        runs_xdp,
+    })
+}
