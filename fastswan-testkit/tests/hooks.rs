@@ -291,8 +291,8 @@ const HOOKS: [(&str, &[Of], HookKind, &str, &str); 18] = [
         "connection tracking alone",
         &[V4, V6],
         HookKind::Conntrack,
-        "nft table inet ct { chain out { type filter hook output priority 0; ct state new counter; }; }",
-        "nft delete table inet ct",
+        "nft table inet track { chain out { type filter hook output priority 0; ct state new counter; }; }",
+        "nft delete table inet track",
     ),
     (
         "netdev ingress on the port",
@@ -439,7 +439,7 @@ fn what_cannot_change_the_fate_of_forwarded_packets_is_no_hook() {
                     "empty chains",
                     "nft table inet empty { \
               chain pre { type filter hook prerouting priority 0; }; \
-              chain fwd { type filter hook forward priority 0; policy accept; }; \
+              chain forward { type filter hook forward priority 0; policy accept; }; \
               chain nat { type nat hook prerouting priority -100; }; \
               chain post { type nat hook postrouting priority 100; }; }",
                 ),
@@ -447,7 +447,7 @@ fn what_cannot_change_the_fate_of_forwarded_packets_is_no_hook() {
                     "counters and accepts",
                     "nft table inet count { counter c { }; \
               chain calm { counter; return; }; chain unused { drop; }; \
-              chain fwd { type filter hook forward priority 1; \
+              chain forward { type filter hook forward priority 1; \
                 counter; ip saddr 10.1.0.0/16 tcp dport { 1, 2 } counter name c accept; jump calm; accept; }; \
               chain raw { type filter hook prerouting priority raw; notrack; \
                 ip daddr 10.2.0.0/16 limit rate 5/second notrack accept; }; }",
@@ -473,7 +473,7 @@ fn what_cannot_change_the_fate_of_forwarded_packets_is_no_hook() {
                 ),
                 (
                     "a table that sleeps",
-                    "nft table ip asleep { flags dormant; chain fwd { \
+                    "nft table ip asleep { flags dormant; chain forward { \
               type filter hook forward priority 0; policy drop; }; }",
                 ),
                 (

@@ -1,4 +1,4 @@
-//! The devices of a network namespace: their names, and which of them run an XDP program.
+//! The devices of a network namespace: their names, and which VLAN devices run an XDP program.
 
 use super::attribute::{Attributes, Body, host_u32, needed, text, undecodable};
 use crate::{
@@ -14,6 +14,8 @@ const IFF_UP: u32 = 1;
 const ARPHRD_ETHER: u16 = 1;
 
 const IFLA_IFNAME: u16 = 3;
+const IFLA_LINKINFO: u16 = 18;
+const INFO_KIND: u16 = 1;
 const IFLA_EXT_MASK: u16 = 29;
 const IFLA_XDP: u16 = 43;
 const XDP_ATTACHED: u16 = 2;
@@ -30,6 +32,7 @@ struct Device {
     name: String,
     /// It is switched on and has an Ethernet address, so packets may come in or leave.
     is_of_use: bool,
+    /// It is a VLAN device that runs an XDP program: frames that arrive with its tag meet that too.
     runs_xdp: bool,
 }
 
@@ -62,7 +65,7 @@ impl Devices {
         self.0.iter().filter(|device| device.is_of_use).map(|device| device.ifindex)
     }
 
-    /// XDP programs. That on a port itself is no hook, which the host facts see to.
+    /// XDP programs on VLAN devices. One on a device that ours is attached to there cannot be.
     pub(super) fn xdp(&self) -> Vec<Hook> {
         let running = self.0.iter().filter(|device| device.runs_xdp);
         let hooks = running.map(|device| Hook {
@@ -77,10 +80,17 @@ impl Devices {
 fn device(payload: &[u8]) -> Result<Device, RequestError> {
     let header = payload.first_chunk::<HEADER>().ok_or_else(|| undecodable("a link without a header"))?;
     let kind = u16::from_ne_bytes([header[2], header[3]]);
-    let (mut name, mut runs_xdp) = (None, false);
+    let (mut name, mut is_vlan, mut runs_xdp) = (None, false, false);
     for attribute in Attributes::behind(payload, HEADER)? {
         match attribute? {
             (IFLA_IFNAME, value) => name = Some(text(value)),
+            (IFLA_LINKINFO, value) => {
+                for attribute in Attributes::inside(value) {
+                    if let (INFO_KIND, kind) = attribute? {
+                        is_vlan = text(kind) == "vlan";
+                    }
+                }
+            }
             (IFLA_XDP, value) => {
                 for attribute in Attributes::inside(value) {
                     if let (XDP_ATTACHED, mode) = attribute? {
@@ -95,6 +105,6 @@ fn device(payload: &[u8]) -> Result<Device, RequestError> {
         ifindex: host_u32(&header[4..8])?,
         name: needed(name, "the name of a link")?,
         is_of_use: host_u32(&header[8..12])? & IFF_UP != 0 && kind == ARPHRD_ETHER,
-        runs_xdp,
+        runs_xdp: is_vlan && runs_xdp,
     })
 }
