@@ -193,7 +193,7 @@ pub(crate) mod bpf {
         ffi::CString,
         io,
         os::{
-            fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+            fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
             unix::ffi::OsStrExt as _,
         },
         path::Path,
@@ -205,9 +205,12 @@ pub(crate) mod bpf {
     const BPF_PROG_QUERY: u32 = 16;
     const BPF_LINK_CREATE: u32 = 28;
     const BPF_LINK_UPDATE: u32 = 29;
+    const BPF_LINK_GET_FD_BY_ID: u32 = 30;
+    const BPF_LINK_GET_NEXT_ID: u32 = 31;
     const BPF_LINK_DETACH: u32 = 34;
     const BPF_XDP: u32 = 37;
     const BPF_LINK_TYPE_XDP: u32 = 6;
+    const BPF_LINK_TYPE_NETFILTER: u32 = 10;
     /// `linux/if_link.h`
     const XDP_FLAGS_SKB_MODE: u32 = 2;
     const XDP_FLAGS_DRV_MODE: u32 = 4;
@@ -233,8 +236,10 @@ pub(crate) mod bpf {
         link: u32,
         program: u32,
         padding: u32,
+        /// Of an XDP program; of one at a netfilter hook, the family.
         ifindex: u32,
-        padding_too: u32,
+        /// The number of a netfilter hook.
+        hook: u32,
     }
 
     /// What the kernel says about a link.
@@ -266,6 +271,14 @@ pub(crate) mod bpf {
 
     /// About a link of an XDP program.
     pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<XdpLinkInfo> {
+        let info = read_link_info(link)?;
+        if info.kind != BPF_LINK_TYPE_XDP {
+            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        }
+        Ok(XdpLinkInfo { program: info.program, ifindex: info.ifindex })
+    }
+
+    fn read_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         let mut info = LinkInfo::default();
         let mut get = GetInfo {
             object: link.as_raw_fd().cast_unsigned(),
@@ -273,10 +286,41 @@ pub(crate) mod bpf {
             info: (&raw mut info).expose_provenance() as u64,
         };
         command(BPF_OBJ_GET_INFO_BY_FD, &mut get)?;
-        if info.kind != BPF_LINK_TYPE_XDP {
-            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        Ok(info)
+    }
+
+    /// A BPF program at a hook of netfilter, of a network namespace that is not told.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct NetfilterLink {
+        /// `NFPROTO_IPV4` or `NFPROTO_IPV6`.
+        pub(crate) family: u32,
+        /// `enum nf_inet_hooks`
+        pub(crate) hook: u32,
+    }
+
+    /// The lowest number of a link that is higher than this one. Needs `CAP_SYS_ADMIN`.
+    pub(crate) fn first_link(after: u32) -> io::Result<Option<u32>> {
+        let mut get = [after, 0, 0];
+        match command(BPF_LINK_GET_NEXT_ID, &mut get) {
+            Ok(_) => Ok(Some(get[1])),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
         }
-        Ok(XdpLinkInfo { program: info.program, ifindex: info.ifindex })
+    }
+
+    /// What a link with this number is, if it is there and of a program at a hook of netfilter (Linux 6.4).
+    pub(crate) fn netfilter_link(number: u32) -> io::Result<Option<NetfilterLink>> {
+        let link = match command(BPF_LINK_GET_FD_BY_ID, &mut [number, 0, 0]) {
+            Ok(link) => descriptor(link)?,
+            // It has gone, or is not finished, and then comes under the same number.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EAGAIN)) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let info = read_link_info(link.as_fd())?;
+        let is_at_hook = info.kind == BPF_LINK_TYPE_NETFILTER;
+        Ok(is_at_hook.then_some(NetfilterLink { family: info.ifindex, hook: info.hook }))
     }
 
     /// Where tcx programs are attached.
@@ -351,8 +395,8 @@ pub(crate) mod bpf {
 
     /// `T` must be how the structure of the command begins; what it points to must live through the call.
     fn command<T: ?Sized>(command: u32, attributes: &mut T) -> io::Result<i32> {
-        // SAFETY: the kernel reads as many bytes as the structure has and takes the rest for zero. It writes only where
-        // the structure points to, which its maker keeps alive and large enough.
+        // SAFETY: the kernel reads as many bytes as the structure has and takes the rest for zero. It writes only into
+        // these, and where the structure points to, which its maker keeps alive and large enough.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,

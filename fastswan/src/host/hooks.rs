@@ -5,7 +5,7 @@
 //!
 //! # When to allow a kind
 //!
-//! When nothing that it does to packets of offloaded policies is missed if they skip it. For nf_tables with connection
+//! When nothing that it does to packets of offloaded policies is missed if they skip it. For `nf_tables` with connection
 //! tracking that takes two things: these packets must not be tracked, since the kernel would see one direction only, and
 //! they must be accepted wherever something else is dropped, so that those that pass have the same fate as those that are
 //! fast.
@@ -50,7 +50,7 @@ pub struct Hook {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum HookKind {
-    /// A base chain of nf_tables, as `nft` and today's `iptables` make them.
+    /// A base chain of `nf_tables`, as `nft` and today's `iptables` make them.
     NfTables,
     /// A legacy table: `iptables-legacy`, `ip6tables-legacy`.
     IpTables,

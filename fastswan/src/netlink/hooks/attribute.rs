@@ -94,8 +94,26 @@ pub(super) fn needed<T>(value: Option<T>, what: &str) -> Result<T, RequestError>
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// Bytes from a text of hexadecimal numbers.
+    pub(in super::super) fn bytes(text: &str) -> Vec<u8> {
+        let digit = |digit: u8| u8::try_from(char::from(digit).to_digit(16).unwrap()).unwrap();
+        text.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
+    }
+
+    /// Lengths to which a message can be cut inside its header or an attribute, its padding apart.
+    pub(in super::super) fn cuts(payload: &[u8], header: usize) -> Vec<usize> {
+        let mut between = vec![header];
+        let mut at = header;
+        while let Some([l0, l1]) = payload.get(at..).and_then(<[u8]>::first_chunk) {
+            let end = at + usize::from(u16::from_ne_bytes([*l0, *l1]));
+            at = end.next_multiple_of(4);
+            between.extend(end..=at);
+        }
+        (0..payload.len()).filter(|length| !between.contains(length)).collect()
+    }
 
     #[test]
     fn what_is_written_is_read() {
@@ -117,7 +135,8 @@ mod tests {
         }
         Attributes::behind(&[], 4).unwrap_err();
         for length in [0_u8, 3, 9] {
-            let read: Vec<_> = Attributes::inside(&[length, 0, 1, 0, 5, 5, 5, 5]).collect();
+            let attribute = [length, 0, 1, 0, 5, 5, 5, 5];
+            let read: Vec<_> = Attributes::inside(&attribute).collect();
             assert!(matches!(read[..], [Err(_)]), "{length}");
         }
     }

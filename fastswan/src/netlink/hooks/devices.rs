@@ -54,6 +54,17 @@ impl Devices {
         self.0.iter().filter(|device| wanted(&device.name)).map(|device| device.ifindex).collect()
     }
 
+    #[cfg(test)]
+    pub(super) fn of(names: &[(u32, &str)]) -> Self {
+        let device = |(ifindex, name): &(u32, &str)| Device {
+            ifindex: *ifindex,
+            name: (*name).to_owned(),
+            is_of_use: true,
+            runs_xdp: false,
+        };
+        Self(names.iter().map(device).collect())
+    }
+
     /// The name of a device.
     pub(super) fn name(&self, ifindex: u32) -> String {
         let device = self.0.iter().find(|device| device.ifindex == ifindex);
@@ -107,4 +118,47 @@ fn device(payload: &[u8]) -> Result<Device, RequestError> {
         is_of_use: host_u32(&header[8..12])? & IFF_UP != 0 && kind == ARPHRD_ETHER,
         runs_xdp: is_vlan && runs_xdp,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::hooks::attribute::tests::cuts;
+
+    /// A link, of a kind, that runs an XDP program in this mode.
+    fn link(kind: &str, mode: u8) -> Vec<u8> {
+        let mut header = vec![0; HEADER];
+        header[2] = 1;
+        header[4] = 7;
+        header[8] = 1;
+        let nested = |kind, value: &[u8]| Body::default().with(kind, value).0;
+        Body(header)
+            .with(IFLA_IFNAME, b"lan0.10\0")
+            .with(IFLA_XDP, &nested(XDP_ATTACHED, &[mode]))
+            .with(IFLA_LINKINFO, &nested(INFO_KIND, kind.as_bytes()))
+            .0
+    }
+
+    #[test]
+    fn a_program_on_a_vlan_device_is_a_hook() {
+        let hooks = |kind, mode| Devices(vec![device(&link(kind, mode)).unwrap()]).xdp();
+        assert_eq!(hooks("vlan", 2)[0].place, HookPlace::Ingress(7));
+        assert_eq!(hooks("vlan", 2)[0].name, "the XDP program on lan0.10");
+        assert_eq!(hooks("vlan", 0), []);
+        assert_eq!(hooks("veth", 2), [], "ours, or in the way of ours");
+    }
+
+    #[test]
+    fn a_message_cut_short_is_an_error_unless_the_cut_is_between_attributes() {
+        let payload = link("vlan", 1);
+        for length in cuts(&payload, HEADER) {
+            device(&payload[..length]).unwrap_err();
+        }
+        for length in 0..payload.len() {
+            let _ = device(&payload[..length]);
+            let mut changed = payload.clone();
+            changed[length] = 0xff;
+            let _ = device(&changed);
+        }
+    }
 }

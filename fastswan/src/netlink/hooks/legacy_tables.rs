@@ -1,6 +1,6 @@
 //! Legacy tables of iptables and ip6tables. The kernel does not tell of changes, so they are read again and again.
 //!
-//! As of nf_tables, a table does no harm if all that it does at the hooks that forwarded packets pass is to accept. The
+//! As of `nf_tables`, a table does no harm if all that it does at the hooks that forwarded packets pass is to accept. The
 //! tables of ARP and of bridges are not about packets that are forwarded.
 
 use std::{
@@ -257,4 +257,77 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 
 fn half(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..)?.first_chunk().map(|half| u16::from_ne_bytes(*half))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: usize = 112;
+
+    /// An entry of IPv4 with these matches, and a target with a verdict.
+    fn entry(matches: &[&str], target: &str, verdict: i32) -> Vec<u8> {
+        let module = |name: &str, length: u16| {
+            let mut module = vec![0; usize::from(length)];
+            module[..2].copy_from_slice(&length.to_ne_bytes());
+            module[2..2 + name.len()].copy_from_slice(name.as_bytes());
+            module
+        };
+        let mut entry = vec![0; HEADER];
+        entry.extend(matches.iter().flat_map(|name| module(name, 40)));
+        let target_at = u16::try_from(entry.len()).unwrap();
+        entry.extend(module(target, 40));
+        let verdict_at = usize::from(target_at) + MODULE_HEADER;
+        entry[verdict_at..verdict_at + 4].copy_from_slice(&verdict.to_ne_bytes());
+        let length = u16::try_from(entry.len()).unwrap();
+        entry[88..90].copy_from_slice(&target_at.to_ne_bytes());
+        entry[90..92].copy_from_slice(&length.to_ne_bytes());
+        entry
+    }
+
+    /// A table whose chain FORWARD has these entries, the last of them for its policy, and others after them.
+    fn judge(forward: &[Vec<u8>], others: &[Vec<u8>]) -> Option<(bool, bool)> {
+        let mut info = [0; INFO_LENGTH];
+        info[VALID_HOOKS] = 1 << FORWARD;
+        let underflow: usize = forward.iter().rev().skip(1).map(Vec::len).sum();
+        let at = UNDERFLOWS + 4 * FORWARD;
+        info[at..at + 4].copy_from_slice(&u32::try_from(underflow).unwrap().to_ne_bytes());
+        let entries = [forward.concat(), others.concat()].concat();
+        Table { family: Family::V4, info: &info, entries: &entries }.judge(false)
+    }
+
+    #[test]
+    fn a_table_does_harm_if_it_does_more_than_accept_what_is_forwarded() {
+        let [accept, drop, back] = [ACCEPT, -1, RETURN].map(|verdict| entry(&[], "", verdict));
+        let error = entry(&[], ERROR, 0);
+        let policy = accept.clone();
+        assert_eq!(judge(&[policy.clone()], &[error.clone()]), Some((false, false)));
+        assert_eq!(judge(&[drop.clone()], &[error.clone()]), Some((true, false)));
+        assert_eq!(judge(&[accept, back, policy.clone()], &[drop.clone()]), Some((false, false)));
+        assert_eq!(judge(&[entry(&[], "MARK", 0), policy.clone()], &[]), Some((true, false)));
+        let tracked = entry(&["tcp", "conntrack"], "", ACCEPT);
+        assert_eq!(judge(&[tracked.clone(), policy.clone()], &[]), Some((false, true)));
+        assert_eq!(judge(&[policy.clone()], &[tracked]), Some((false, true)), "also in other chains");
+        let next = entry(&[], "", i32::try_from(policy.len()).unwrap());
+        assert_eq!(judge(&[next, policy.clone()], &[drop.clone()]), Some((false, false)), "it only counts");
+        let jump = entry(&[], "", 1000);
+        assert_eq!(judge(&[jump.clone(), policy.clone()], &[drop]), Some((true, false)));
+        assert_eq!(judge(&[jump, policy], &[error]), Some((false, false)));
+    }
+
+    #[test]
+    fn a_table_that_is_not_laid_out_as_it_should_is_not_judged() {
+        let whole = entry(&["tcp"], "", ACCEPT);
+        for length in 1..whole.len() {
+            assert_eq!(judge(&[whole[..length].to_vec()], &[]), None, "{length}");
+        }
+        for at in 88..92 {
+            let mut changed = whole.clone();
+            changed[at] = 0xff;
+            assert_eq!(judge(&[changed], &[]), None, "{at}");
+        }
+        let mut endless = whole.clone();
+        endless[HEADER..HEADER + 2].copy_from_slice(&[0, 0]);
+        assert_eq!(judge(&[endless], &[]), None);
+    }
 }

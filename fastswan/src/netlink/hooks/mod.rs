@@ -1,8 +1,8 @@
 //! Follows what hooks into the kernel's way of forwarding.
 //!
 //! A thread in the namespace reads all of it, and again what may have changed: at once after a notification about
-//! nf_tables, filters of tc or links, and ten times a second what the kernel does not tell of, which is legacy tables, tcx
-//! programs and IPVS. A part that cannot be read counts as a hook for everything, with the reason as its name.
+//! `nf_tables`, filters of tc or links, and ten times a second what the kernel does not tell of, which is legacy tables, tcx
+//! programs, IPVS, and other functions at netfilter's hooks. A part that cannot be read counts as a hook for everything, with the reason as its name.
 //!
 //! # What a forwarded packet meets
 //!
@@ -14,6 +14,7 @@
 
 mod attribute;
 mod devices;
+mod functions;
 mod ipvs;
 mod legacy_tables;
 mod nf_tables;
@@ -34,13 +35,16 @@ use netlink_sys::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::watch;
 
-use self::{devices::Devices, legacy_tables::LegacyTables};
+use self::{devices::Devices, functions::Functions, legacy_tables::LegacyTables};
 use super::{
     anchor::{Anchor, IsAwaited, Job},
     request::{RequestError, Requests},
     socket::{receive, set_receive_buffer},
 };
-use crate::host::{Hook, HookKind, HookPlace};
+use crate::{
+    host::{Hook, HookKind, HookPlace},
+    policy::Family,
+};
 
 /// Between two looks at what the kernel does not tell of.
 const LOOK: Duration = Duration::from_millis(100);
@@ -83,12 +87,6 @@ impl HookWatch {
     pub(crate) async fn changed(&mut self) -> io::Result<Vec<Hook>> {
         self.hooks.changed().await.map_err(|_| ended())?;
         Ok(self.now())
-    }
-
-    /// The same, if that is so already.
-    pub(crate) fn try_changed(&mut self) -> io::Result<Option<Vec<Hook>>> {
-        let has_changed = self.hooks.has_changed().map_err(|_| ended())?;
-        Ok(has_changed.then(|| self.now()))
     }
 
     /// Whether [`Self::changed`] has returned all that there was a quarter of a second ago, or later.
@@ -257,7 +255,11 @@ struct Reader {
     tables: Part,
     services: Part,
     links: Part,
+    others: Part,
     legacy: LegacyTables,
+    functions: Functions,
+    /// The families whose connections are tracked, if the kernel lists that.
+    tracked: Option<Vec<Family>>,
     /// Packets that go into an offloaded tunnel pass the output hook.
     output: bool,
 }
@@ -292,7 +294,10 @@ impl Reader {
             tables: part(),
             services: part(),
             links: part(),
+            others: part(),
             legacy: LegacyTables::default(),
+            functions: Functions::default(),
+            tracked: None,
             output: meets_output(),
         }
     }
@@ -324,9 +329,26 @@ impl Reader {
         self.programs.take(HookKind::Tc, "tcx programs", traffic_control::tcx(&self.devices));
         self.tables.take(HookKind::IpTables, "legacy tables of iptables", self.legacy.read(self.output));
         self.services.take(HookKind::Ipvs, "services of IPVS", ipvs::read());
-        let parts =
-            [&self.nf_tables, &self.filters, &self.programs, &self.tables, &self.services, &self.links];
+        let listing = self.functions.read(self.output);
+        self.tracked = listing.as_ref().ok().and_then(|listing| listing.tracked.clone());
+        self.others.take(
+            HookKind::Netfilter,
+            "functions at netfilter's hooks",
+            listing.map(|listing| listing.hooks),
+        );
+        let parts = [
+            &self.others,
+            &self.nf_tables,
+            &self.filters,
+            &self.programs,
+            &self.tables,
+            &self.services,
+            &self.links,
+        ];
         let mut hooks: Vec<Hook> = parts.into_iter().flat_map(|part| part.hooks.clone()).collect();
+        if let Some(tracked) = &self.tracked {
+            correct_tracking(&mut hooks, tracked);
+        }
         hooks.sort_unstable();
         hooks.dedup();
         hooks
@@ -352,6 +374,27 @@ impl Reader {
             // Nor has it nf_tables.
             Err(RequestError::Refused(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(Vec::new()),
             other => other,
+        }
+    }
+}
+
+/// Where the kernel lists whose connections are tracked, that counts. The rules that ask for it are its names.
+fn correct_tracking(hooks: &mut Vec<Hook>, tracked: &[Family]) {
+    let is_of = |place, family| match place {
+        HookPlace::Forwarding(of) => of.is_none_or(|of| of == family),
+        _ => false,
+    };
+    hooks.retain(|hook| {
+        hook.kind != HookKind::Conntrack || tracked.iter().any(|family| is_of(hook.place, *family))
+    });
+    for family in tracked {
+        let is_named = |hook: &Hook| hook.kind == HookKind::Conntrack && is_of(hook.place, *family);
+        if !hooks.iter().any(is_named) {
+            hooks.push(Hook {
+                kind: HookKind::Conntrack,
+                place: HookPlace::Forwarding(Some(*family)),
+                name: "connections are tracked".to_owned(),
+            });
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Base chains of nf_tables that may change the fate of forwarded packets, and rules that have connections tracked.
+//! Base chains of `nf_tables` that may change the fate of forwarded packets, and rules that have connections tracked.
 //!
 //! A base chain cannot change the fate of a packet if its policy is to accept and none of its rules can do more than look,
 //! count, accept and ask not to be tracked, nor those of the chains that they jump to. Everything that is not known to be
@@ -35,17 +35,17 @@ const HEADER: usize = 4;
 
 /// Families of tables (`linux/netfilter.h`).
 const INET: u8 = 1;
-const IPV4: u8 = 2;
+pub(super) const IPV4: u8 = 2;
 const ARP: u8 = 3;
 const NETDEV: u8 = 5;
 const BRIDGE: u8 = 7;
-const IPV6: u8 = 10;
+pub(super) const IPV6: u8 = 10;
 
 /// Hooks of the IP families, and `NF_INET_INGRESS` of the family inet.
-const PREROUTING: u32 = 0;
-const FORWARD: u32 = 2;
-const OUTPUT: u32 = 3;
-const POSTROUTING: u32 = 4;
+pub(super) const PREROUTING: u32 = 0;
+pub(super) const FORWARD: u32 = 2;
+pub(super) const OUTPUT: u32 = 3;
+pub(super) const POSTROUTING: u32 = 4;
 const INET_INGRESS: u32 = 5;
 /// Hooks of the family netdev.
 const NETDEV_INGRESS: u32 = 0;
@@ -154,6 +154,15 @@ pub(super) fn is_change(kind: u16) -> bool {
         && matches!(kind & 0xff, NEW_TABLE | DELETE_TABLE | NEW_CHAIN | DELETE_CHAIN | NEW_RULE | DELETE_RULE)
 }
 
+/// What the kernel has told of its rules.
+#[derive(Debug, Default)]
+struct Ruleset {
+    /// Families and names of tables none of whose chains is at work.
+    dormant: BTreeSet<(u8, String)>,
+    chains: Vec<BaseChain>,
+    rules: BTreeMap<ChainName, Rules>,
+}
+
 /// Reads what hooks there are. `output` says whether the kernel takes packets that it has forwarded into an offloaded tunnel
 /// through the output hook too.
 pub(super) fn read(
@@ -161,35 +170,58 @@ pub(super) fn read(
     devices: &Devices,
     output: bool,
 ) -> Result<Vec<Hook>, RequestError> {
-    let mut dormant = BTreeSet::new();
-    dump(kernel, GET_TABLE, NEW_TABLE, |payload| {
-        let (table, flags) = table(payload)?;
-        if flags & DORMANT != 0 {
-            dormant.insert(table);
+    let mut interrupted = RequestError::Interrupted;
+    for _ in 0..ATTEMPTS {
+        match read_once(kernel) {
+            Err(RequestError::Interrupted) => interrupted = RequestError::Interrupted,
+            ruleset => return Ok(ruleset?.hooks(devices, output)),
+        }
+    }
+    Err(interrupted)
+}
+
+fn read_once(kernel: &mut Requests) -> Result<Ruleset, RequestError> {
+    let mut ruleset = Ruleset::default();
+    for get in [GET_TABLE, GET_CHAIN, GET_RULE] {
+        // Of all families.
+        kernel.ask((SUBSYSTEM | get, DUMP, &[0; HEADER]), |kind, payload| ruleset.add(kind, payload))?;
+    }
+    Ok(ruleset)
+}
+
+impl Ruleset {
+    fn add(&mut self, kind: u16, payload: &[u8]) -> Result<(), RequestError> {
+        match kind.checked_sub(SUBSYSTEM) {
+            Some(NEW_TABLE) => {
+                let (table, flags) = table(payload)?;
+                if flags & DORMANT != 0 {
+                    self.dormant.insert(table);
+                }
+            }
+            Some(NEW_CHAIN) => self.chains.extend(base_chain(payload)?),
+            Some(NEW_RULE) => rule(payload, &mut self.rules)?,
+            _ => {}
         }
         Ok(())
-    })?;
-    let mut chains = Vec::new();
-    dump(kernel, GET_CHAIN, NEW_CHAIN, |payload| {
-        chains.extend(base_chain(payload)?);
-        Ok(())
-    })?;
-    let mut rules: BTreeMap<ChainName, Rules> = BTreeMap::new();
-    dump(kernel, GET_RULE, NEW_RULE, |payload| rule(payload, &mut rules))?;
-    spread_harm(&mut rules);
+    }
 
-    let is_at_work = |chain: &&BaseChain| !dormant.contains(&(chain.name.0, chain.name.1.clone()));
-    let does_harm =
-        |chain: &&BaseChain| !chain.accepts || rules.get(&chain.name).is_some_and(|rules| rules.harm);
-    let chains = chains.iter().filter(is_at_work).filter(does_harm);
-    let mut hooks: Vec<Hook> = chains.flat_map(|chain| chain.hooks(devices, output)).collect();
-    let tracking = rules.iter().filter(|(_, rules)| rules.track);
-    hooks.extend(tracking.map(|((family, table, chain), _)| Hook {
-        kind: HookKind::Conntrack,
-        place: HookPlace::Forwarding(ip_family(*family)),
-        name: format!("connections are tracked for chain {} {table} {chain}", family_name(*family)),
-    }));
-    Ok(hooks)
+    fn hooks(mut self, devices: &Devices, output: bool) -> Vec<Hook> {
+        spread_harm(&mut self.rules);
+        let is_at_work = |chain: &&BaseChain| !self.dormant.contains(&(chain.name.0, chain.name.1.clone()));
+        let does_harm = |chain: &&BaseChain| {
+            !chain.accepts || self.rules.get(&chain.name).is_some_and(|rules| rules.harm)
+        };
+        let chains = self.chains.iter().filter(is_at_work).filter(does_harm);
+        let mut hooks: Vec<Hook> = chains.flat_map(|chain| chain.hooks(devices, output)).collect();
+        // Also for rules that are not at work.
+        let tracking = self.rules.iter().filter(|(_, rules)| rules.track);
+        hooks.extend(tracking.map(|((family, table, chain), _)| Hook {
+            kind: HookKind::Conntrack,
+            place: HookPlace::Forwarding(ip_family(*family)),
+            name: format!("connections are tracked for chain {} {table} {chain}", family_name(*family)),
+        }));
+        hooks
+    }
 }
 
 impl BaseChain {
@@ -273,27 +305,6 @@ fn family_name(family: u8) -> &'static str {
 
 /// How often a dump is asked for that changes keep interrupting.
 const ATTEMPTS: u32 = 16;
-
-/// Asks for all of something, of all families.
-fn dump(
-    kernel: &mut Requests,
-    get: u16,
-    new: u16,
-    mut take: impl FnMut(&[u8]) -> Result<(), RequestError>,
-) -> Result<(), RequestError> {
-    let mut interrupted = RequestError::Interrupted;
-    for _ in 0..ATTEMPTS {
-        let answer = kernel.ask((SUBSYSTEM | get, DUMP, &[0; HEADER]), |kind, payload| {
-            if kind == SUBSYSTEM | new { take(payload) } else { Ok(()) }
-        });
-        match answer {
-            // What was taken twice is the same, or does more harm than it did.
-            Err(RequestError::Interrupted) => interrupted = RequestError::Interrupted,
-            other => return other,
-        }
-    }
-    Err(interrupted)
-}
 
 /// Family and name of a table, and its flags.
 fn table(payload: &[u8]) -> Result<((u8, String), u32), RequestError> {
@@ -433,5 +444,95 @@ impl Rules {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::hooks::attribute::tests::{bytes, cuts};
+
+    /// As Linux 6.18 has told of `table netdev dev { chain in { type filter hook ingress devices = { lan0, x } priority 0; drop; } }`
+    /// and of a table inet that sleeps, whose chain forward has `policy drop; tcp dport 22 jump more` and whose chain more has
+    /// `ct state new counter name c accept`.
+    const TABLES: [&str; 2] = [
+        "05000002080001006465760008000300000000010c00040000000000000000010800020000000000",
+        "01000002070001006677000008000300000000030c00040000000000000000020800020000000001",
+    ];
+    const CHAINS: [&str; 3] = [
+        "05000002080001006465760007000300696e00000c00020000000000000000012c0004000800010000000000080002000000\
+         0000180004000600010078000000090001006c616e300000000008000500000000010b00070066696c746572000008000a00\
+         000000010800060000000001",
+        "010000020700010066770000090003006d6f7265000000000c00020000000000000000010800060000000002",
+        "0100000207000100667700000c000300666f7277617264000c00020000000000000000021400040008000100000000020800\
+         02000000000008000500000000000b00070066696c746572000008000a00000000010800060000000001",
+    ];
+    const RULES: [&str; 3] = [
+        "05000002080001006465760007000200696e00000c000300000000000000000234000400300001000e000100696d6d656469\
+         6174650000001c0002000800010000000000100002000c0002000800010000000000",
+        "010000020700010066770000090002006d6f7265000000000c0003000000000000000004f000040020000100070001006374\
+         000014000200080002000000000108000200000000004c0001000c00010062697477697365003c0002000800010000000001\
+         0800020000000001080003000000000408000600000000000c00040008000100080000000c00050008000100000000002c00\
+         010008000100636d700020000200080001000000000108000200000000010c0003000800010000000000240001000b000100\
+         6f626a72656600001400020006000200630000000800010000000001300001000e000100696d6d6564696174650000001c00\
+         02000800010000000000100002000c0002000800010000000001",
+        "0100000207000100667700000c000200666f7277617264000c0003000000000000000005f000040024000100090001006d65\
+         74610000000014000200080002000000001008000100000000012c00010008000100636d7000200002000800010000000001\
+         08000200000000000c0003000500010006000000340001000c0001007061796c6f6164002400020008000100000000010800\
+         020000000002080003000000000208000400000000022c00010008000100636d700020000200080001000000000108000200\
+         000000000c00030006000100001600003c0001000e000100696d6d6564696174650000002800020008000100000000001c00\
+         02001800020008000100fffffffd090002006d6f726500000000",
+    ];
+
+    fn all() -> impl Iterator<Item = (u16, Vec<u8>)> {
+        let of = |kind, texts: &'static [&'static str]| {
+            texts.iter().map(move |text| (SUBSYSTEM | kind, bytes(text)))
+        };
+        of(NEW_TABLE, &TABLES).chain(of(NEW_CHAIN, &CHAINS)).chain(of(NEW_RULE, &RULES))
+    }
+
+    fn hooks(messages: impl Iterator<Item = (u16, Vec<u8>)>) -> Vec<String> {
+        let mut ruleset = Ruleset::default();
+        messages.for_each(|(kind, payload)| ruleset.add(kind, &payload).unwrap());
+        let devices = Devices::of(&[(7, "lan0"), (8, "xenon")]);
+        ruleset.hooks(&devices, false).iter().map(|hook| format!("{:?} {hook}", hook.place)).collect()
+    }
+
+    #[test]
+    fn a_rulesets_hooks_are_those_that_may_do_harm() {
+        // The first chain names one device, and the beginning of others; the second table sleeps.
+        let tracked = "Forwarding(None) conntrack: connections are tracked for chain inet fw more";
+        let on = |device| format!("Ingress({device}) nf_tables: chain netdev dev in (hook ingress)");
+        assert_eq!(hooks(all()), [on(7), tracked.to_owned()]);
+
+        let awake = all().filter(|(kind, _)| *kind != SUBSYSTEM | NEW_TABLE);
+        let forward = "Forwarding(None) nf_tables: chain inet fw forward (hook forward)";
+        assert_eq!(hooks(awake), [on(7), forward.to_owned(), tracked.to_owned()]);
+
+        // The policy of the last chain is to accept now, and what it jumps to does no harm.
+        let mut accepting = bytes(CHAINS[2]);
+        let policy = accepting.windows(4).position(|window| window == [8, 0, 5, 0]).unwrap();
+        accepting[policy + 7] = 1;
+        let harmless = [(SUBSYSTEM | NEW_CHAIN, accepting)].into_iter();
+        assert_eq!(hooks(harmless.chain(all().skip(6))), [tracked.to_owned()]);
+    }
+
+    #[test]
+    fn a_message_cut_short_is_an_error_unless_the_cut_is_between_attributes() {
+        for (kind, payload) in all() {
+            for length in cuts(&payload, HEADER) {
+                let added = Ruleset::default().add(kind, &payload[..length]);
+                assert!(added.is_err(), "{kind:#x} cut to {length} of {}", payload.len());
+            }
+            // Nothing panics on any cut, nor on any changed byte.
+            for length in 0..payload.len() {
+                let _ = Ruleset::default().add(kind, &payload[..length]);
+                let mut changed = payload.clone();
+                for value in [0, 1, 3, 4, 0x7f, 0xff] {
+                    changed[length] = value;
+                    let _ = Ruleset::default().add(kind, &changed);
+                }
+            }
+        }
     }
 }

@@ -123,3 +123,37 @@ pub(super) fn tcx(devices: &Devices) -> std::io::Result<Vec<Hook>> {
     }
     Ok(hooks)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::hooks::attribute::tests::{bytes, cuts};
+
+    /// As Linux 6.18 has told of a queueing discipline `clsact`, and of a filter u32 with preference 49152.
+    const QDISC: &str = "00000000030000000000fffff1ffffff010000000b000100636c7361637400000400020005000c00000000000c00070000000000\
+         00000000";
+    const FILTER: &str =
+        "000000000300000000000080f2ffffff080000c0080001007533320008000b00000000000c0002000800040001000000";
+
+    #[test]
+    fn a_message_tells_its_device_and_kind() {
+        assert_eq!(message(&bytes(QDISC)).unwrap(), (3, 1, "clsact".to_owned()));
+        let (device, info, kind) = message(&bytes(FILTER)).unwrap();
+        assert_eq!((device, info >> 16, kind.as_str()), (3, 49152, "u32"));
+    }
+
+    #[test]
+    fn a_message_cut_short_is_an_error_unless_the_cut_is_between_attributes() {
+        for payload in [QDISC, FILTER].map(bytes) {
+            for length in cuts(&payload, HEADER) {
+                message(&payload[..length]).unwrap_err();
+            }
+            for length in 0..payload.len() {
+                let mut changed = payload.clone();
+                changed[length] = 0xff;
+                let _ = message(&changed);
+                let _ = message(&payload[..length]);
+            }
+        }
+    }
+}
