@@ -4,8 +4,9 @@
 use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
+    os::fd::OwnedFd,
     process::{Command, Stdio},
-    sync::mpsc,
+    sync::{Mutex, PoisonError, mpsc},
     thread::{scope, sleep},
     time::{Duration, Instant},
 };
@@ -22,7 +23,7 @@ use fastswan::{
 };
 use fastswan_testkit::{
     frames::Frame,
-    lab::{self, Namespace},
+    lab::{self, LabError, Namespace},
     promote::Promote,
     site::{CLIENT, LAN, Site},
 };
@@ -64,6 +65,9 @@ fn story(what: &str, allowed: Hooks, prepare: impl FnOnce(&Site), tell: impl FnO
     if !lab::require_root(what) {
         return;
     }
+    // One after the other: BPF programs at hooks of netfilter are not told apart by namespace.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let site = Site::new().unwrap();
     site.route().unwrap();
     for policy in POLICIES {
@@ -387,6 +391,46 @@ fn nothing_is_fast_past_a_hook_that_comes_while_it_is_running() {
                 }
                 println!("{what}: fast again after {:?}", begin.elapsed());
             }
+        },
+    );
+}
+
+#[test]
+fn nothing_is_fast_past_a_program_that_is_polled_for() {
+    story(
+        "BPF programs that come and go",
+        Hooks::none(),
+        |_| {},
+        |running| {
+            let attach: [(&str, &[Of], HookKind, fn() -> Result<OwnedFd, LabError>); 3] = [
+                ("tcx on the port", &[V4, V6], HookKind::Tc, || lab::drop_at_tcx("lan0", false)),
+                ("tcx on the egress device", &[V4, V6], HookKind::Tc, || lab::drop_at_tcx("out0", true)),
+                ("a program at the forward hook", &[V4], HookKind::Netfilter, lab::drop_at_forward_hook),
+            ];
+            for (what, of, kind, attach) in attach {
+                for of in [V4, V6] {
+                    running.until(of, true, what);
+                }
+                let mut link = None;
+                running.stops(of, what, |gateway| link = Some(gateway.enter(attach).unwrap()));
+                for of in of {
+                    let (found, name) = running.hook(*of);
+                    println!("{what}: {found:?}: {name}");
+                    assert_eq!(found, kind);
+                }
+                drop(link);
+                for of in [V4, V6] {
+                    running.until(of, true, what);
+                }
+            }
+            running.stays_fast("tcx programs elsewhere", |gateway| {
+                let links = gateway.enter(|| {
+                    [("lan0", true), ("out0", false)]
+                        .map(|(device, egress)| lab::drop_at_tcx(device, egress).unwrap())
+                });
+                sleep(BOUND);
+                drop(links);
+            });
         },
     );
 }

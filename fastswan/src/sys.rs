@@ -308,14 +308,12 @@ pub(crate) mod bpf {
         }
     }
 
-    /// What a link with this number is, if it is there and of a program at a hook of netfilter (Linux 6.4).
+    /// What a link with this number is, if it is there and of a program at a hook of netfilter (Linux 6.4); `EAGAIN` if it is
+    /// being made. Needs `CAP_SYS_ADMIN`.
     pub(crate) fn netfilter_link(number: u32) -> io::Result<Option<NetfilterLink>> {
         let link = match command(BPF_LINK_GET_FD_BY_ID, &mut [number, 0, 0]) {
             Ok(link) => descriptor(link)?,
-            // It has gone, or is not finished, and then comes under the same number.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EAGAIN)) => {
-                return Ok(None);
-            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
             Err(error) => return Err(error),
         };
         let info = read_link_info(link.as_fd())?;

@@ -108,14 +108,7 @@ impl Functions {
     fn look_for_links(&mut self) -> io::Result<()> {
         self.links
             .retain(|(number, link)| netfilter_link(*number).is_ok_and(|now| now.as_ref() == Some(link)));
-        let Some(first) = first_link(0)? else {
-            self.looked_up_to = 0;
-            return Ok(());
-        };
-        // Numbers go up, and begin anew some day.
-        if self.looked_up_to < first {
-            self.looked_up_to = 0;
-        }
+        // Numbers go up.
         while let Some(number) = first_link(self.looked_up_to)? {
             match netfilter_link(number) {
                 Ok(Some(link)) if !self.links.iter().any(|(known, _)| *known == number) => {
