@@ -166,9 +166,10 @@ pub(crate) enum XtablesOption {
 impl XtablesOption {
     /// Asks about a table of this thread's network namespace. The buffer holds the question, and then the answer.
     pub(crate) fn get(self, v6: bool, buffer: &mut [u8]) -> io::Result<()> {
-        let (family, level) = match v6 {
-            false => (AddressFamily::INET, libc::IPPROTO_IP),
-            true => (AddressFamily::INET6, libc::IPPROTO_IPV6),
+        let (family, level) = if v6 {
+            (AddressFamily::INET6, libc::IPPROTO_IPV6)
+        } else {
+            (AddressFamily::INET, libc::IPPROTO_IP)
         };
         let socket = socket(family, SocketType::DGRAM, None)?;
         let mut length = libc::socklen_t::try_from(buffer.len()).map_err(io::Error::other)?;

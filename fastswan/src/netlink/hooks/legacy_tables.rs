@@ -107,14 +107,13 @@ impl LegacyTables {
                 let key = (family, name.to_owned());
                 let began = Instant::now();
                 let resting = known.remove(&key).filter(|table| table.rests_until > Some(began));
-                let table = match resting {
-                    Some(table) => table,
-                    None => {
-                        let hooks = read_table(family, name, output)?;
-                        let rest = began.elapsed().checked_mul(REST).unwrap_or(Duration::MAX);
-                        let rests_until = if hooks.is_empty() { None } else { began.checked_add(rest) };
-                        Known { hooks, rests_until }
-                    }
+                let table = if let Some(table) = resting {
+                    table
+                } else {
+                    let hooks = read_table(family, name, output)?;
+                    let rest = began.elapsed().checked_mul(REST).unwrap_or(Duration::MAX);
+                    let rests_until = if hooks.is_empty() { None } else { began.checked_add(rest) };
+                    Known { hooks, rests_until }
                 };
                 self.0.insert(key, table);
             }
@@ -286,10 +285,10 @@ mod tests {
     }
 
     /// A table whose chain FORWARD has these entries, the last of them for its policy, and others after them.
-    fn judge(forward: &[Vec<u8>], others: &[Vec<u8>]) -> Option<(bool, bool)> {
+    fn judge(forward: &[&[u8]], others: &[&[u8]]) -> Option<(bool, bool)> {
         let mut info = [0; INFO_LENGTH];
         info[VALID_HOOKS] = 1 << FORWARD;
-        let underflow: usize = forward.iter().rev().skip(1).map(Vec::len).sum();
+        let underflow: usize = forward.iter().rev().skip(1).map(|entry| entry.len()).sum();
         let at = UNDERFLOWS + 4 * FORWARD;
         info[at..at + 4].copy_from_slice(&u32::try_from(underflow).unwrap().to_ne_bytes());
         let entries = [forward.concat(), others.concat()].concat();
@@ -299,19 +298,20 @@ mod tests {
     #[test]
     fn a_table_does_harm_if_it_does_more_than_accept_what_is_forwarded() {
         let [accept, drop, back] = [ACCEPT, -1, RETURN].map(|verdict| entry(&[], "", verdict));
-        let error = entry(&[], ERROR, 0);
-        let policy = accept.clone();
-        assert_eq!(judge(&[policy.clone()], &[error.clone()]), Some((false, false)));
-        assert_eq!(judge(&[drop.clone()], &[error.clone()]), Some((true, false)));
-        assert_eq!(judge(&[accept, back, policy.clone()], &[drop.clone()]), Some((false, false)));
-        assert_eq!(judge(&[entry(&[], "MARK", 0), policy.clone()], &[]), Some((true, false)));
-        let tracked = entry(&["tcp", "conntrack"], "", ACCEPT);
-        assert_eq!(judge(&[tracked.clone(), policy.clone()], &[]), Some((false, true)));
-        assert_eq!(judge(&[policy.clone()], &[tracked]), Some((false, true)), "also in other chains");
+        let [accept, drop, back] = [&accept[..], &drop, &back];
+        let error = &entry(&[], ERROR, 0)[..];
+        let policy = accept;
+        assert_eq!(judge(&[policy], &[error]), Some((false, false)));
+        assert_eq!(judge(&[drop], &[error]), Some((true, false)));
+        assert_eq!(judge(&[accept, back, policy], &[drop]), Some((false, false)));
+        assert_eq!(judge(&[&entry(&[], "MARK", 0), policy], &[]), Some((true, false)));
+        let tracked = &entry(&["tcp", "conntrack"], "", ACCEPT)[..];
+        assert_eq!(judge(&[tracked, policy], &[]), Some((false, true)));
+        assert_eq!(judge(&[policy], &[tracked]), Some((false, true)), "also in other chains");
         let next = entry(&[], "", i32::try_from(policy.len()).unwrap());
-        assert_eq!(judge(&[next, policy.clone()], &[drop.clone()]), Some((false, false)), "it only counts");
-        let jump = entry(&[], "", 1000);
-        assert_eq!(judge(&[jump.clone(), policy.clone()], &[drop]), Some((true, false)));
+        assert_eq!(judge(&[&next, policy], &[drop]), Some((false, false)), "it only counts");
+        let jump = &entry(&[], "", 1000)[..];
+        assert_eq!(judge(&[jump, policy], &[drop]), Some((true, false)));
         assert_eq!(judge(&[jump, policy], &[error]), Some((false, false)));
     }
 
@@ -319,15 +319,15 @@ mod tests {
     fn a_table_that_is_not_laid_out_as_it_should_is_not_judged() {
         let whole = entry(&["tcp"], "", ACCEPT);
         for length in 1..whole.len() {
-            assert_eq!(judge(&[whole[..length].to_vec()], &[]), None, "{length}");
+            assert_eq!(judge(&[&whole[..length]], &[]), None, "{length}");
         }
         for at in 88..92 {
             let mut changed = whole.clone();
             changed[at] = 0xff;
-            assert_eq!(judge(&[changed], &[]), None, "{at}");
+            assert_eq!(judge(&[&changed], &[]), None, "{at}");
         }
         let mut endless = whole.clone();
         endless[HEADER..HEADER + 2].copy_from_slice(&[0, 0]);
-        assert_eq!(judge(&[endless], &[]), None);
+        assert_eq!(judge(&[&endless], &[]), None);
     }
 }

@@ -81,10 +81,10 @@ const VERDICT_CHAIN: u16 = 2;
 
 /// Verdicts: to accept, to go on with the next rule, to the caller, and to another chain.
 const ACCEPT: u32 = 1;
-const CONTINUE: u32 = -1_i32 as u32;
-const JUMP: u32 = -3_i32 as u32;
-const GOTO: u32 = -4_i32 as u32;
-const RETURN: u32 = -5_i32 as u32;
+const CONTINUE: u32 = (-1_i32).cast_unsigned();
+const JUMP: u32 = (-3_i32).cast_unsigned();
+const GOTO: u32 = (-4_i32).cast_unsigned();
+const RETURN: u32 = (-5_i32).cast_unsigned();
 
 /// Expressions that load, compare and count, and no more.
 const LOOK: [&str; 17] = [
