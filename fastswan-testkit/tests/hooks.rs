@@ -230,7 +230,7 @@ fn shell(namespace: &Namespace, commands: &str) {
 }
 
 /// What comes in the way: its name, which families it concerns, of which kind it is, how it comes, and how it goes.
-const HOOKS: [(&str, &[Of], HookKind, &str, &str); 18] = [
+const HOOKS: [(&str, &[Of], HookKind, &str, &str); 19] = [
     (
         "a drop rule in nftables' forward chain",
         &[V4, V6],
@@ -364,6 +364,15 @@ const HOOKS: [(&str, &[Of], HookKind, &str, &str); 18] = [
         "tc qdisc add dev out0 clsact\n\
          tc filter add dev out0 egress protocol ip u32 match u32 0 0 action mirred egress redirect dev lo",
         "tc qdisc del dev out0 clsact",
+    ),
+    (
+        "a tc filter of a block that the port shares",
+        &[V4, V6],
+        HookKind::Tc,
+        "tc qdisc del dev lan0 clsact\n\
+         tc qdisc add dev lan0 ingress_block 7 clsact\n\
+         tc filter add block 7 protocol ip u32 match u32 0 0 action mirred egress redirect dev lo",
+        "tc filter del block 7",
     ),
 ];
 

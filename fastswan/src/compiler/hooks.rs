@@ -30,7 +30,9 @@ impl HooksAhead {
                     }
                 }
                 HookPlace::Egress(device) => {
-                    ahead.egress.entry(device).or_insert_with(|| hook.clone());
+                    for device in with_those_above(device, host) {
+                        ahead.egress.entry(device).or_insert_with(|| hook.clone());
+                    }
                 }
                 HookPlace::Ingress(_) => {}
             }
@@ -48,10 +50,27 @@ impl HooksAhead {
     }
 }
 
+/// A device, and those whose packets leave by it: a VLAN device on it, or a bond that it is a member of.
+fn with_those_above(device: u32, host: &HostFacts) -> Vec<u32> {
+    let mut all = vec![device];
+    let mut at = 0;
+    while let Some(below) = all.get(at).copied() {
+        at += 1;
+        let controller = host.link(below).and_then(|link| link.controller);
+        let on_it = host.links.iter().filter(|link| link.parent == Some(below)).map(|link| link.ifindex);
+        for above in on_it.chain(controller) {
+            if !all.contains(&above) {
+                all.push(above);
+            }
+        }
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::HookKind;
+    use crate::host::{HookKind, Link};
 
     #[test]
     fn a_hook_concerns_its_family_or_its_device() {
@@ -67,5 +86,18 @@ mod tests {
         assert_eq!(concerned(HookPlace::Forwarding(Some(Family::V6))), [false, false, true, true]);
         assert_eq!(concerned(HookPlace::Egress(2)), [false, true, false, true]);
         assert_eq!(concerned(HookPlace::Ingress(2)), [false; 4]);
+    }
+
+    #[test]
+    fn a_hook_concerns_the_devices_on_top_of_its_own() {
+        let link = |ifindex, parent, controller| Link { ifindex, parent, controller, ..Link::default() };
+        let links =
+            vec![link(1, None, Some(2)), link(2, None, None), link(3, Some(2), None), link(4, None, None)];
+        let hook = Hook { kind: HookKind::Tc, place: HookPlace::Egress(1), name: String::new() };
+        let ahead = HooksAhead::new(&HostFacts { links, hooks: vec![hook], ..HostFacts::default() });
+        assert_eq!(
+            [1, 2, 3, 4].map(|device| ahead.of(Family::V4, device).is_some()),
+            [true, true, true, false]
+        );
     }
 }

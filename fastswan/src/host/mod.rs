@@ -155,11 +155,13 @@ impl HostFacts {
         self.hooks.extract_if(.., |hook| hooks.allows(hook.kind)).collect()
     }
 
-    /// An XDP program on the device itself is ours, or keeps ours from being attached.
+    /// An XDP program on the device itself is ours, or keeps ours from being attached. What arrives on a bond has come in on
+    /// one of its members.
     fn ingress_hook(&self, device: u32, receiver: u32) -> Option<&Hook> {
+        let is_member = |ifindex| self.link(ifindex).is_some_and(|link| link.controller == Some(device));
         self.hooks.iter().find(|hook| match hook.place {
             HookPlace::Ingress(ifindex) if ifindex == device => hook.kind != HookKind::Xdp,
-            HookPlace::Ingress(ifindex) => ifindex == receiver,
+            HookPlace::Ingress(ifindex) => ifindex == receiver || is_member(ifindex),
             _ => false,
         })
     }
@@ -318,6 +320,11 @@ mod tests {
         assert_eq!(with(HookKind::Xdp, HookPlace::Ingress(3)), [0]);
         assert_eq!(with(HookKind::Tc, HookPlace::Egress(1)), [0, 20]);
         assert_eq!(with(HookKind::NfTables, HookPlace::Forwarding(None)), [0, 20], "not its business");
+
+        let hooks = vec![hook(HookKind::Tc, HookPlace::Ingress(4))];
+        let links = vec![link(1, "bond"), Link { controller: Some(1), ..link(4, "member") }];
+        let host = HostFacts { links, hooks, ..HostFacts::default() };
+        assert_eq!(host.port(1, 0), None, "frames come in on the member");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::{
     attribute::{Attributes, Body, network_u32, text},
+    modules::{Missing, NFNETLINK, NFNETLINK_HOOK},
     nf_tables::{FORWARD, IPV4, IPV6, OUTPUT, POSTROUTING, PREROUTING},
 };
 use crate::{
@@ -60,8 +61,6 @@ const ATTEMPTS: u32 = 16;
 /// What was found so far.
 #[derive(Debug, Default)]
 pub(super) struct Functions {
-    /// The kernel does not list functions. Asking it again would have it look for a module each time.
-    is_unlisted: bool,
     /// Links of BPF programs that are at hooks.
     links: Vec<(u32, NetfilterLink)>,
     /// Links up to this number were looked at.
@@ -79,12 +78,12 @@ pub(super) struct Listing {
 
 impl Functions {
     /// Lists them. `output` says whether forwarded packets pass the output hook too.
-    pub(super) fn read(&mut self, output: bool) -> io::Result<Listing> {
-        if !self.is_unlisted {
+    pub(super) fn read(&mut self, output: bool, missing: &mut Missing) -> io::Result<Listing> {
+        if !missing.has(NFNETLINK) && !missing.has(NFNETLINK_HOOK) {
             match list(output) {
-                Err(RequestError::Refused(libc::EINVAL | libc::EOPNOTSUPP)) => self.is_unlisted = true,
+                Err(RequestError::Refused(libc::EINVAL | libc::EOPNOTSUPP)) => missing.note(NFNETLINK_HOOK),
                 Err(RequestError::System(error)) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {
-                    self.is_unlisted = true;
+                    missing.note(NFNETLINK);
                 }
                 listed => return Ok(listed?),
             }

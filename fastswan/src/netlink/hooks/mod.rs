@@ -17,6 +17,7 @@ mod devices;
 mod functions;
 mod ipvs;
 mod legacy_tables;
+mod modules;
 mod nf_tables;
 mod traffic_control;
 
@@ -35,7 +36,12 @@ use netlink_sys::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::watch;
 
-use self::{devices::Devices, functions::Functions, legacy_tables::LegacyTables};
+use self::{
+    devices::Devices,
+    functions::Functions,
+    legacy_tables::LegacyTables,
+    modules::{Missing, NF_TABLES, NFNETLINK},
+};
 use super::{
     anchor::{Anchor, IsAwaited, Job},
     request::{RequestError, Requests},
@@ -138,7 +144,10 @@ fn follow(
     let mut due = Due::ALL;
     while is_awaited() {
         let began = Instant::now();
+        reader.missing.look_again();
+        // What was not heard before is to be read, which `hear` says of sockets that there are not.
         due.add(ears.hear());
+        ears.open_again(&reader.missing);
         let hooks = reader.read(due);
         due = reader.failed();
         let is_new = |told: &mut Option<Vec<Hook>>| {
@@ -173,6 +182,16 @@ impl Ears {
             nf_tables: heard(NETLINK_NETFILTER, &[NFNLGRP_NFTABLES]),
             route: heard(NETLINK_ROUTE, &[RTNLGRP_LINK, RTNLGRP_TC]),
             buffer: BytesMut::new(),
+        }
+    }
+
+    /// Subscribes to what could not be heard so far.
+    fn open_again(&mut self, missing: &Missing) {
+        if self.nf_tables.is_none() && !missing.has(NFNETLINK) {
+            self.nf_tables = subscribe(NETLINK_NETFILTER, &[NFNLGRP_NFTABLES]).ok();
+        }
+        if self.route.is_none() {
+            self.route = subscribe(NETLINK_ROUTE, &[RTNLGRP_LINK, RTNLGRP_TC]).ok();
         }
     }
 
@@ -258,6 +277,7 @@ struct Reader {
     others: Part,
     legacy: LegacyTables,
     functions: Functions,
+    missing: Missing,
     /// The families whose connections are tracked, if the kernel lists that.
     tracked: Option<Vec<Family>>,
     /// Packets that go into an offloaded tunnel pass the output hook.
@@ -297,6 +317,7 @@ impl Reader {
             others: part(),
             legacy: LegacyTables::default(),
             functions: Functions::default(),
+            missing: Missing::default(),
             tracked: None,
             output: meets_output(),
         }
@@ -312,7 +333,8 @@ impl Reader {
                 && *devices != self.devices
             {
                 // Chains and filters name devices.
-                due = Due::ALL;
+                due.nf_tables |= !self.missing.has(NF_TABLES);
+                due.filters = true;
                 self.devices = devices.clone();
             }
             self.links.take(HookKind::Xdp, "links", devices.map(|devices| devices.xdp()));
@@ -329,7 +351,7 @@ impl Reader {
         self.programs.take(HookKind::Tc, "tcx programs", traffic_control::tcx(&self.devices));
         self.tables.take(HookKind::IpTables, "legacy tables of iptables", self.legacy.read(self.output));
         self.services.take(HookKind::Ipvs, "services of IPVS", ipvs::read());
-        let listing = self.functions.read(self.output);
+        let listing = self.functions.read(self.output, &mut self.missing);
         self.tracked = listing.as_ref().ok().and_then(|listing| listing.tracked.clone());
         self.others.take(
             HookKind::Netfilter,
@@ -363,16 +385,25 @@ impl Reader {
         }
     }
 
-    fn read_nf_tables(&self) -> Result<Vec<Hook>, RequestError> {
+    fn read_nf_tables(&mut self) -> Result<Vec<Hook>, RequestError> {
+        if self.missing.has(NFNETLINK) {
+            return Ok(Vec::new());
+        }
         let kernel = match Requests::open(NETLINK_NETFILTER) {
             Ok(kernel) => Ok(kernel),
             // The kernel has no netfilter that is asked by netlink.
-            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(Vec::new()),
+            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {
+                self.missing.note(NFNETLINK);
+                return Ok(Vec::new());
+            }
             Err(error) => Err(error),
         };
         match nf_tables::read(&mut kernel?, &self.devices, self.output) {
             // Nor has it nf_tables.
-            Err(RequestError::Refused(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(Vec::new()),
+            Err(RequestError::Refused(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                self.missing.note(NF_TABLES);
+                Ok(Vec::new())
+            }
             other => other,
         }
     }
