@@ -13,9 +13,9 @@
 use std::net::IpAddr;
 
 use etherparse::{
-    EtherType, Ethernet2Header, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpFragOffset, IpNumber,
-    Ipv4Header, Ipv6FlowLabel, Ipv6FragmentHeader, Ipv6Header, SingleVlanHeader, TcpHeader, UdpHeader,
-    VlanId,
+    EtherType, Ethernet2Header, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpDscp, IpEcn,
+    IpFragOffset, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6FragmentHeader, Ipv6Header, SingleVlanHeader,
+    TcpHeader, UdpHeader, VlanId,
 };
 use fastswan::policy::MacAddr;
 
@@ -49,6 +49,7 @@ pub struct Frame {
     tags: Vec<Tag>,
     ether_type: Option<u16>,
     ttl: u8,
+    tos: u8,
     upper: Upper,
     payload: usize,
     options: Vec<u8>,
@@ -98,6 +99,7 @@ impl Frame {
             tags: Vec::new(),
             ether_type: None,
             ttl: 64,
+            tos: 0,
             upper: Upper::Udp(1000, 2000),
             payload: 0,
             options: Vec::new(),
@@ -135,6 +137,13 @@ impl Frame {
     #[must_use]
     pub fn ttl(mut self, ttl: u8) -> Self {
         self.ttl = ttl;
+        self
+    }
+
+    /// Type of service or traffic class: all eight bits.
+    #[must_use]
+    pub fn tos(mut self, tos: u8) -> Self {
+        self.tos = tos;
         self
     }
 
@@ -275,6 +284,7 @@ impl Frame {
                     destination.octets(),
                 )
                 .expect("a packet has at most 65,535 bytes");
+                (header.dscp, header.ecn) = split(self.tos);
                 header.options = self.options[..].try_into().expect("options of a right length");
                 header.total_len += u16::try_from(self.options.len()).expect("few options");
                 header.dont_fragment = self.fragment.is_none();
@@ -295,7 +305,7 @@ impl Frame {
                 let (next_header, upper) = self.with_extension_headers(self.upper_layer());
                 let length = u16::try_from(upper.len()).expect("a packet has at most 65,535 bytes");
                 let header = Ipv6Header {
-                    traffic_class: 0,
+                    traffic_class: self.tos,
                     flow_label: Ipv6FlowLabel::default(),
                     payload_length: self.total_length.map_or(length, |length| length.saturating_sub(40)),
                     next_header,
@@ -378,6 +388,12 @@ impl Frame {
         };
         [header, payload].concat()
     }
+}
+
+/// A type of service as its two parts.
+fn split(tos: u8) -> (IpDscp, IpEcn) {
+    let dscp = IpDscp::try_new(tos >> 2).expect("6 bits");
+    (dscp, IpEcn::try_new(tos & 3).expect("2 bits"))
 }
 
 fn udp(source_port: u16, destination_port: u16, payload: usize) -> UdpHeader {

@@ -68,11 +68,6 @@ impl<V> PrefixMap<V> {
         Self { entries }
     }
 
-    /// All of them, each before those inside it.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (IpNet, &V)> {
-        self.entries.iter().map(|entry| (entry.prefix, &entry.value))
-    }
-
     /// The prefix itself, if it is there, and those that cover it, longest first.
     pub(crate) fn covering(&self, prefix: IpNet) -> impl Iterator<Item = (IpNet, &V)> {
         let key = Key::from(&prefix);

@@ -21,6 +21,7 @@
 
 mod addresses;
 mod chains;
+pub mod facts;
 mod judge;
 mod mirror;
 mod nest;

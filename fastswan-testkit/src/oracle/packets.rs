@@ -130,7 +130,7 @@ impl Packet {
 
 /// Whether an address is one that hosts do not forward from or to, or seldom: the fast path leaves those to the
 /// kernel without asking (RFC 6890, RFC 4291).
-fn is_special(address: IpAddr) -> bool {
+pub(super) fn is_special(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => {
             let first = address.octets()[0];
@@ -167,7 +167,8 @@ fn address(prefix: IpNet, policies: &[Policy], rng: &mut StdRng) -> IpAddr {
     border(prefix, rng)
 }
 
-fn border(prefix: IpNet, rng: &mut StdRng) -> IpAddr {
+/// An address at a border of a prefix, inside of it or beside it.
+pub(super) fn border(prefix: IpNet, rng: &mut StdRng) -> IpAddr {
     let (first, last) = (bits(prefix.network()), bits(prefix.broadcast()));
     let inside = || first.checked_add(1);
     let chosen = match rng.random_range(0..16) {

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     database::Database,
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
-    host::{HostFacts, Link, Route, RouteKind, Rule},
+    host::{HostChange, HostFacts, Link, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Origin, Policy, PolicyType, PortMatch,
         SecurityAssociation, Template, Templates,
@@ -29,13 +29,21 @@ pub(super) enum Step {
     Sa(Box<SecurityAssociation>),
     RemoveSa(Box<SecurityAssociation>),
     Default(Action),
+    /// Everything that is known about routes is told again.
     Routes(Vec<(IpNet, RouteKind)>),
+    /// A table has this route for a prefix now, or none.
+    Route(u32, IpNet, Option<RouteKind>),
+    /// A rule asks [`TABLE`] before the table main, or no longer.
+    Rule(bool),
     Flush,
     Stale,
     Resync,
     /// The same, from a source of the other kind.
     OtherOrder,
 }
+
+/// A table that a rule may ask before the table main.
+const TABLE: u32 = 100;
 
 fn family(v6: bool) -> Family {
     if v6 { Family::V6 } else { Family::V4 }
@@ -128,14 +136,27 @@ impl Choices<'_> {
         }
         for _ in 0..self.next() % 5 {
             let v6 = self.next() % 2 == 1;
-            let local = [via(NIC), via(NIC), via(LAN), RouteKind::Local, RouteKind::Blackhole];
-            routes.insert(self.prefix(v6).trunc(), self.one_of(&local));
+            routes.insert(self.prefix(v6).trunc(), self.route());
         }
         routes.into_iter().collect()
     }
 
+    fn route(&mut self) -> RouteKind {
+        self.one_of(&[via(NIC), via(NIC), via(LAN), RouteKind::Local, RouteKind::Blackhole])
+    }
+
+    fn change_of_route(&mut self) -> Step {
+        let (table, v6) = (self.one_of(&[254, 254, TABLE]), self.next() % 2 == 1);
+        let kind = match self.next() % 8 {
+            0..2 => None,
+            2 => Some(RouteKind::Throw),
+            _ => Some(self.route()),
+        };
+        Step::Route(table, self.prefix(v6).trunc(), kind)
+    }
+
     fn step(&mut self) -> Step {
-        match self.next() % 26 {
+        match self.next() % 34 {
             0..12 => Step::Policy(Box::new(self.policy())),
             12..16 => Step::RemovePolicy(self.next().into()),
             16..18 => Step::Sa(Box::new(self.sa())),
@@ -145,7 +166,9 @@ impl Choices<'_> {
             22 => Step::Flush,
             23 => Step::Stale,
             24 => Step::Resync,
-            _ => Step::OtherOrder,
+            25 => Step::OtherOrder,
+            26 => Step::Rule(self.next() % 3 != 2),
+            _ => self.change_of_route(),
         }
     }
 
@@ -246,15 +269,29 @@ impl World {
                 self.database.apply(PolicyEvent::DefaultPolicy(default_policy));
             }
             Step::Routes(routes) => {
+                let own: IpNet = "192.0.2.1/32".parse().unwrap();
                 let outer = [
                     ("192.0.2.0/24", via(NIC)),
                     ("192.0.2.1/32", RouteKind::Local),
                     ("2001:db8:f::/48", via(NIC)),
                 ]
                 .map(|(prefix, kind)| (prefix.parse().unwrap(), kind));
-                let route = |(destination, kind)| Route::new(254, destination, kind);
+                let route = |(destination, kind)| {
+                    Route::new(if destination == own { 255 } else { 254 }, destination, kind)
+                };
                 self.host.routes = routes.into_iter().chain(outer).map(route).collect();
                 self.compiler.set_host(&self.host);
+            }
+            Step::Route(table, destination, kind) => {
+                let routes = kind.map(|kind| Route::new(table, destination, kind)).into_iter().collect();
+                self.change_host(HostChange::Routes { table, destination, routes });
+            }
+            Step::Rule(is_there) => {
+                for family in [Family::V4, Family::V6] {
+                    let mut rules = Rule::ordinary(family).to_vec();
+                    rules.extend(is_there.then(|| Rule::lookup(family, 50, TABLE)));
+                    self.change_host(HostChange::Rules(family, rules));
+                }
             }
             Step::Flush => self.database.apply(PolicyEvent::PoliciesFlushed(PolicyType::Sub)),
             Step::Stale => self.database.apply(PolicyEvent::Stale(StaleCause::Overrun)),
@@ -273,15 +310,42 @@ impl World {
         update
     }
 
+    fn change_host(&mut self, change: HostChange) {
+        self.compiler.change_host(&change);
+        self.host.apply(change);
+    }
+
     fn judge(&self) -> Judge<'_> {
         let Snapshot { policies, sas, default_policy, order } = self.database.snapshot();
         Judge { world: self, policies, sas, default_policy, order }
     }
 
-    /// The kind of the longest route.
+    /// What the first table says that has a route and does not throw.
     pub(super) fn route(&self, address: IpAddr) -> Option<RouteKind> {
-        let routes = self.host.routes.iter().filter(|route| route.destination.contains(&address));
-        routes.max_by_key(|route| route.destination.prefix_len()).map(|route| route.kind)
+        self.routes_asked(address).into_iter().find(|kind| *kind != RouteKind::Throw)
+    }
+
+    /// The longest route of each table that has one.
+    fn routes_asked(&self, address: IpAddr) -> Vec<RouteKind> {
+        let has_rule = self.host.rules.iter().any(|rule| rule.priority == 50);
+        let tables = [255].into_iter().chain(has_rule.then_some(TABLE)).chain([254]);
+        let longest = |table| {
+            let routes = self.host.routes.iter().filter(|route| route.table == table);
+            let routes = routes.filter(|route| route.destination.contains(&address));
+            routes.max_by_key(|route| route.destination.prefix_len()).map(|route| route.kind)
+        };
+        tables.filter_map(longest).collect()
+    }
+
+    /// Whether the kernel takes a packet from an address.
+    fn takes_from(&self, source: IpAddr) -> bool {
+        match self.route(source) {
+            Some(RouteKind::Unicast { .. }) => true,
+            Some(RouteKind::Local) => false,
+            // The program asks for a way back where a port does.
+            None if self.routes_asked(source).is_empty() => true,
+            _ => source.is_ipv6() || self.host.links[0].reverse_path == ReversePath::Off,
+        }
     }
 
     /// Whether a forward, sub or disputed policy is about the packet's source.
@@ -356,8 +420,8 @@ impl Judge<'_> {
                 && sa.reqid == best.templates[0].reqid
                 && sa.offload.is_some_and(|offload| offload.ifindex == device)
         };
-        let routed = self.world.route(packet.destination) == Some(via(device))
-            && matches!(self.world.route(packet.source), None | Some(RouteKind::Unicast { .. }));
+        let routed =
+            self.world.route(packet.destination) == Some(via(device)) && self.world.takes_from(packet.source);
         let is_served = best.assumed.is_some() || self.sas.iter().any(is_live);
         (device == NIC && is_served && routed).then_some(best)
     }

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 
 use super::{
     Compiler, exceptions,
+    facts::AddressFacts,
     rule::{Candidate, Terms, eligible, is_check, judge, same_way},
     standing,
 };
@@ -204,6 +205,9 @@ pub enum Cause {
         prefix: Option<IpNet>,
         /// What is known.
         fact: Option<Fact>,
+        /// The priority (`pref`) of the rule of policy routing that says so, or of the first one of which it is not known
+        /// whether it is for the packet. `None` if no rule matters.
+        rule: Option<u32>,
     },
 }
 
@@ -278,7 +282,16 @@ impl Compiler {
         let verdict = compiled.verdict(flow.source, flow.destination);
         let (slot, probes) = match verdict {
             None => return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)),
-            Some(Verdict::Pass(reason)) => return Err(pass(reason, cause(database, &matching, reason))),
+            Some(Verdict::Pass(reason)) => {
+                let cause = match reason {
+                    PassReason::DeniedDestination | PassReason::RouteElsewhere => {
+                        self.of_address(Side::Destination, flow)
+                    }
+                    PassReason::DeniedSource => self.of_address(Side::Source, flow),
+                    _ => cause(database, &matching, reason),
+                };
+                return Err(pass(reason, cause));
+            }
             Some(Verdict::Fast { slot, probes }) => (slot, probes),
         };
         let owner = matching.iter().find(|policy| self.slot(database, &policy.id) == Some(slot));
@@ -297,18 +310,23 @@ impl Compiler {
             return Err(pass(PassReason::Guarded, cause));
         }
         let addresses = (flow.source, flow.destination);
-        compiled.facts().allow(addresses, probes, forwarding.ifindex, port).map_err(
-            |(reason, side, known)| {
-                let (prefix, fact) = known.unzip();
-                pass(reason, Cause::Address { side, prefix, fact })
-            },
-        )?;
+        AddressFacts::new(&self.paths, family)
+            .allow(addresses, probes, forwarding.ifindex, port)
+            .map_err(|(reason, side)| pass(reason, self.of_address(side, flow)))?;
         let mut sas: Vec<SaId> = match policy.assumed {
             Some(_) => Vec::new(),
             None => database.live_sas(policy).map(|sa| sa.id).collect(),
         };
         sas.sort_unstable();
         Ok(Explanation::Fast { policy: policy.id.clone(), sas, forwarding })
+    }
+
+    /// What is known about an address of a packet.
+    fn of_address(&self, side: Side, flow: &Flow) -> Cause {
+        let address = if side == Side::Source { flow.source } else { flow.destination };
+        let facts = AddressFacts::new(&self.paths, Family::from(address));
+        let (prefix, fact) = facts.known(side, address).unzip();
+        Cause::Address { side, prefix, fact, rule: facts.rule(side, address) }
     }
 
     fn of_standing(&self, database: &Database, policy: &Policy, reason: PassReason) -> Cause {
@@ -360,10 +378,6 @@ fn cause(database: &Database, matching: &[&Policy], reason: PassReason) -> Cause
             check.copied().map(of_check)
         }
         PassReason::Shadowed => offloaded.and_then(|policy| shadow(database, &outbound, policy)),
-        PassReason::DeniedDestination | PassReason::RouteElsewhere | PassReason::DeniedSource => {
-            let side = if reason == PassReason::DeniedSource { Side::Source } else { Side::Destination };
-            Some(Cause::Address { side, prefix: None, fact: None })
-        }
         _ => offloaded.map(|policy| of_standing(policy, reason)),
     };
     found.unwrap_or(Cause::Capacity)
@@ -525,7 +539,7 @@ impl fmt::Display for Cause {
             }
             Self::Hook(hook) => write!(f, "the fast path would skip {hook}"),
             Self::Capacity => f.write_str("the table has no room to tell it apart from others"),
-            Self::Address { side, prefix, fact } => {
+            Self::Address { side, prefix, fact, rule } => {
                 let side = match side {
                     Side::Destination => "destination",
                     Side::Source => "source",
@@ -538,7 +552,10 @@ impl fmt::Display for Cause {
                     }
                     None => f.write_str("is not routed the policy's way")?,
                 }
-                prefix.map_or(Ok(()), |prefix| write!(f, " ({prefix})"))
+                if let Some(prefix) = prefix {
+                    write!(f, " ({prefix})")?;
+                }
+                rule.map_or(Ok(()), |priority| write!(f, ", by the rule with pref {priority}"))
             }
         }
     }

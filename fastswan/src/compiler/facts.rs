@@ -10,75 +10,65 @@ use ipnet::IpNet;
 
 use super::path::Paths;
 use crate::{
-    host::{RouteKind, routing::Routing},
+    host::{
+        RouteKind,
+        routing::{Kinds, Purpose, Routes, kind},
+    },
     policy::Family,
-    prefix_map::PrefixMap,
     table::{Fact, Port, Probes, ReversePath, Side},
 };
 
 /// Stands for any device where only "there is a route" counts; no interface has this index.
 const SOME_DEVICE: u32 = 0;
 
-/// The facts about the addresses of one family, without those that repeat what the next shorter prefix says.
-#[derive(Debug)]
-pub(super) struct AddressFacts {
-    destinations: Destinations,
-    /// A source that no fact is about may be fast, if no reverse path is asked for.
-    sources: PrefixMap<Fact>,
-    /// Those of the sources that are denied.
-    denied_sources: PrefixMap<()>,
+/// The facts about the addresses of one family.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AddressFacts<'p> {
+    paths: &'p Paths,
+    routes: &'p Routes,
     /// A port may ask for the reverse path.
     reverse_path: bool,
 }
 
-#[derive(Debug)]
-enum Destinations {
-    /// Nothing is known.
-    Unknown,
-    /// The embedder answers for it that all may be fast.
-    Vouched,
-    /// These. One that no fact is about is unreachable.
-    Known(PrefixMap<Fact>),
-}
-
-impl AddressFacts {
-    pub(super) fn new(paths: &Paths, family: Family) -> Self {
-        let none = PrefixMap::new(Vec::new());
-        let (destinations, routes) = match paths.routing(family) {
-            Routing::Unknown => (Destinations::Unknown, &none),
-            Routing::Vouched => (Destinations::Vouched, &none),
-            Routing::Known(routes) => (Destinations::Known(by_destination(routes, paths, family)), routes),
-        };
+impl<'p> AddressFacts<'p> {
+    pub(super) fn new(paths: &'p Paths, family: Family) -> Self {
         // IPv6 has no reverse path filter.
         let reverse_path = family == Family::V4 && paths.filters_by_reverse_path();
-        let otherwise = (!reverse_path).then_some(Fact::Via(SOME_DEVICE));
-        let sources = routes.iter().map(|(prefix, route)| (prefix, by_source(*route, reverse_path)));
-        let sources = distinct(sources, otherwise);
-        let denied = sources.iter().filter(|(_, fact)| **fact == Fact::Denied);
-        let denied_sources = PrefixMap::new(denied.map(|(prefix, _)| (prefix, ())).collect());
-        Self { destinations, sources, denied_sources, reverse_path }
+        Self { paths, routes: paths.routes(family), reverse_path }
     }
 
     /// Whether packets to a prefix may leave through a device, and if so, whether each destination must be looked up.
     pub(super) fn admit_destination(&self, prefix: IpNet, device: u32) -> Result<bool, PassReason> {
-        match &self.destinations {
-            Destinations::Unknown => Err(PassReason::NoPath),
-            Destinations::Vouched => Ok(false),
-            Destinations::Known(facts) => match answer(facts, prefix) {
-                (Some(Fact::Via(ifindex)), true) if ifindex == device => Ok(false),
-                (Some(Fact::Via(_)), true) => Err(PassReason::RouteElsewhere),
-                (Some(Fact::Denied) | None, true) => Err(PassReason::DeniedDestination),
-                (_, false) => Ok(true),
-            },
+        if self.routes.is_vouched() {
+            return Ok(false);
+        }
+        if self.routes.is_unknown() {
+            return Err(PassReason::NoPath);
+        }
+        let fact = self.at(Side::Destination, prefix);
+        let is_one = !self.others_inside(Side::Destination, prefix).any(|(_, other)| other != fact);
+        match (fact, is_one) {
+            (Fact::Via(ifindex), true) if ifindex == device => Ok(false),
+            (Fact::Via(_), true) => Err(PassReason::RouteElsewhere),
+            (Fact::Denied, true) => Err(PassReason::DeniedDestination),
+            (_, false) => Ok(true),
         }
     }
 
     /// Whether packets from a prefix may be fast, and if so, whether each source must be looked up.
     pub(super) fn admit_source(&self, prefix: IpNet) -> Result<bool, PassReason> {
-        match answer(&self.sources, prefix) {
-            (Some(Fact::Denied), true) => Err(PassReason::DeniedSource),
-            (Some(Fact::Denied), false) => Ok(true),
-            _ => Ok(self.denied_sources.inside(prefix).len() > 0),
+        if self.routes.is_vouched() || self.routes.is_unknown() {
+            return Ok(false);
+        }
+        let mut others = self.others_inside(Side::Source, prefix);
+        match self.at(Side::Source, prefix) {
+            // The program lets packets from where no route leads pass if their port asks for one.
+            Fact::Denied if self.reverse_path && self.covering(Side::Source, prefix).is_none() => {
+                Ok(others.any(|(_, other)| other == Fact::Denied))
+            }
+            Fact::Denied if others.all(|(_, other)| other == Fact::Denied) => Err(PassReason::DeniedSource),
+            Fact::Denied => Ok(true),
+            Fact::Via(_) => Ok(others.any(|(_, other)| other == Fact::Denied)),
         }
     }
 
@@ -90,22 +80,158 @@ impl AddressFacts {
         }
     }
 
-    /// What the program needs to know to look up the addresses of a prefix.
+    /// What the program needs to know to look up the addresses of a prefix: what holds for the prefix, and what else holds
+    /// inside it. Of what the program has no fact of, it knows what holds without one.
     pub(super) fn about(&self, side: Side, prefix: IpNet) -> Vec<(IpNet, Fact)> {
-        let facts = match (side, &self.destinations) {
-            (Side::Destination, Destinations::Known(facts)) => facts,
-            (Side::Destination, _) => return Vec::new(),
-            (Side::Source, _) => &self.sources,
+        if self.routes.is_vouched() || self.routes.is_unknown() {
+            return Vec::new();
+        }
+        let covering = self.covering(side, prefix).map(|covering| (covering, self.at(side, prefix)));
+        self.distinct(side, Vec::new(), covering.into_iter().chain(self.others_inside(side, prefix)))
+    }
+
+    /// What of [`Self::about`] a prefix that contains this one lies inside this one, or is it.
+    pub(super) fn part(&self, side: Side, prefix: IpNet) -> Vec<(IpNet, Fact)> {
+        if self.routes.is_vouched() || self.routes.is_unknown() {
+            return Vec::new();
+        }
+        let above = prefix.prefix_len().checked_sub(1).and_then(|length| {
+            let shorter = IpNet::new(prefix.addr(), length).ok()?.trunc();
+            let covering = self.covering(side, shorter)?;
+            Some((covering, self.at(side, shorter)))
+        });
+        let own = self.covering(side, prefix).filter(|covering| *covering == prefix);
+        let own = own.map(|prefix| (prefix, self.at(side, prefix)));
+        self.distinct(
+            side,
+            above.into_iter().collect(),
+            own.into_iter().chain(self.others_inside(side, prefix)),
+        )
+    }
+
+    /// Those that say something else than the next shorter prefix; the shortest is in `above`, if there is one.
+    fn distinct(
+        &self,
+        side: Side,
+        mut above: Vec<(IpNet, Fact)>,
+        facts: impl Iterator<Item = (IpNet, Fact)>,
+    ) -> Vec<(IpNet, Fact)> {
+        let mut distinct = Vec::new();
+        for (prefix, fact) in facts {
+            while above.pop_if(|(last, _)| !last.contains(&prefix)).is_some() {}
+            if above.last().map(|(_, fact)| *fact).or(self.otherwise(side)) != Some(fact) {
+                distinct.push((prefix, fact));
+            }
+            above.push((prefix, fact));
+        }
+        distinct
+    }
+
+    /// What holds for an address that the program has no fact of, if it goes on then.
+    fn otherwise(&self, side: Side) -> Option<Fact> {
+        (side == Side::Source && !self.reverse_path).then_some(Fact::Via(SOME_DEVICE))
+    }
+
+    /// The longest prefix that contains one, or is it, and has a fact of its own.
+    fn covering(&self, side: Side, prefix: IpNet) -> Option<IpNet> {
+        let special = self.special_sources(side).filter(|special| special.contains(&prefix));
+        self.routes.covering(prefix).into_iter().chain(special).max_by_key(IpNet::prefix_len)
+    }
+
+    /// The prefixes strictly inside one for which something else may hold, and what does, in order.
+    fn others_inside(&self, side: Side, prefix: IpNet) -> impl Iterator<Item = (IpNet, Fact)> {
+        let same = |covering: Option<RouteKind>, kinds: Kinds| match side {
+            Side::Destination => is_same_destination(covering, kinds),
+            Side::Source => self.is_same_source(covering, kinds),
         };
-        let covering = facts.covering(prefix).take(1).filter(|(covering, _)| *covering != prefix);
-        covering.chain(facts.inside(prefix)).map(|(prefix, fact)| (prefix, *fact)).collect()
+        let mut inside = self.routes.inside(prefix, same);
+        let special = self.special_sources(side);
+        inside.extend(special.filter(|special| *special != prefix && prefix.contains(special)));
+        inside.into_iter().map(move |prefix| (prefix, self.at(side, prefix)))
+    }
+
+    fn special_sources(&self, side: Side) -> impl Iterator<Item = IpNet> {
+        self.routes.special_sources().filter(move |_| side == Side::Source)
+    }
+
+    /// What holds for the addresses of a prefix as destinations and as sources.
+    pub(super) fn both(&self, prefix: IpNet) -> Option<[Fact; 2]> {
+        let is_known = !self.routes.is_vouched() && !self.routes.is_unknown();
+        is_known.then(|| [Side::Destination, Side::Source].map(|side| self.at(side, prefix)))
+    }
+
+    /// What holds for the addresses of a prefix that no longer prefix is about.
+    pub(super) fn at(&self, side: Side, prefix: IpNet) -> Fact {
+        match side {
+            Side::Destination => self.of_destination(self.routes.answer(prefix, Purpose::Forward)),
+            Side::Source => {
+                let is_special = || self.special_sources(side).any(|special| special.contains(&prefix));
+                match self.of_source(self.routes.answer(prefix, Purpose::Return)) {
+                    Fact::Via(_) if is_special() => Fact::Denied,
+                    fact => fact,
+                }
+            }
+        }
+    }
+
+    fn of_destination(&self, route: RouteKind) -> Fact {
+        match route {
+            // The kernel also refuses packets that are longer than the inner route allows.
+            RouteKind::Unicast { ifindex, mtu, .. }
+                if mtu.is_none_or(|mtu| self.paths.takes_less(ifindex, mtu, self.routes.family())) =>
+            {
+                Fact::Via(ifindex)
+            }
+            _ => Fact::Denied,
+        }
+    }
+
+    fn of_source(&self, route: RouteKind) -> Fact {
+        use RouteKind::{Anycast, Broadcast, Local, Multicast, Unicast};
+
+        match route {
+            Unicast { ifindex, .. } if self.reverse_path => Fact::Via(ifindex),
+            Local | Broadcast | Anycast | Multicast => Fact::Denied,
+            _ if self.reverse_path => Fact::Denied,
+            // Without the filter the kernel asks whether the source is the host's own, and not for a way back.
+            _ => Fact::Via(SOME_DEVICE),
+        }
+    }
+
+    /// The same of sources.
+    fn is_same_source(&self, covering: Option<RouteKind>, kinds: Kinds) -> bool {
+        let leads_anywhere = kind::FORWARDS | kind::LIMITED | kind::DENIES | kind::UNCLEAR;
+        match covering {
+            None | Some(RouteKind::Throw) => {
+                !self.reverse_path && kinds.are_within(leads_anywhere | kind::THROWS)
+            }
+            Some(RouteKind::Unicast { ifindex, .. }) if self.reverse_path => {
+                kinds.are_within(kind::FORWARDS | kind::LIMITED) && kinds.device() == Some(ifindex)
+            }
+            Some(covering) if self.of_source(covering) == Fact::Denied => {
+                let others = if self.reverse_path { kind::DENIES | kind::UNCLEAR } else { 0 };
+                kinds.are_within(kind::OWN | others)
+            }
+            Some(_) => kinds.are_within(leads_anywhere),
+        }
     }
 }
 
-/// Why an address keeps a packet from being fast: the reason, which address, and what is known about it.
-pub(super) type Denial = (PassReason, Side, Option<(IpNet, Fact)>);
+/// Whether all destinations of a subtree have the fact of what covers it.
+fn is_same_destination(covering: Option<RouteKind>, kinds: Kinds) -> bool {
+    match covering {
+        Some(RouteKind::Unicast { ifindex, mtu: None, .. }) => {
+            kinds.are_within(kind::FORWARDS) && kinds.device() == Some(ifindex)
+        }
+        None | Some(RouteKind::Unicast { .. } | RouteKind::Throw) => false,
+        Some(_) => kinds.are_within(kind::OWN | kind::DENIES | kind::UNCLEAR),
+    }
+}
 
-impl AddressFacts {
+/// Why an address keeps a packet from being fast, and which of both it is.
+pub(super) type Denial = (PassReason, Side);
+
+impl AddressFacts<'_> {
     /// What the program finds out about the addresses of a packet.
     pub(super) fn allow(
         &self,
@@ -114,77 +240,45 @@ impl AddressFacts {
         device: u32,
         port: Option<&Port>,
     ) -> Result<(), Denial> {
-        let known = |facts: &PrefixMap<Fact>, address: IpAddr| {
-            facts.covering(address.into()).next().map(|(prefix, fact)| (prefix, *fact))
-        };
-        if probes.destination
-            && let Destinations::Known(facts) = &self.destinations
-        {
-            let known = known(facts, destination);
-            match known {
+        if self.routes.is_vouched() || self.routes.is_unknown() {
+            return Ok(());
+        }
+        if probes.destination {
+            match self.known(Side::Destination, destination) {
                 Some((_, Fact::Via(ifindex))) if ifindex == device => {}
-                Some((_, Fact::Via(_))) => {
-                    return Err((PassReason::RouteElsewhere, Side::Destination, known));
-                }
-                _ => return Err((PassReason::DeniedDestination, Side::Destination, known)),
+                Some((_, Fact::Via(_))) => return Err((PassReason::RouteElsewhere, Side::Destination)),
+                _ => return Err((PassReason::DeniedDestination, Side::Destination)),
             }
         }
-        let known = known(&self.sources, source);
         // The kernel has no reverse path filter for IPv6.
         let port = port.filter(|port| source.is_ipv4() && port.reverse_path != ReversePath::Off);
-        match (known, port) {
+        match (self.known(Side::Source, source), port) {
             (Some((_, Fact::Denied)), port) if probes.source || port.is_some() => {
-                Err((PassReason::DeniedSource, Side::Source, known))
+                Err((PassReason::DeniedSource, Side::Source))
             }
-            (None, Some(_)) => Err((PassReason::ReversePath, Side::Source, None)),
+            (None, Some(_)) => Err((PassReason::ReversePath, Side::Source)),
             (Some((_, Fact::Via(ifindex))), Some(port))
                 if port.reverse_path == ReversePath::Strict && ifindex != port.receiver =>
             {
-                Err((PassReason::ReversePath, Side::Source, known))
+                Err((PassReason::ReversePath, Side::Source))
             }
             _ => Ok(()),
         }
     }
-}
 
-fn by_destination(routes: &PrefixMap<RouteKind>, paths: &Paths, family: Family) -> PrefixMap<Fact> {
-    let fact = |route| match route {
-        // The kernel also refuses packets that are longer than the inner route allows.
-        RouteKind::Unicast { ifindex, mtu, .. }
-            if mtu.is_none_or(|mtu| paths.link(ifindex).is_some_and(|link| mtu >= link.mtu(family))) =>
-        {
-            Fact::Via(ifindex)
+    /// What is known about an address, and the prefix that it is known of.
+    pub(super) fn known(&self, side: Side, address: IpAddr) -> Option<(IpNet, Fact)> {
+        if self.routes.is_vouched() || self.routes.is_unknown() {
+            return None;
         }
-        _ => Fact::Denied,
-    };
-    distinct(routes.iter().map(|(prefix, route)| (prefix, fact(*route))), None)
-}
-
-fn by_source(route: RouteKind, reverse_path: bool) -> Fact {
-    match route {
-        RouteKind::Unicast { ifindex, .. } if reverse_path => Fact::Via(ifindex),
-        RouteKind::Unicast { .. } => Fact::Via(SOME_DEVICE),
-        RouteKind::Unclear if !reverse_path => Fact::Via(SOME_DEVICE),
-        _ => Fact::Denied,
+        let prefix = self.covering(side, address.into())?;
+        Some((prefix, self.at(side, address.into())))
     }
-}
 
-/// The fact about a prefix as a whole, and whether it holds for all of its addresses.
-fn answer(facts: &PrefixMap<Fact>, prefix: IpNet) -> (Option<Fact>, bool) {
-    let inside = facts.inside(prefix).any(|(inside, _)| inside != prefix);
-    (facts.covering(prefix).next().map(|(_, fact)| *fact), !inside)
-}
-
-/// The facts that say something else than the next shorter prefix; `otherwise` is what holds without any.
-fn distinct(facts: impl Iterator<Item = (IpNet, Fact)>, otherwise: Option<Fact>) -> PrefixMap<Fact> {
-    let mut kept = Vec::new();
-    let mut covering: Vec<(IpNet, Fact)> = Vec::new();
-    for (prefix, fact) in facts {
-        while covering.pop_if(|(last, _)| !last.contains(&prefix)).is_some() {}
-        if covering.last().map(|(_, fact)| *fact).or(otherwise) != Some(fact) {
-            kept.push((prefix, fact));
-            covering.push((prefix, fact));
-        }
+    /// The priority of the rule by which that is known, or because of which it is not certain.
+    pub(super) fn rule(&self, side: Side, address: IpAddr) -> Option<u32> {
+        let purpose = if side == Side::Source { Purpose::Return } else { Purpose::Forward };
+        let special = || self.routes.special_rule(address).filter(|_| side == Side::Source);
+        special().or_else(|| self.routes.rule(address.into(), purpose))
     }
-    PrefixMap::new(kept)
 }

@@ -3,13 +3,13 @@
 use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr};
 
 use fastswan_ebpf::PassReason;
+use ipnet::IpNet;
 
 use super::{
     broken::{self, BrokenRule},
     exceptions::{Exceptions, Treatment, exception},
     facts::AddressFacts,
     fit::fit,
-    path::Paths,
     plane::{Changed, Plane, State},
     prefix::{Address, Region},
     probed::Probed,
@@ -31,7 +31,6 @@ pub(super) struct FamilyCompiler<A> {
     /// The database's highest priority number of packet-offloaded policies when verdicts were last asked for.
     highest: u32,
     broken: Option<BrokenRule>,
-    facts: AddressFacts,
     probed: [Probed<Fact>; 2],
     guards: Probed<()>,
     /// What the program looks up has to be gone through from the start.
@@ -43,7 +42,7 @@ pub(super) struct FamilyCompiler<A> {
 const SIDES: [Side; 2] = [Side::Destination, Side::Source];
 
 impl<A: Address> FamilyCompiler<A> {
-    pub(super) fn new(family: Family, capacity: &Capacity, paths: &Paths) -> Self {
+    pub(super) fn new(family: Family, capacity: &Capacity) -> Self {
         Self {
             family,
             capacity: *capacity,
@@ -51,7 +50,6 @@ impl<A: Address> FamilyCompiler<A> {
             exceptions: Exceptions::new(capacity),
             highest: 0,
             broken: None,
-            facts: AddressFacts::new(paths, family),
             probed: Default::default(),
             guards: Probed::default(),
             restart: false,
@@ -68,10 +66,31 @@ impl<A: Address> FamilyCompiler<A> {
         }
     }
 
-    pub(super) fn set_paths(&mut self, paths: &Paths) {
-        self.facts = AddressFacts::new(paths, self.family);
+    /// Says that everything that is known about addresses may have changed.
+    pub(super) fn facts_changed(&mut self) {
         self.restart = true;
         self.plane.touch_all();
+    }
+
+    /// Takes up that what is known about the addresses of a prefix is about to change.
+    pub(super) fn forget_addresses(&mut self, prefix: IpNet, facts: AddressFacts<'_>) {
+        if !self.restart {
+            for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
+                probed.forget(prefix, || facts.part(side, prefix), |inside| facts.about(side, inside));
+            }
+        }
+    }
+
+    /// Takes up that it has changed. `is_other` if that makes a difference for addresses that no longer prefix is about.
+    pub(super) fn learn_addresses(&mut self, prefix: IpNet, facts: AddressFacts<'_>, is_other: bool) {
+        if !self.restart {
+            for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
+                probed.learn(prefix, || facts.part(side, prefix), |inside| facts.about(side, inside));
+            }
+        }
+        if is_other && let Some(prefix) = A::prefix(&prefix) {
+            self.plane.touch_addresses(prefix);
+        }
     }
 
     /// Takes up a change of a policy, of whatever family.
@@ -130,6 +149,7 @@ impl<A: Address> FamilyCompiler<A> {
     pub(super) fn settle(
         &mut self,
         database: &Database,
+        facts: AddressFacts<'_>,
         mut slot: impl FnMut(PolicyKey, &Policy) -> Result<(Slot, u32), PassReason>,
     ) {
         let highest = database.highest_offloaded_priority(self.family).unwrap_or(0);
@@ -143,7 +163,6 @@ impl<A: Address> FamilyCompiler<A> {
                 new != choice(old) || new == Some(Ok(Choice::Among)) && state.depends_on_highest()
             });
         }
-        let facts = &self.facts;
         // Many cells that follow one another have the same source.
         let mut last = None;
         let mut admit = |cell: &Cell, device| {
@@ -172,15 +191,15 @@ impl<A: Address> FamilyCompiler<A> {
     }
 
     /// Adds what has changed to an update.
-    pub(super) fn finish(&mut self, update: &mut TableUpdate) {
+    pub(super) fn finish(&mut self, facts: AddressFacts<'_>, update: &mut TableUpdate) {
         let changes = self.plane.changes();
-        self.follow_probes(&changes);
+        self.follow_probes(&changes, facts);
         if self.cramped.is_none() && self.fits() {
             let start = update.cells.len();
             update.cells.extend(changes.into_iter().map(|change| (change.region.cell(), change.new)));
             put_in_order(&mut update.cells[start..]);
         } else {
-            self.squeeze(&changes, update);
+            self.squeeze(&changes, facts, update);
         }
         self.finish_probes(update);
     }
@@ -239,7 +258,7 @@ impl<A: Address> FamilyCompiler<A> {
     }
 
     /// Keeps account of what the program looks up for fast cells.
-    fn follow_probes(&mut self, changes: &[Changed<A>]) {
+    fn follow_probes(&mut self, changes: &[Changed<A>], facts: AddressFacts<'_>) {
         // With the guards that are there now; what is looked up from now on needs no others.
         for (source, is_there) in self.plane.guard_changes() {
             if is_there {
@@ -255,27 +274,27 @@ impl<A: Address> FamilyCompiler<A> {
             let fast: Vec<_> =
                 self.plane.cells().filter_map(|(region, state)| Some((region, state.verdict()?))).collect();
             for (region, verdict) in fast {
-                self.begin(region, verdict);
+                self.begin(region, verdict, facts);
             }
             return;
         }
         for change in changes {
             if let Some(verdict) = change.new {
-                self.begin(change.region, verdict);
+                self.begin(change.region, verdict, facts);
             }
             if let Some(verdict) = change.old {
-                self.end(change.region, verdict);
+                self.end(change.region, verdict, facts);
             }
         }
     }
 
-    fn begin(&mut self, region: Region<A>, verdict: Verdict) {
+    fn begin(&mut self, region: Region<A>, verdict: Verdict, facts: AddressFacts<'_>) {
         let Verdict::Fast { probes, .. } = verdict else { return };
         let cell = region.cell();
         for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
-            if self.facts.probes(side, probes) {
+            if facts.probes(side, probes) {
                 let prefix = on(side, &cell);
-                probed.begin(prefix, || self.facts.about(side, prefix));
+                probed.begin(prefix, || facts.about(side, prefix));
             }
         }
         if probes.guards {
@@ -284,13 +303,13 @@ impl<A: Address> FamilyCompiler<A> {
         }
     }
 
-    fn end(&mut self, region: Region<A>, verdict: Verdict) {
+    fn end(&mut self, region: Region<A>, verdict: Verdict, facts: AddressFacts<'_>) {
         let Verdict::Fast { probes, .. } = verdict else { return };
         let cell = region.cell();
         for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
-            if self.facts.probes(side, probes) {
+            if facts.probes(side, probes) {
                 let prefix = on(side, &cell);
-                probed.end(prefix, || self.facts.about(side, prefix));
+                probed.end(prefix, || facts.about(side, prefix));
             }
         }
         if probes.guards {
@@ -308,7 +327,7 @@ impl<A: Address> FamilyCompiler<A> {
     }
 
     /// Leaves out what the table has no room for, and looks at everything for it.
-    fn squeeze(&mut self, changes: &[Changed<A>], update: &mut TableUpdate) {
+    fn squeeze(&mut self, changes: &[Changed<A>], facts: AddressFacts<'_>, update: &mut TableUpdate) {
         let everything =
             self.plane.cells().filter_map(|(region, state)| Some((region.cell(), state.verdict()?)));
         let mut cells: Vec<(Cell, Verdict)> = everything.collect();
@@ -324,7 +343,7 @@ impl<A: Address> FamilyCompiler<A> {
         });
         let fits = self.fits();
         if !fits {
-            self.leave_out(&mut cells);
+            self.leave_out(&mut cells, facts);
         }
         let after: BTreeMap<Cell, Verdict> = cells.into_iter().collect();
         let removed = before.keys().filter(|cell| !after.contains_key(cell)).map(|cell| (*cell, None));
@@ -341,7 +360,7 @@ impl<A: Address> FamilyCompiler<A> {
     }
 
     /// Makes cells pass, or leaves them out, until they and what they look up fit.
-    fn leave_out(&mut self, cells: &mut Vec<(Cell, Verdict)>) {
+    fn leave_out(&mut self, cells: &mut Vec<(Cell, Verdict)>, facts: AddressFacts<'_>) {
         let pass = |verdict: &mut Verdict| {
             if matches!(verdict, Verdict::Fast { .. }) {
                 *verdict = Verdict::Pass(PassReason::Capacity);
@@ -351,7 +370,7 @@ impl<A: Address> FamilyCompiler<A> {
         let room = limit.saturating_sub(cells.len()).max(limit / 2);
         let mut used = 0;
         for list in 0..3 {
-            self.count_probes(cells);
+            self.count_probes(cells, facts);
             let (needed, lengths, limit) = match list {
                 2 => (self.guards.len(), self.guards.lengths(), self.capacity.guard_lengths),
                 side => (self.probed[side].len(), self.probed[side].lengths(), self.capacity.fact_lengths),
@@ -364,7 +383,7 @@ impl<A: Address> FamilyCompiler<A> {
                 if let Verdict::Fast { probes, .. } = verdict
                     && match list {
                         2 => probes.guards,
-                        side => self.facts.probes(SIDES[side], *probes),
+                        side => facts.probes(SIDES[side], *probes),
                     }
                 {
                     pass(verdict);
@@ -372,15 +391,15 @@ impl<A: Address> FamilyCompiler<A> {
             }
         }
         fit(cells, limit - used, self.capacity.tuples, pass);
-        self.count_probes(cells);
+        self.count_probes(cells, facts);
     }
 
-    fn count_probes(&mut self, cells: &[(Cell, Verdict)]) {
+    fn count_probes(&mut self, cells: &[(Cell, Verdict)], facts: AddressFacts<'_>) {
         self.probed.iter_mut().for_each(Probed::restart);
         self.guards.restart();
         for (cell, verdict) in cells {
             if let Some(region) = Region::of(cell) {
-                self.begin(region, *verdict);
+                self.begin(region, *verdict, facts);
             }
         }
     }
@@ -408,7 +427,6 @@ pub(super) trait Compiled {
     /// A check that is about every packet, if there is one.
     fn check_of_everything(&self) -> Option<PolicyKey>;
     fn exceptions(&self) -> &Exceptions;
-    fn facts(&self) -> &AddressFacts;
 }
 
 impl<A: Address> Compiled for FamilyCompiler<A> {
@@ -442,10 +460,6 @@ impl<A: Address> Compiled for FamilyCompiler<A> {
 
     fn exceptions(&self) -> &Exceptions {
         &self.exceptions
-    }
-
-    fn facts(&self) -> &AddressFacts {
-        &self.facts
     }
 }
 
@@ -488,14 +502,14 @@ fn verdict<A: Address>(
     Ok((slot, admit(&region.cell(), device)?))
 }
 
-fn on(side: Side, cell: &Cell) -> ipnet::IpNet {
+fn on(side: Side, cell: &Cell) -> IpNet {
     match side {
         Side::Destination => cell.destination,
         Side::Source => cell.source,
     }
 }
 
-fn guards_inside<A: Address>(plane: &Plane<A>, region: Region<A>) -> Vec<(ipnet::IpNet, ())> {
+fn guards_inside<A: Address>(plane: &Plane<A>, region: Region<A>) -> Vec<(IpNet, ())> {
     plane.guards_inside(region.source).map(|source| (source.net(), ())).collect()
 }
 

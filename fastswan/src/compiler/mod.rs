@@ -44,6 +44,7 @@ mod prefix;
 mod probed;
 #[cfg(test)]
 mod properties;
+mod reliance;
 mod rule;
 mod slots;
 #[cfg(test)]
@@ -64,15 +65,17 @@ pub use self::{
     obstacles::Obstacle,
 };
 use self::{
+    facts::AddressFacts,
     family::{Compiled, FamilyCompiler},
-    path::Paths,
+    path::{Concerns, Paths},
     prefix::Halves,
+    reliance::Reliance,
     rule::{eligible, same_way},
     slots::Slots,
 };
 use crate::{
     database::{Change, Database, PolicyKey, Revision},
-    host::HostFacts,
+    host::{HostChange, HostFacts},
     policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
     table::{Capacity, Slot, Standing, TableUpdate, Verdict},
 };
@@ -115,8 +118,8 @@ pub struct Compiler {
     revision: Option<Revision>,
     /// Whose slots are in use.
     database: Option<u64>,
-    /// How policies' packets leave may have changed.
-    paths_changed: bool,
+    /// What of the host slots depend on, and what of that has changed.
+    reliance: Reliance,
 }
 
 /// What became of a packet-offloaded outbound policy.
@@ -167,16 +170,15 @@ impl Compiler {
     /// nothing is fast before [`set_host`](Self::set_host).
     #[must_use]
     pub fn new(capacity: Capacity) -> Self {
-        let paths = Paths::new(&HostFacts::default());
         Self {
             capacity,
             slots: Slots::default(),
-            v4: FamilyCompiler::new(Family::V4, &capacity, &paths),
-            v6: FamilyCompiler::new(Family::V6, &capacity, &paths),
-            paths,
+            v4: FamilyCompiler::new(Family::V4, &capacity),
+            v6: FamilyCompiler::new(Family::V6, &capacity),
+            paths: Paths::new(&HostFacts::default()),
             revision: None,
             database: None,
-            paths_changed: false,
+            reliance: Reliance::default(),
         }
     }
 
@@ -193,9 +195,43 @@ impl Compiler {
     /// Takes up what the host does with addresses. It takes effect at the next [`compile`](Self::compile).
     pub fn set_host(&mut self, host: &HostFacts) {
         self.paths = Paths::new(host);
-        self.v4.set_paths(&self.paths);
-        self.v6.set_paths(&self.paths);
-        self.paths_changed = true;
+        self.everything_changed();
+    }
+
+    /// Takes up a change of that. It costs what it concerns: for a route, the cells whose addresses its prefix has.
+    pub fn change_host(&mut self, change: &HostChange) {
+        let HostChange::Routes { destination, .. } = change else {
+            let concerns = self.paths.change(change);
+            return self.take_up(concerns);
+        };
+        let family = Family::of(destination);
+        let facts = AddressFacts::new(&self.paths, family);
+        let before = facts.both(*destination);
+        match family {
+            Family::V4 => self.v4.forget_addresses(*destination, facts),
+            Family::V6 => self.v6.forget_addresses(*destination, facts),
+        }
+        let concerns = self.paths.change(change);
+        let facts = AddressFacts::new(&self.paths, family);
+        let is_other = facts.both(*destination) != before;
+        match family {
+            Family::V4 => self.v4.learn_addresses(*destination, facts, is_other),
+            Family::V6 => self.v6.learn_addresses(*destination, facts, is_other),
+        }
+        self.take_up(concerns);
+    }
+
+    fn take_up(&mut self, concerns: Concerns) {
+        match concerns {
+            Concerns::Everything => self.everything_changed(),
+            concerns => self.reliance.changed(concerns),
+        }
+    }
+
+    fn everything_changed(&mut self) {
+        self.v4.facts_changed();
+        self.v6.facts_changed();
+        self.reliance.changed(Concerns::Everything);
     }
 
     /// Returns what has changed since the last call.
@@ -222,9 +258,12 @@ impl Compiler {
         if !is_followed || self.v4.is_worth_rebuilding() || self.v6.is_worth_rebuilding() {
             self.rebuild(database, &mut pending);
         }
-        if std::mem::take(&mut self.paths_changed) {
-            pending.standings.extend(self.slots.owners());
-        }
+        let concerned = self.slots.owners().filter(|_| self.reliance.has_changed());
+        let concerned = concerned.filter(|key| {
+            database.policy_with_key(*key).is_some_and(|policy| self.reliance.concerns(policy, &self.paths))
+        });
+        pending.standings.extend(concerned);
+        self.reliance.take_up();
         loop {
             self.settle(database, &mut pending);
             // A slot that was freed may be one that another policy waits for.
@@ -237,18 +276,19 @@ impl Compiler {
                 self.v6.touch(policy);
             }
         }
-        self.v4.finish(&mut update);
-        self.v6.finish(&mut update);
+        self.v4.finish(AddressFacts::new(&self.paths, Family::V4), &mut update);
+        self.v6.finish(AddressFacts::new(&self.paths, Family::V6), &mut update);
 
         update.slots.extend(pending.freed.into_iter().map(|slot| (slot, None)));
         pending.standings.sort_unstable();
         pending.standings.dedup();
         update.slots.reserve(pending.standings.len());
-        let standings = pending.standings.into_iter().filter_map(|key| {
-            let policy = database.policy_with_key(key)?;
-            Some((self.slots.get(key)?, Some(standing(policy, database, &self.paths))))
-        });
-        update.slots.extend(standings);
+        for key in pending.standings {
+            if let (Some(policy), Some(slot)) = (database.policy_with_key(key), self.slots.get(key)) {
+                self.reliance.note(policy, &self.paths);
+                update.slots.push((slot, Some(standing(policy, database, &self.paths))));
+            }
+        }
         pending.owners.sort_unstable();
         pending.owners.dedup();
         update.owners.reserve(pending.owners.len());
@@ -337,8 +377,8 @@ impl Compiler {
             let slot = slots.allocate(key, database.generation(key), limit).ok_or(PassReason::Capacity)?;
             Ok((slot, device))
         };
-        self.v4.settle(database, &mut slot);
-        self.v6.settle(database, &mut slot);
+        self.v4.settle(database, AddressFacts::new(&self.paths, Family::V4), &mut slot);
+        self.v6.settle(database, AddressFacts::new(&self.paths, Family::V6), &mut slot);
     }
 
     /// Takes up changes one by one.

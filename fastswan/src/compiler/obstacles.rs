@@ -5,10 +5,7 @@ use std::fmt;
 use super::Compiler;
 use crate::{
     database::Database,
-    host::{
-        Hook, HookPlace, HostFacts,
-        routing::{Routing, table},
-    },
+    host::{Hook, HookPlace},
     policy::{Action, DefaultPolicy, Family, PolicyId},
 };
 
@@ -22,20 +19,12 @@ pub enum Obstacle {
     Check(PolicyId),
     /// Nothing is known about the host: no rule of a family says which table of routes counts.
     UnknownHost(Family),
-    /// A rule of policy routing is for some packets only, or does something else than to look up a table, so routes are not
-    /// clear.
+    /// A rule of policy routing does something that is not understood, so routes are not clear.
     Rule {
         /// Its family.
         family: Family,
         /// Its priority (`pref`).
         priority: u32,
-    },
-    /// The host has a VRF: which routes count depends on where a packet arrives.
-    Vrf {
-        /// Its interface index.
-        ifindex: u32,
-        /// Its name.
-        name: String,
     },
     /// No interface forwards packets of a family.
     NotForwarding(Family),
@@ -48,7 +37,7 @@ impl Obstacle {
     #[must_use]
     pub fn family(&self) -> Option<Family> {
         match self {
-            Self::DefaultBlock(_) | Self::Vrf { .. } => None,
+            Self::DefaultBlock(_) => None,
             Self::Hook(hook) => match hook.place {
                 HookPlace::Forwarding(family) => family,
                 _ => None,
@@ -59,40 +48,6 @@ impl Obstacle {
             }
         }
     }
-
-    /// Those that a host has.
-    pub(super) fn of_host(host: &HostFacts) -> Vec<Self> {
-        let hooks = host.hooks.iter().filter(|hook| matches!(hook.place, HookPlace::Forwarding(_)));
-        let hooks = hooks.map(|hook| Self::Hook(hook.clone()));
-        if host.vouched {
-            return hooks.collect();
-        }
-        let vrfs = host.links.iter().filter(|link| link.kind == "vrf");
-        let vrfs = vrfs.map(|link| Self::Vrf { ifindex: link.ifindex, name: link.name.clone() });
-        let mut obstacles: Vec<Self> = vrfs.collect();
-        for family in [Family::V4, Family::V6] {
-            let mut rules = host.rules.iter().filter(|rule| rule.family == family).peekable();
-            if rules.peek().is_none() {
-                obstacles.push(Self::UnknownHost(family));
-                continue;
-            }
-            let unclear = rules.filter(|rule| table(rule).is_none());
-            obstacles.extend(unclear.map(|rule| Self::Rule { family, priority: rule.priority }));
-            let is_unclear = obstacles.iter().any(|other| other.family().is_none_or(|other| other == family));
-            if !is_unclear && matches!(host.routing(family), Routing::Unknown) {
-                obstacles.push(Self::UnknownHost(family));
-            }
-            let forwards = |link: &crate::host::Link| match family {
-                Family::V4 => link.forwards.v4,
-                Family::V6 => link.forwards.v6,
-            };
-            if !host.links.iter().any(forwards) {
-                obstacles.push(Self::NotForwarding(family));
-            }
-        }
-        obstacles.extend(hooks);
-        obstacles
-    }
 }
 
 impl Compiler {
@@ -100,7 +55,7 @@ impl Compiler {
     /// associations that are not there; for a log and for a status. Of what the database says, as it was compiled last.
     #[must_use]
     pub fn obstacles(&self, database: &Database) -> Vec<Obstacle> {
-        let mut obstacles = self.paths.obstacles().to_vec();
+        let mut obstacles = self.paths.obstacles();
         if !database.is_current() {
             return obstacles;
         }
@@ -139,12 +94,9 @@ impl fmt::Display for Obstacle {
             Self::UnknownHost(family) => write!(f, "the routes for {} are not known", name(family)),
             Self::Rule { family, priority } => write!(
                 f,
-                "the rule with pref {priority} for {} is not for all packets or not for a table, so routes are not clear",
+                "the rule with pref {priority} for {} does something that is not understood, so routes are not clear",
                 name(family)
             ),
-            Self::Vrf { ifindex, name } => {
-                write!(f, "the VRF {name} (#{ifindex}) makes routes depend on where packets arrive")
-            }
             Self::NotForwarding(family) => write!(f, "no interface forwards {}", name(family)),
             Self::Hook(hook) => match self.family() {
                 Some(family) => write!(f, "the fast path would skip {hook} ({} only)", name(&family)),

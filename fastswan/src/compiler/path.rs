@@ -2,9 +2,14 @@
 
 use std::{collections::HashMap, net::IpAddr};
 
+use ipnet::IpNet;
+
 use super::{hooks::HooksAhead, obstacles::Obstacle};
 use crate::{
-    host::{Hook, HostFacts, Link, RouteKind, routing::Routing},
+    host::{
+        Hook, HostChange, HostFacts, Link, Neighbour, RouteKind,
+        routing::{Effect, Purpose, Routes},
+    },
     policy::{Family, MacAddr, NextHop, OffloadDev, Overhead, Policy, Template},
     table::{Forwarding, ReversePath},
 };
@@ -14,10 +19,11 @@ use crate::{
 pub(super) struct Paths {
     links: HashMap<u32, Link>,
     neighbours: HashMap<(u32, IpAddr), MacAddr>,
-    v4: Routing,
-    v6: Routing,
+    v4: Routes,
+    v6: Routes,
     vouched: bool,
-    obstacles: Vec<Obstacle>,
+    /// A link asks for the reverse path, or did: that a link comes and goes which does changes nothing else.
+    filters_by_reverse_path: bool,
     hooks: HooksAhead,
 }
 
@@ -27,41 +33,153 @@ impl Paths {
             .neighbours
             .iter()
             .map(|neighbour| ((neighbour.ifindex, neighbour.destination), neighbour.address));
-        Self {
+        let mut new = Self {
             links: host.links.iter().map(|link| (link.ifindex, link.clone())).collect(),
             neighbours: neighbours.collect(),
-            v4: host.routing(Family::V4),
-            v6: host.routing(Family::V6),
+            v4: Routes::new(host, Family::V4),
+            v6: Routes::new(host, Family::V6),
             vouched: host.vouched,
-            obstacles: Obstacle::of_host(host),
-            hooks: HooksAhead::new(host),
+            filters_by_reverse_path: false,
+            hooks: HooksAhead::new(&host.hooks),
+        };
+        new.look_for_filters();
+        new
+    }
+
+    /// Takes up a change, and returns what it may change in turn.
+    pub(super) fn change(&mut self, change: &HostChange) -> Concerns {
+        match change {
+            HostChange::Link(link) => {
+                let old = self.links.insert(link.ifindex, link.clone());
+                if old.as_ref() == Some(link) {
+                    return Concerns::Nothing;
+                }
+                let is_renamed = old.as_ref().is_none_or(|old| old.name != link.name);
+                let has_other_length =
+                    old.as_ref().is_none_or(|old| (old.mtu, old.mtu_v6) != (link.mtu, link.mtu_v6));
+                self.of_link(link.ifindex, is_renamed, has_other_length)
+            }
+            HostChange::LinkGone(ifindex) => match self.links.remove(ifindex) {
+                Some(_) => self.of_link(*ifindex, true, true),
+                None => Concerns::Nothing,
+            },
+            HostChange::Routes { table, destination, routes } => {
+                let family = Family::of(destination);
+                let known = self.routes_mut(family);
+                if known.is_vouched() {
+                    return Concerns::Nothing;
+                }
+                match known.set_routes(*table, *destination, routes) {
+                    Effect::Nothing => Concerns::Nothing,
+                    Effect::Prefix => Concerns::Addresses(*destination),
+                    Effect::Everything => Concerns::Everything,
+                }
+            }
+            HostChange::Rules(family, rules) => {
+                let links: Vec<Link> = self.links.values().cloned().collect();
+                let known = self.routes_mut(*family);
+                if !known.is_vouched() && known.set_rules(rules.clone(), &links) {
+                    Concerns::Everything
+                } else {
+                    Concerns::Nothing
+                }
+            }
+            HostChange::Neighbour(Neighbour { ifindex, destination, address }) => {
+                let key = (*ifindex, *destination);
+                match self.neighbours.insert(key, *address) {
+                    Some(old) if old == *address => Concerns::Nothing,
+                    _ => Concerns::Neighbour(key),
+                }
+            }
+            HostChange::NeighbourGone { ifindex, destination } => {
+                let key = (*ifindex, *destination);
+                self.neighbours.remove(&key).map_or(Concerns::Nothing, |_| Concerns::Neighbour(key))
+            }
+            HostChange::Hooks(hooks) => {
+                let hooks = HooksAhead::new(hooks);
+                if hooks == self.hooks {
+                    return Concerns::Nothing;
+                }
+                self.hooks = hooks;
+                Concerns::Policies
+            }
         }
     }
 
-    pub(super) fn routing(&self, family: Family) -> &Routing {
+    fn of_link(&mut self, ifindex: u32, is_renamed: bool, has_other_length: bool) -> Concerns {
+        let filtered = self.filters_by_reverse_path;
+        self.look_for_filters();
+        let mut is_everything = self.filters_by_reverse_path != filtered;
+        if is_renamed {
+            let links: Vec<Link> = self.links.values().cloned().collect();
+            is_everything |= self.v4.links_changed(&links) | self.v6.links_changed(&links);
+        }
+        // Routes may be for shorter packets than the link takes.
+        is_everything |= has_other_length && (self.v4.limits_on(ifindex) || self.v6.limits_on(ifindex));
+        match is_everything {
+            true => Concerns::Everything,
+            // Packets may leave through a device with a hook now.
+            false if self.hooks.are_on_devices() => Concerns::Policies,
+            false => Concerns::Device(ifindex),
+        }
+    }
+
+    fn look_for_filters(&mut self) {
+        self.filters_by_reverse_path |= self.links.values().any(|link| link.reverse_path != ReversePath::Off);
+    }
+
+    pub(super) fn routes(&self, family: Family) -> &Routes {
         match family {
             Family::V4 => &self.v4,
             Family::V6 => &self.v6,
         }
     }
 
-    /// What keeps everything, or all of a family, from being fast.
-    pub(super) fn obstacles(&self) -> &[Obstacle] {
-        &self.obstacles
+    fn routes_mut(&mut self, family: Family) -> &mut Routes {
+        match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
     }
 
     /// What packets of a family that leave through a device must not skip.
     pub(super) fn hook(&self, family: Family, device: u32) -> Option<&Hook> {
-        self.hooks.of(family, device)
+        self.hooks.of(family, device, &self.links)
     }
 
-    pub(super) fn link(&self, ifindex: u32) -> Option<&Link> {
-        self.links.get(&ifindex)
+    /// What keeps everything, or all of a family, from being fast.
+    pub(super) fn obstacles(&self) -> Vec<Obstacle> {
+        let mut obstacles = self.hooks.obstacles();
+        if self.vouched {
+            return obstacles;
+        }
+        for family in [Family::V4, Family::V6] {
+            let routes = self.routes(family);
+            if let Some(priority) = routes.obscure_rule() {
+                obstacles.push(Obstacle::Rule { family, priority });
+            } else if routes.is_unknown() {
+                obstacles.push(Obstacle::UnknownHost(family));
+                continue;
+            }
+            let forwards = |link: &Link| match family {
+                Family::V4 => link.forwards.v4,
+                Family::V6 => link.forwards.v6,
+            };
+            if !self.links.values().any(forwards) {
+                obstacles.push(Obstacle::NotForwarding(family));
+            }
+        }
+        obstacles
+    }
+
+    /// Whether a link takes no longer packets than these.
+    pub(super) fn takes_less(&self, ifindex: u32, mtu: u32, family: Family) -> bool {
+        self.links.get(&ifindex).is_some_and(|link| link.mtu(family) <= mtu)
     }
 
     /// Whether packets of some link are dropped if their source is not routed back.
     pub(super) fn filters_by_reverse_path(&self) -> bool {
-        self.links.values().any(|link| link.reverse_path != ReversePath::Off)
+        self.filters_by_reverse_path
     }
 
     /// How a policy's packets leave its device, or `None` if that is not known or not possible.
@@ -75,16 +193,21 @@ impl Paths {
         overheads: impl Iterator<Item = Option<Overhead>>,
     ) -> Option<Forwarding> {
         let family = policy.id.selector.family();
-        let link = self.link(device.ifindex);
-        let usable =
-            link.is_some_and(|link| link.up && link.carrier && !(family == Family::V4 && link.bypasses_xfrm));
+        let link = self.links.get(&device.ifindex);
+        let is_usable = |link: &Link| {
+            link.up
+                && link.carrier
+                && !(family == Family::V4 && link.bypasses_xfrm)
+                && !link.controller.is_some_and(|controller| self.is_vrf(controller))
+        };
+        let usable = link.is_some_and(is_usable);
         if !(usable || link.is_none() && self.vouched) {
             return None;
         }
         if !self.may_send_from(template.source) {
             return None;
         }
-        let (gateway, route_mtu) = self.outer_route(template.destination, device.ifindex)?;
+        let (gateway, route_mtu) = self.outer_route(template, device.ifindex)?;
         let longest = link.and_then(|link| {
             let outer_mtu = bytes(route_mtu.unwrap_or(u32::MAX).min(link.mtu(family)));
             // A rekey is no reason for a packet that is too long for one of the two associations.
@@ -95,33 +218,69 @@ impl Paths {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),
             NextHop::Neighbour => {
-                let neighbour = gateway.unwrap_or(template.destination);
-                Some((link?.address?, *self.neighbours.get(&(device.ifindex, neighbour))?))
+                let neighbour = (device.ifindex, gateway.unwrap_or(template.destination));
+                Some((link?.address?, *self.neighbours.get(&neighbour)?))
             }
         };
         (max_length > 0).then_some(Forwarding { ifindex: device.ifindex, max_length, rewrite })
     }
 
+    /// The neighbour that a policy's packets are sent to, if it must be known.
+    pub(super) fn neighbour(
+        &self,
+        policy: &Policy,
+        device: OffloadDev,
+        template: &Template,
+    ) -> Option<(u32, IpAddr)> {
+        if policy.egress.next_hop != NextHop::Neighbour {
+            return None;
+        }
+        let (gateway, _) = self.outer_route(template, device.ifindex)?;
+        Some((device.ifindex, gateway.unwrap_or(template.destination)))
+    }
+
     /// Whether the kernel finds a route for packets from an outer source: IPv4 asks whether it is an address of the host
     /// (`ip_route_output_key_hash_rcu`; else `XfrmOutBundleGenError`), IPv6 does not.
     pub(super) fn may_send_from(&self, source: IpAddr) -> bool {
-        let routing = self.routing(source.into());
-        source.is_ipv6()
-            || matches!(routing, Routing::Vouched)
-            || routing.route(source) == Some(RouteKind::Local)
+        let routes = self.routes(source.into());
+        source.is_ipv6() || routes.is_vouched() || routes.is_own(source)
     }
 
-    /// Gateway and MTU of the route to an outer destination, if it leads through the device.
-    fn outer_route(&self, destination: IpAddr, device: u32) -> Option<(Option<IpAddr>, Option<u32>)> {
-        let family = Family::from(destination);
-        match (self.routing(family), self.routing(family).route(destination)) {
-            (Routing::Vouched, _) => Some((None, None)),
-            (_, Some(RouteKind::Unicast { ifindex, gateway, mtu })) if ifindex == device => {
-                Some((gateway, mtu))
-            }
+    /// Gateway and MTU of the route to a template's destination, if it leads through the device.
+    fn outer_route(&self, template: &Template, device: u32) -> Option<(Option<IpAddr>, Option<u32>)> {
+        let routes = self.routes(template.destination.into());
+        if routes.is_vouched() {
+            return Some((None, None));
+        }
+        if routes.is_unknown() {
+            return None;
+        }
+        match routes.answer(template.destination.into(), Purpose::Output(template.source)) {
+            RouteKind::Unicast { ifindex, gateway, mtu } if ifindex == device => Some((gateway, mtu)),
             _ => None,
         }
     }
+
+    fn is_vrf(&self, ifindex: u32) -> bool {
+        self.links.get(&ifindex).is_none_or(|link| link.kind == "vrf")
+    }
+}
+
+/// What a change of the host may change in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Concerns {
+    /// Nothing.
+    Nothing,
+    /// How packets to and from these addresses go.
+    Addresses(IpNet),
+    /// How packets leave by a device.
+    Device(u32),
+    /// What frames are sent to a neighbour by a device.
+    Neighbour((u32, IpAddr)),
+    /// How packets of any policy leave, but no address.
+    Policies,
+    /// All of it.
+    Everything,
 }
 
 /// A length in bytes as IP writes it.

@@ -288,6 +288,37 @@ impl<A: Address> Plane<A> {
         self.dirty.extend(affected);
     }
 
+    /// Says that cells whose destination or source has addresses of a prefix may need another verdict.
+    pub(super) fn touch_addresses(&mut self, prefix: Prefix<A>) {
+        let everything = prefix.shortened(0);
+        let all = |destination: Prefix<A>, last| {
+            Region { destination, source: everything }..=Region {
+                destination: last,
+                source: everything.last(),
+            }
+        };
+        let (shortest, longest) = ((0, 0), (prefix.length().saturating_sub(1), u8::MAX));
+        let mut lengths: Vec<u8> = self.tuples.range(shortest..=longest).map(|(length, _)| length).collect();
+        lengths.dedup();
+        lengths.retain(|length| *length < prefix.length());
+        let covering =
+            lengths.into_iter().map(|length| prefix.shortened(length)).map(|other| all(other, other));
+        let by_destination = covering.chain([all(prefix, prefix.last())]);
+        for range in by_destination {
+            self.dirty.extend(self.cells.range(range).map(|(region, _)| *region));
+        }
+        let all = |source: Prefix<A>, last| (source, everything)..=(last, everything.last());
+        let lengths =
+            self.source_lengths.range(0..=prefix.length()).filter(|length| *length < prefix.length());
+        let covering = lengths.map(|length| prefix.shortened(length)).map(|other| all(other, other));
+        for range in covering.chain([all(prefix, prefix.last())]) {
+            let cells = self.by_source.range(range);
+            self.dirty.extend(
+                cells.map(|(source, destination)| Region { destination: *destination, source: *source }),
+            );
+        }
+    }
+
     /// Says that every cell may need another verdict.
     pub(super) fn touch_all(&mut self) {
         self.dirty.extend(self.cells.keys());

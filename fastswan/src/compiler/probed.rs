@@ -77,6 +77,50 @@ impl<V: Copy + PartialEq> Probed<V> {
         self.need_no_longer(entry, covering);
     }
 
+    /// Takes away what is needed of a prefix, which is about to change: `part` of it for prefixes that contain it, and what is
+    /// `about` those inside.
+    pub(super) fn forget(
+        &mut self,
+        prefix: IpNet,
+        part: impl FnOnce() -> Vec<(IpNet, V)>,
+        about: impl Fn(IpNet) -> Vec<(IpNet, V)>,
+    ) {
+        self.each_needed(prefix, part, about, |probed, entry, _, by| probed.need_no_longer(entry, by));
+    }
+
+    /// The other way round.
+    pub(super) fn learn(
+        &mut self,
+        prefix: IpNet,
+        part: impl FnOnce() -> Vec<(IpNet, V)>,
+        about: impl Fn(IpNet) -> Vec<(IpNet, V)>,
+    ) {
+        self.each_needed(prefix, part, about, Self::need);
+    }
+
+    fn each_needed(
+        &mut self,
+        prefix: IpNet,
+        part: impl FnOnce() -> Vec<(IpNet, V)>,
+        about: impl Fn(IpNet) -> Vec<(IpNet, V)>,
+        mut each: impl FnMut(&mut Self, IpNet, V, usize),
+    ) {
+        let inside: Vec<IpNet> = self.inside(prefix).collect();
+        let containing = self.covering(prefix) - usize::from(self.prefixes.contains(prefix));
+        let part = if containing > 0 { part() } else { Vec::new() };
+        let about = inside.into_iter().flat_map(about).map(|needed| (needed, 1));
+        let needed: Vec<_> = part.into_iter().map(|needed| (needed, containing)).chain(about).collect();
+        for ((entry, value), by) in needed {
+            each(self, entry, value, by);
+        }
+    }
+
+    /// The prefixes inside one, or it, whose addresses are looked up.
+    fn inside(&self, prefix: IpNet) -> impl Iterator<Item = IpNet> {
+        let last = IpNet::from(prefix.broadcast());
+        self.prefixes.range(prefix..=last).filter(move |inside| prefix.contains(inside))
+    }
+
     /// Forgets what is looked up, but not what the table says.
     pub(super) fn restart(&mut self) {
         self.prefixes = Counts::default();

@@ -139,9 +139,8 @@ fn the_random_worlds_have_fast_packets_to_be_wrong_about() {
 
 /// A default route through the device, and the tunnels' own address.
 fn routes() -> Vec<Route> {
-    let route = |destination, kind| Route::new(254, destination, kind);
     let own = "192.0.2.1/32".parse().unwrap();
-    vec![route(Family::V4.everything(), via(NIC)), route(own, RouteKind::Local)]
+    vec![Route::new(254, Family::V4.everything(), via(NIC)), Route::new(255, own, RouteKind::Local)]
 }
 
 #[test]

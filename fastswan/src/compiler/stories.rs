@@ -119,7 +119,8 @@ fn packet(source: &str, destination: &str) -> Packet {
 }
 
 fn route(destination: &str, kind: RouteKind) -> Route {
-    Route::new(254, destination.parse().unwrap(), kind)
+    let table = if kind == RouteKind::Local { 255 } else { 254 };
+    Route::new(table, destination.parse().unwrap(), kind)
 }
 
 fn via(ifindex: u32) -> RouteKind {
@@ -1110,6 +1111,37 @@ fn an_explanation_names_the_address_that_the_host_keeps_for_itself() {
 }
 
 #[test]
+fn an_explanation_names_the_rule_that_decides_or_leaves_open_where_an_address_leads() {
+    let everything = RuleSelector::default;
+    let lookup = RuleAction::Lookup { table: 91, suppress_prefix_length: None, suppress_group: false };
+    let with = |priority, selector, action| {
+        let mut scene = Scene::new().has(site());
+        let route = Route { table: 91, ..route("10.2.9.0/24", via(LAN)) };
+        scene.host.routes.push(route);
+        scene.host.rules.push(Rule::new(Family::V4, priority, selector, action));
+        scene
+    };
+    let unclear = "its destination is the host's own, broadcast, unroutable or unclear (10.2.9.0/24)";
+    for (selector, expected) in [
+        (RuleSelector { other: true, ..everything() }, format!("kernel (denied_destination): {unclear}, by the rule with pref 91")),
+        (
+            everything(),
+            "kernel (route_elsewhere): its destination is routed to device #8 (10.2.9.0/24), by the rule with pref 91".to_owned(),
+        ),
+    ] {
+        assert_eq!(explanation(&mut with(91, selector, lookup), "10.1.0.1", "10.2.9.1"), expected);
+    }
+    let from = RuleSelector { source: Some("10.1.9.0/24".parse().unwrap()), ..everything() };
+    let mut prohibited = with(92, from, RuleAction::Deny);
+    let source = "its source is the host's own, broadcast, unroutable or unclear (10.1.9.0/24)";
+    assert_eq!(
+        explanation(&mut prohibited, "10.1.9.1", "10.2.8.1"),
+        format!("kernel (denied_source): {source}, by the rule with pref 92")
+    );
+    assert!(explanation(&mut prohibited, "10.1.8.1", "10.2.8.1").starts_with("fast"));
+}
+
+#[test]
 fn an_explanation_heeds_only_guards_that_the_table_has() {
     let forward = |source, destination| with_direction(Direction::Forward, tunnel(source, destination));
     let mut scene = Scene::new()
@@ -1193,18 +1225,8 @@ fn what_keeps_everything_from_being_fast_is_told_once_by_name() {
     ruled.host.rules.push(Rule::new(Family::V6, 220, RuleSelector::default(), RuleAction::Unclear));
     assert_eq!(
         obstacles(&mut ruled),
-        [
-            "the rule with pref 220 for IPv6 is not for all packets or not for a table, so routes are not clear"
-        ]
+        ["the rule with pref 220 for IPv6 does something that is not understood, so routes are not clear"]
     );
-    let mut vrf = forwarding();
-    vrf.host.links.push(Link {
-        ifindex: 12,
-        name: "red".to_owned(),
-        kind: "vrf".to_owned(),
-        ..Link::default()
-    });
-    assert_eq!(obstacles(&mut vrf), ["the VRF red (#12) makes routes depend on where packets arrive"]);
     let mut quiet = forwarding();
     quiet.link(LAN).forwards = Forwards { v4: true, v6: false };
     assert_eq!(obstacles(&mut quiet), ["no interface forwards IPv6"]);

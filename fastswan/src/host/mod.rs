@@ -13,6 +13,7 @@ mod port;
 mod route;
 pub(crate) mod routing;
 mod rule;
+mod trie;
 
 use std::net::IpAddr;
 

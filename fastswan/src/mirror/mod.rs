@@ -239,15 +239,22 @@ impl Mirror {
         match event {
             HostEvent::Stale(cause) => self.host.lose_track(cause.name()),
             HostEvent::Changes(changes) => {
+                let mut links_changed = false;
                 for change in changes {
-                    if matches!(change, HostChange::Hooks(_)) {
-                        self.skipped.clear();
+                    if let HostChange::Hooks(hooks) = change {
+                        self.set_hooks(hooks);
+                        links_changed = true;
+                        continue;
                     }
-                    self.links.apply(change);
+                    self.compiler.change_host(&change);
+                    if matches!(change, HostChange::Link(_) | HostChange::LinkGone(_)) {
+                        self.links.apply(change);
+                        links_changed = true;
+                    }
                 }
-                self.skipped.extend(self.links.allow(self.allowed));
-                self.compiler.set_host(&self.links);
-                self.interfaces.resolve(&self.links);
+                if links_changed {
+                    self.interfaces.resolve(&self.links);
+                }
             }
             HostEvent::Snapshot(mut facts) => {
                 let cause = match self.host.state() {
@@ -258,7 +265,7 @@ impl Mirror {
                 *self.statistics.host_resyncs.entry(cause).or_default() += 1;
                 self.skipped = facts.allow(self.allowed);
                 self.compiler.set_host(&facts);
-                self.links = facts;
+                self.links = HostFacts { links: facts.links, hooks: facts.hooks, ..HostFacts::default() };
                 self.interfaces.resolve(&self.links);
                 self.host.tell_everything();
             }
@@ -269,13 +276,11 @@ impl Mirror {
     /// Sets which hooks the fast path may skip; at first none.
     pub fn allow_hooks(&mut self, allowed: Hooks) {
         self.allowed = allowed;
-        self.links.hooks.append(&mut self.skipped);
-        self.skipped = self.links.allow(allowed);
-        if self.host.has_told() {
-            self.compiler.set_host(&self.links);
-            self.interfaces.resolve(&self.links);
-            self.revision += 1;
-        }
+        let mut hooks = std::mem::take(&mut self.links.hooks);
+        hooks.append(&mut self.skipped);
+        self.set_hooks(hooks);
+        self.interfaces.resolve(&self.links);
+        self.revision += 1;
     }
 
     /// The hooks that there are and that the fast path skips, as it is allowed to.
@@ -614,6 +619,13 @@ impl Mirror {
             return self.now.map(|now| now + Duration::from_nanos(1));
         }
         self.policies.asked()
+    }
+
+    /// Takes up all hooks there are.
+    fn set_hooks(&mut self, hooks: Vec<Hook>) {
+        self.links.hooks = hooks;
+        self.skipped = self.links.allow(self.allowed);
+        self.compiler.change_host(&HostChange::Hooks(self.links.hooks.clone()));
     }
 
     fn mark_held(&mut self, target: &HoldTarget, is_held: impl Fn(&Holds, &PolicyId) -> bool) {

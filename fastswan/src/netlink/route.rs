@@ -259,7 +259,7 @@ fn rule(message: &RuleMessage, family: Family) -> Option<Rule> {
             RuleAttribute::Destination(address) => {
                 selector.destination = IpNet::new(*address, header.dst_len).ok().map(|prefix| prefix.trunc());
             }
-            RuleAttribute::FwMark(mark) => value = Some(*mark),
+            RuleAttribute::FwMark(number) => value = Some(*number),
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Iifname(name) => selector.iif = Some(name.clone()),
             RuleAttribute::Oifname(name) => selector.oif = Some(name.clone()),

@@ -1,5 +1,6 @@
 //! `cargo testkit oracle`: the kernel judges the mirror.
 
+pub(crate) mod facts;
 pub(crate) mod guest;
 mod print;
 
@@ -49,6 +50,11 @@ pub(crate) struct Arguments {
     /// Judges only this kind of policies; may be given more than once.
     #[arg(long = "set", value_parser = set)]
     sets: Vec<Set>,
+    /// Judges how routes, rules, addresses, neighbours, links and sysctls are followed, and no policies.
+    #[arg(long, conflicts_with_all = ["guest", "adapters", "mutant", "sets"])]
+    facts: bool,
+    #[command(flatten)]
+    of_facts: facts::Options,
     /// Prints one JSON object on the last line of stdout.
     #[arg(long)]
     json: bool,
@@ -62,6 +68,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     remove_leftovers();
     clean_up_on_signals()?;
     let seed = arguments.seed.unwrap_or_else(rand::random);
+    if arguments.facts {
+        return facts::run(&arguments.of_facts, seed, arguments.decisions, arguments.json);
+    }
     let broken = arguments.mutant.and_then(|number| BrokenRule::ALL.get(usize::from(number) - 1)).copied();
     let has_wrong_adapter = arguments.mutant.is_some() && broken.is_none();
     if arguments.guest {

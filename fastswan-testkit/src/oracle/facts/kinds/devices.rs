@@ -1,0 +1,349 @@
+//! Addresses, neighbours, links and sysctls.
+
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use super::super::{
+    command::{Command, ip, ip_of, sysctl},
+    draw::{Change, Draw},
+    icmp,
+    world::Device,
+};
+
+/// One more address of the host.
+pub(super) fn address_own(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = if draw.below(4) == 0 { draw.source(v6) } else { draw.destination(v6) };
+    let own = draw.address(to);
+    let (device, length) = (draw.one(&["lo", "lan0", "out0"]), if v6 { "128 nodad" } else { "32" });
+    Change::once([ip(format!("address add {own}/{length} dev {device}"))])
+        .then([ip(format!("address del {own}/{} dev {device}", if v6 { 128 } else { 32 }))])
+        .undone_by([ip(format!("address del {own}/{} dev {device}", if v6 { 128 } else { 32 }))])
+        .to([own.into()])
+        .from([own.into()])
+}
+
+/// One more network, with its broadcast addresses.
+pub(super) fn address_subnet(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let own = draw.address(to);
+    let (length, nodad) =
+        if v6 { (draw.one(&[64_u8, 112]), "nodad") } else { (draw.one(&[24_u8, 28, 31]), "") };
+    let device = draw.one(&["lan0", "lan1", "out0"]);
+    let network = IpNet::new(own, length).expect("a length of the family").trunc();
+    Change::once([ip(format!("address add {own}/{length} dev {device} {nodad}"))])
+        .then([ip(format!("address del {own}/{length} dev {device}"))])
+        .undone_by([ip(format!("address del {own}/{length} dev {device}"))])
+        .to([network, own.into()])
+}
+
+/// The template's source goes. IPv4 asks for it, IPv6 does not.
+pub(super) fn address_outer_lost(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let tunnel = draw.tunnel(v6);
+    let own = own_address(tunnel.device, v6);
+    let device = tunnel.device.name();
+    Change::once([ip(format!("address del {own} dev {device}"))])
+        .then([ip(format!("address add {own} dev {device} {}", if v6 { "nodad" } else { "" }))])
+        .to([tunnel.destination])
+}
+
+/// The same, with another one that takes its place, so that the routes stay.
+pub(super) fn address_promoted(draw: &mut Draw<'_>) -> Change {
+    let tunnel = draw.tunnel(false);
+    let own = own_address(tunnel.device, false);
+    let (prefix, device) = (own.rsplit_once('.').map_or("", |(prefix, _)| prefix), tunnel.device.name());
+    Change::once([
+        sysctl("ipv4/conf/all/promote_secondaries", "1"),
+        ip(format!("address add {prefix}.9/24 dev {device}")),
+    ])
+    .then([ip(format!("address del {own} dev {device}"))])
+    .to([tunnel.destination])
+}
+
+fn own_address(device: Device, v6: bool) -> &'static str {
+    let own = device.addresses().iter().find(|address| address.contains(':') == v6);
+    own.copied().unwrap_or_default()
+}
+
+/// Anycast addresses, those that come with forwarding among them.
+pub(super) fn anycast(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(true);
+    let own = draw.address(to);
+    let network = IpNet::new(own, 64).expect("a length of the family").trunc();
+    Change::once([ip(format!("address add {own}/64 dev lan0 nodad"))])
+        .then([sysctl("ipv6/conf/lan0/forwarding", "0")])
+        .then([sysctl("ipv6/conf/lan0/forwarding", "1")])
+        .undone_by([ip(format!("address del {own}/64 dev lan0")), sysctl("ipv6/conf/all/forwarding", "1")])
+        .to([network, network.network().into()])
+}
+
+/// A next hop moves, or is lost.
+pub(super) fn neighbour(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let next_hop = draw.gateway(v6);
+    let replace = |how: &str| ip(format!("neighbour replace {next_hop} dev out0 {how}"));
+    let second = match draw.below(3) {
+        0 => replace("nud failed"),
+        1 => ip(format!("neighbour del {next_hop} dev out0")),
+        _ => replace("lladdr 02:00:00:00:00:c3 nud stale"),
+    };
+    Change::once([replace("lladdr 02:00:00:00:00:c2")])
+        .then([second])
+        .then([replace("lladdr 02:00:00:00:00:c4")])
+}
+
+/// Neighbours that are of no concern.
+pub(super) fn neighbours_elsewhere(draw: &mut Draw<'_>) -> Change {
+    let first = draw.below(200);
+    let each = |how: &str| {
+        let how = how.to_owned();
+        (first..first + 30).map(move |at| ip(format!("neighbour {how} 10.1.77.{at} dev lan0")))
+    };
+    let add = each("replace").map(|command| match command {
+        Command::Ip(text) => ip(format!("{text} lladdr 02:00:00:00:01:01 nud stale")),
+        other => other,
+    });
+    Change::once(add).undone_by(each("del"))
+}
+
+/// A device goes down and comes back. IPv4 routes that go with it are not told of.
+pub(super) fn flap(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["lan0", "out0", "out1", "lan1"]);
+    let change =
+        Change::once([ip(format!("link set {device} down"))]).then([ip(format!("link set {device} up"))]);
+    let routes: &[&str] = match device {
+        "out0" => &[
+            "0.0.0.0/0 via 192.0.2.2",
+            "10.2.0.0/16 via 192.0.2.2",
+            "10.3.0.0/16 via 192.0.2.3",
+            "::/0 via 2001:db8:f::2",
+            "2001:db8:2::/48 via 2001:db8:f::2",
+        ],
+        "out1" => &["10.4.0.0/16 via 198.51.100.2"],
+        _ => &[],
+    };
+    // Devices without an own IPv6 address have lost it.
+    let addresses =
+        ["lan0", "out0", "out1", "lan1"].iter().zip([Device::Lan0, Device::Out0, Device::Out1, Device::Lan1]);
+    let address = addresses
+        .filter(|(name, _)| **name == device)
+        .map(|(name, of)| ip(format!("address replace {} dev {name} nodad", own_address(of, true))));
+    let address: Vec<Command> = address.collect();
+    change.then(address).then(routes.iter().map(|route| ip(format!("route replace {route}"))))
+}
+
+/// The other end of a wire goes, and comes back.
+pub(super) fn carrier(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&Device::ALL);
+    Change::once([Command::Far(format!("link set {} down", device.far_end()))])
+        .then([Command::Far(format!("link set {} up", device.far_end()))])
+}
+
+pub(super) fn mtu(draw: &mut Draw<'_>) -> Change {
+    let (device, mtu) = (draw.one(&["out0", "out0", "out1", "lan0"]), draw.one(&[1280, 1300, 1400, 1499]));
+    Change::once([ip(format!("link set {device} mtu {mtu}"))])
+        .undone_by([ip(format!("link set {device} mtu 1500"))])
+        .lengths(mtu)
+        .lengths(mtu - 54)
+}
+
+/// Links that are of no concern.
+pub(super) fn links_elsewhere(draw: &mut Draw<'_>) -> Change {
+    let number = draw.below(100);
+    Change::once([ip(format!("link add other{number} type veth peer name rehto{number}"))])
+        .then([
+            ip(format!("link set other{number} up")),
+            ip(format!("address add 198.18.{number}.1/24 dev other{number}")),
+        ])
+        .then([ip(format!("link del other{number}"))])
+        .undone_by([ip(format!("link del other{number}"))])
+}
+
+/// The port's Ethernet address changes.
+pub(super) fn link_address(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["lan0", "lan1"]);
+    Change::once([ip(format!("link set {device} address 02:00:00:00:00:4{}", draw.below(8)))])
+}
+
+pub(super) fn forwarding_v4(draw: &mut Draw<'_>) -> Change {
+    let key = draw.one(&[
+        "ipv4/ip_forward",
+        "ipv4/conf/lan0/forwarding",
+        "ipv4/conf/out0/forwarding",
+        "ipv4/conf/all/forwarding",
+    ]);
+    Change::once([sysctl(key, "0")])
+        .then([sysctl(key, "1")])
+        .undone_by([sysctl("ipv4/ip_forward", "0"), sysctl("ipv4/ip_forward", "1")])
+}
+
+pub(super) fn forwarding_v6(draw: &mut Draw<'_>) -> Change {
+    let key =
+        draw.one(&["ipv6/conf/all/forwarding", "ipv6/conf/lan0/forwarding", "ipv6/conf/out0/forwarding"]);
+    Change::once([sysctl(key, "0")])
+        .then([sysctl(key, "1")])
+        .undone_by([sysctl("ipv6/conf/all/forwarding", "0"), sysctl("ipv6/conf/all/forwarding", "1")])
+}
+
+/// IPv6 from one port although forwarding is off (Linux 6.17).
+pub(super) fn force_forwarding(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["lan0", "lan1", "all"]);
+    Change::once([
+        sysctl("ipv6/conf/all/forwarding", "0"),
+        sysctl(format!("ipv6/conf/{device}/force_forwarding"), "1"),
+    ])
+    .undone_by([
+        sysctl(format!("ipv6/conf/{device}/force_forwarding"), "0"),
+        sysctl("ipv6/conf/all/forwarding", "1"),
+    ])
+}
+
+/// Reverse path filters, with sources that are routed elsewhere.
+pub(super) fn rp_filter(draw: &mut Draw<'_>) -> Change {
+    let (device, filter) = (draw.one(&["lan0", "lan1", "all"]), draw.one(&["1", "2"]));
+    let from = draw.source(false);
+    let route = match draw.below(4) {
+        0 => format!("{} {from} metric 1", draw.denial()),
+        1 => format!("{from} {} tos 0x10 metric 1", draw.via(false)),
+        _ => format!("{from} {} metric 1", draw.via(false)),
+    };
+    let key = format!("ipv4/conf/{device}/rp_filter");
+    Change::once([sysctl(key.clone(), filter)])
+        .then([ip(format!("route add {route}"))])
+        .undone_by([ip(format!("route del {route}")), sysctl(key, "0")])
+        .from([from])
+        .tos(0x10)
+}
+
+/// A loose filter at a port without an IPv4 address is a strict one.
+pub(super) fn rp_filter_bare(draw: &mut Draw<'_>) -> Change {
+    let from = draw.source(false);
+    let via = draw.via(false);
+    Change::once([sysctl("ipv4/conf/lan0/rp_filter", "2"), ip(format!("route add {from} {via} metric 1"))])
+        .then([ip("address del 10.1.0.1/16 dev lan0")])
+        .then([ip("route add 10.1.0.0/16 dev lan0")])
+        .from([from])
+}
+
+pub(super) fn disable_xfrm(draw: &mut Draw<'_>) -> Change {
+    let key = format!("ipv4/conf/{}/disable_xfrm", draw.one(&["out0", "all", "out1", "lan0"]));
+    Change::once([sysctl(key.clone(), "1")]).undone_by([sysctl(key, "0")])
+}
+
+pub(super) fn disable_policy(draw: &mut Draw<'_>) -> Change {
+    let (family, device) = (draw.one(&["ipv4", "ipv6"]), draw.one(&["lan0", "out0", "all"]));
+    let key = format!("{family}/conf/{device}/disable_policy");
+    Change::once([sysctl(key.clone(), "1")]).undone_by([sysctl(key, "0")])
+}
+
+pub(super) fn mtu_v6(draw: &mut Draw<'_>) -> Change {
+    let (device, mtu) = (draw.one(&["out0", "out0", "out1"]), draw.one(&[1280_usize, 1350, 1400]));
+    let key = format!("ipv6/conf/{device}/mtu");
+    Change::once([sysctl(key.clone(), mtu.to_string())])
+        .undone_by([sysctl(key, "1500")])
+        .lengths(mtu)
+        .lengths(mtu - 74)
+}
+
+pub(super) fn disable_ipv6(draw: &mut Draw<'_>) -> Change {
+    let key = format!("ipv6/conf/{}/disable_ipv6", draw.one(&["lan0", "out0", "all", "lan1"]));
+    Change::once([sysctl(key.clone(), "1")]).then([sysctl(key, "0")])
+}
+
+/// Another device takes some of the port's frames.
+pub(super) fn macvlan(draw: &mut Draw<'_>) -> Change {
+    let (device, mode) =
+        (draw.one(&["lan0", "lan1"]), draw.one(&["bridge", "private", "vepa", "passthru", "source"]));
+    Change::once([ip(format!("link add mac0 link {device} type macvlan mode {mode}"))])
+        .then([ip("link set mac0 up")])
+        .undone_by([ip("link del mac0"), ip("link set lan0 promisc off")])
+}
+
+/// The port becomes a bridge's, and is free again.
+pub(super) fn bridge(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["lan0", "lan1", "out1"]);
+    Change::once([ip("link add br0 type bridge"), ip("link set br0 up")])
+        .then([ip(format!("link set {device} master br0"))])
+        .then([ip(format!("link set {device} nomaster"))])
+}
+
+/// The host answers solicitations for somebody else.
+pub(super) fn proxy_ndp(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(true);
+    let proxied = draw.address(to);
+    let device = draw.one(&["lan0", "out0"]);
+    Change::once([
+        sysctl("ipv6/conf/all/proxy_ndp", "1"),
+        sysctl("ipv6/conf/lan0/proxy_ndp", "1"),
+        ip(format!("neighbour add proxy {proxied} dev {device}")),
+    ])
+    .undone_by([
+        ip(format!("neighbour del proxy {proxied} dev {device}")),
+        sysctl("ipv6/conf/all/proxy_ndp", "0"),
+        sysctl("ipv6/conf/lan0/proxy_ndp", "0"),
+    ])
+    .to([proxied.into()])
+    .solicitations()
+}
+
+pub(super) fn proxy_arp(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(false);
+    let proxied = draw.address(to);
+    let pvlan = draw.one(&["proxy_arp", "proxy_arp_pvlan"]);
+    Change::once([
+        sysctl(format!("ipv4/conf/lan0/{pvlan}"), "1"),
+        ip(format!("neighbour add proxy {proxied} dev lan0")),
+    ])
+    .undone_by([
+        ip(format!("neighbour del proxy {proxied} dev lan0")),
+        sysctl(format!("ipv4/conf/lan0/{pvlan}"), "0"),
+    ])
+    .to([proxied.into()])
+}
+
+/// A router tells an MTU, a prefix and a default route of short lifetimes.
+pub(super) fn advertisement(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(true);
+    let network =
+        IpNet::new(to.network(), to.prefix_len().clamp(48, 64)).expect("a length of the family").trunc();
+    let router: Ipv6Addr = "fe80::b5".parse().expect("an address");
+    let mtu = draw.one(&[None, Some(1300_u32), Some(1400)]);
+    let prefix = draw.flip().then_some(network);
+    let lifetime = draw.one(&[0_u16, 1]);
+    let frame = icmp::advertisement(router, Device::Out0.mac(), mtu, prefix, lifetime);
+    let told = format!("a router advertisement, MTU {mtu:?}, prefix {prefix:?}, lifetime {lifetime} s");
+    Change::once([
+        ip("address add fe80::2/64 dev out0 nodad"),
+        sysctl("ipv6/conf/out0/accept_ra", "2"),
+        sysctl("ipv6/conf/out0/autoconf", "0"),
+    ])
+    .then([Command::Frame(Device::Out0, frame, told)])
+    .then([Command::Wait(Duration::from_millis(1200))])
+    .to([network])
+    .lengths(1300)
+    .lengths(1226)
+}
+
+/// The host learns that packets to an address must be shorter.
+pub(super) fn path_mtu(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let tunnel = draw.tunnel(v6);
+    let to = if draw.below(3) == 0 { tunnel.peer } else { draw.destination(v6).network() };
+    let own = own_address(Device::Out0, v6).split('/').next().unwrap_or_default();
+    let own: IpAddr = own.parse().expect("an address");
+    let mtu = 1300;
+    let frame = icmp::too_big(to, own, Device::Out0.mac(), mtu);
+    let uses = draw.one(&["0", "1"]);
+    Change::once([sysctl("ipv4/ip_forward_use_pmtu", uses)])
+        .then([Command::Frame(Device::Out0, frame, format!("too big: {mtu} for {to}"))])
+        .then([ip_of(v6, "route flush cache")])
+        .to([to.into()])
+        .lengths(1300)
+        .lengths(1246)
+}

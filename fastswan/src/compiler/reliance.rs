@@ -1,0 +1,93 @@
+//! What of the host the policies that have slots depend on: so that a change that concerns none of them costs nothing.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use ipnet::IpNet;
+
+use super::{
+    path::{Concerns, Paths},
+    rule::eligible,
+};
+use crate::policy::{NextHop, Policy};
+
+/// Devices, outer addresses and neighbours of policies with slots, and what of them has changed.
+#[derive(Debug, Default)]
+pub(super) struct Reliance {
+    devices: BTreeSet<u32>,
+    /// Of templates, at both ends.
+    addresses: BTreeSet<IpAddr>,
+    neighbours: BTreeSet<(u32, IpAddr)>,
+    changed: Changed,
+}
+
+#[derive(Debug, Default)]
+struct Changed {
+    is_everything: bool,
+    devices: BTreeSet<u32>,
+    addresses: BTreeSet<IpNet>,
+    neighbours: BTreeSet<(u32, IpAddr)>,
+}
+
+impl Reliance {
+    /// Takes note of a policy that has a slot, by what its packets would take now. What it took before is still noted; that
+    /// costs no more than a look at it.
+    pub(super) fn note(&mut self, policy: &Policy, paths: &Paths) {
+        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return };
+        self.devices.insert(device.ifindex);
+        self.addresses.extend([template.source, template.destination]);
+        self.neighbours.extend(paths.neighbour(policy, device, template));
+    }
+
+    /// Takes note of a change.
+    pub(super) fn changed(&mut self, concerns: Concerns) {
+        let changed = &mut self.changed;
+        match concerns {
+            Concerns::Nothing => {}
+            Concerns::Everything | Concerns::Policies => changed.is_everything = true,
+            Concerns::Device(ifindex) => {
+                changed.devices.extend(self.devices.get(&ifindex));
+            }
+            Concerns::Neighbour(neighbour) => {
+                changed.neighbours.extend(self.neighbours.get(&neighbour));
+            }
+            Concerns::Addresses(prefix) => {
+                let mut inside = self.addresses.range(prefix.network()..=prefix.broadcast());
+                if inside.next().is_some() {
+                    changed.addresses.insert(prefix);
+                }
+            }
+        }
+    }
+
+    /// Whether something has changed that policies depend on.
+    pub(super) fn has_changed(&self) -> bool {
+        let Changed { is_everything, devices, addresses, neighbours } = &self.changed;
+        *is_everything || !devices.is_empty() || !addresses.is_empty() || !neighbours.is_empty()
+    }
+
+    /// Whether a policy depends on what has changed.
+    pub(super) fn concerns(&self, policy: &Policy, paths: &Paths) -> bool {
+        let changed = &self.changed;
+        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return true };
+        let is_in =
+            |prefix: &IpNet| prefix.contains(&template.source) || prefix.contains(&template.destination);
+        // Which neighbour it was, the route may no longer tell.
+        let is_sent_to = || match policy.egress.next_hop {
+            NextHop::Neighbour => paths
+                .neighbour(policy, device, template)
+                .is_none_or(|neighbour| changed.neighbours.contains(&neighbour)),
+            NextHop::Device | NextHop::Fixed { .. } => false,
+        };
+        changed.is_everything
+            || changed.devices.contains(&device.ifindex)
+            || changed.addresses.iter().any(is_in)
+            || !changed.neighbours.is_empty() && is_sent_to()
+    }
+
+    /// Forgets what has changed: it is taken up. If everything has, what policies depend on is noted anew.
+    pub(super) fn take_up(&mut self) {
+        if std::mem::take(&mut self.changed).is_everything {
+            *self = Self::default();
+        }
+    }
+}
