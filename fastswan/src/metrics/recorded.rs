@@ -421,4 +421,20 @@ mod tests {
         assert_eq!(in_table, described);
         assert!(in_table.len() > 10);
     }
+
+    #[test]
+    fn hooks_that_are_skipped_are_counted_by_kind_until_they_are_gone() {
+        let recorder = DebuggingRecorder::new();
+        metrics::with_local_recorder(&recorder, || {
+            let hook =
+                |kind| Hook { kind, place: crate::host::HookPlace::Forwarding(None), name: String::new() };
+            let mut meters = Meters::new();
+            meters.skipped(&[HookKind::NfTables, HookKind::NfTables, HookKind::Conntrack].map(hook));
+            let scrape = Scrape::take(&recorder);
+            scrape.expect(&[("skipped_hooks kind=nf_tables", 2), ("skipped_hooks kind=conntrack", 1)]);
+            assert!(!scrape.0.contains_key("fastswan_skipped_hooks kind=tc"), "never there");
+            meters.skipped(&[]);
+            Scrape::take(&recorder).expect(&[("skipped_hooks kind=nf_tables", 0)]);
+        });
+    }
 }
