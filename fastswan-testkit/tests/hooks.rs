@@ -12,7 +12,7 @@ use std::{
 };
 
 use fastswan::{
-    BpfTable, Gateway, HostFacts, NetlinkHost, NetlinkSource, PassReason, XdpForwarder,
+    BpfTable, Gateway, NetlinkHost, NetlinkSource, PassReason, XdpForwarder,
     compiler::{Cause, Explanation, Flow},
     forwarder::{AttachConfig, RunAction},
     gateway::GatewayHandle,
@@ -553,7 +553,7 @@ fn what_cannot_change_the_fate_of_forwarded_packets_is_no_hook() {
             ] {
                 running.stays_fast(what, |gateway| shell(gateway, add));
             }
-            let facts = running.site.gateway.enter(|| HostFacts::read().unwrap());
+            let facts = running.site.gateway.enter(|| NetlinkHost::read_once().unwrap());
             println!("{:#?}", facts.hooks);
         },
     );

@@ -74,9 +74,8 @@
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
 //! for what is removed, and `GatewayHandle::hold` for removals that you plan; for policies that come it stays.
 //!
-//! **Host facts** are followed. When links, addresses, routes, rules, neighbours or the sysctls `forwarding` and
-//! `rp_filter` change, all is read again, at most ten times a second, and everything passes meanwhile. The kernel does
-//! not notify of other sysctls, such as `disable_xfrm`: they are read with the next other change.
+//! **Host facts** are followed change by change: links, addresses, routes, rules, neighbours, next hop objects and sysctls. The
+//! kernel does not notify of all sysctls: `disable_xfrm` and some others are known within about 200 ms.
 //!
 //! # Features
 //!

@@ -49,6 +49,8 @@ impl Paths {
     /// Takes up a change, and returns what it may change in turn.
     pub(super) fn change(&mut self, change: &HostChange) -> Concerns {
         match change {
+            // Tables ask devices themselves.
+            HostChange::Device { .. } => Concerns::Nothing,
             HostChange::Link(link) => {
                 let old = self.links.insert(link.ifindex, link.clone());
                 if old.as_ref() == Some(link) {

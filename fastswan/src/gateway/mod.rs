@@ -53,7 +53,7 @@ use crate::forwarder::{AttachConfig, ForwarderError, XdpForwarder};
 use crate::{
     compiler::{Explanation, Flow},
     event::PolicyEvent,
-    host::{Hooks, HostEvent},
+    host::{Hooks, HostChange, HostEvent},
     metrics::Meters,
     mirror::{Action, HoldId, Input, InputState, Mirror},
     source::{HostSource, PolicySource, SourceError},
@@ -483,23 +483,28 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         };
         self.since.get_or_insert_with(Instant::now);
         let known = self.mirror.input(Input::Host);
-        let stale = if let HostEvent::Stale(cause) = &event { Some(cause.name()) } else { None };
-        let is_snapshot = matches!(event, HostEvent::Snapshot(_));
+        let (stale, is_snapshot) = match &event {
+            HostEvent::Stale(cause) => (Some(cause.name()), false),
+            HostEvent::Snapshot(_) => (None, true),
+            HostEvent::Changes(_) => (None, false),
+        };
+        let concerns_devices = match &event {
+            HostEvent::Changes(changes) => changes.iter().any(is_about_devices),
+            HostEvent::Snapshot(_) | HostEvent::Stale(_) => is_snapshot,
+        };
         self.mirror.handle_host_event(event, now());
         if let Some(cause) = stale {
             self.meters.lost_track(Input::Host.name(), cause);
-            tracing::debug!(
-                cause,
-                "something about the host has changed: everything passes until it is known"
-            );
-            self.act()?;
-        } else {
-            if is_snapshot {
-                let cause = cause_of(known);
-                self.meters.resynchronised(Input::Host.name(), cause);
-                tracing::debug!(cause, "the host is known");
-            }
-            self.may_be_obstructed = true;
+            tracing::debug!(cause, "the host source lost track: everything passes until it knows again");
+            return self.act();
+        }
+        if is_snapshot {
+            let cause = cause_of(known);
+            self.meters.resynchronised(Input::Host.name(), cause);
+            tracing::debug!(cause, "the host is known");
+        }
+        self.may_be_obstructed = true;
+        if concerns_devices {
             self.table.refresh_devices();
             self.attached.look_again(&mut self.mirror);
         }
@@ -814,6 +819,11 @@ fn removal_signal(_: &impl OffloadTable) -> Option<std::convert::Infallible> {
 #[cfg(not(feature = "bpf"))]
 fn removal(_: Option<&std::convert::Infallible>) -> impl Future<Output = ()> {
     pending()
+}
+
+/// Whether what a device can do, or whether it is there, may be different after a change.
+fn is_about_devices(change: &HostChange) -> bool {
+    matches!(change, HostChange::Link(_) | HostChange::LinkGone(_) | HostChange::Device { .. })
 }
 
 /// What made a snapshot necessary.

@@ -6,6 +6,7 @@
 //! policy's device, and how the policy's packets leave; [`HostFacts::ports`] says from where packets may be
 //! fast.
 
+mod broken;
 mod error;
 mod event;
 pub mod hooks;
@@ -17,6 +18,10 @@ mod trie;
 
 use std::net::IpAddr;
 
+#[cfg(feature = "broken-rules")]
+pub use self::broken::BrokenHostRule;
+#[cfg(not(feature = "broken-rules"))]
+pub(crate) use self::broken::BrokenHostRule;
 pub use self::{
     error::HostError,
     event::{HostChange, HostEvent, HostStaleCause},
@@ -94,7 +99,7 @@ impl HostFacts {
     /// The port for frames that arrive on an interface with a VLAN tag, or, for 0, without one.
     ///
     /// `None` if the kernel does not give such frames to its IP layer, or may not: no such interface or VLAN
-    /// device, a device that is down or has no Ethernet address, a member of a bridge, bond or VRF, one that
+    /// device, a device that is down, has no carrier or no Ethernet address, a member of a bridge, bond or VRF, one that
     /// macvlan or ipvlan devices share, or one with a hook where packets come in. Devices of other network namespaces are
     /// not seen.
     #[must_use]
@@ -112,7 +117,8 @@ impl HostFacts {
             (0, Some(_)) | (_, None) => return None,
             (_, Some(link)) => link,
         };
-        if receiver.controller.is_some() || !device.up || !receiver.up {
+        let is_on = |link: &Link| link.up && link.carrier;
+        if receiver.controller.is_some() || !is_on(device) || !is_on(receiver) {
             return None;
         }
         if self.ingress_hook(device.ifindex, receiver.ifindex).is_some() {
@@ -191,6 +197,8 @@ impl HostFacts {
             }
             HostChange::NeighbourGone { ifindex, destination } => self.forget_neighbour(ifindex, destination),
             HostChange::Hooks(hooks) => self.hooks = hooks,
+            // What a device can do is not among these facts.
+            HostChange::Device { .. } => {}
         }
     }
 

@@ -95,6 +95,12 @@ impl HookWatch {
         Ok(self.now())
     }
 
+    /// The same, if that is so already.
+    pub(crate) fn try_changed(&mut self) -> io::Result<Option<Vec<Hook>>> {
+        let has_changed = self.hooks.has_changed().map_err(|_| ended())?;
+        Ok(has_changed.then(|| self.now()))
+    }
+
     /// Whether [`Self::changed`] has returned all that there was a quarter of a second ago, or later.
     pub(crate) fn caught_up(&self) -> io::Result<bool> {
         let looked = *self.looked.lock().unwrap_or_else(PoisonError::into_inner);

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::super::{
-    command::{Command, ip, ip_of, sysctl},
+    command::{self, Command, ip, ip_of, sysctl},
     draw::{Change, Draw},
     icmp,
     world::Device,
@@ -83,10 +83,12 @@ pub(super) fn anycast(draw: &mut Draw<'_>) -> Change {
         .to([network, network.network().into()])
 }
 
-/// A next hop moves, or is lost.
+/// The next hop of a tunnel that asks for it moves, or is lost. For the others the kernel of the judge, which
+/// encrypts nothing, needs one where IPsec does not.
 pub(super) fn neighbour(draw: &mut Draw<'_>) -> Change {
-    let v6 = draw.flip();
-    let next_hop = draw.gateway(v6);
+    let asking: Vec<_> =
+        draw.tunnels.iter().filter(|tunnel| tunnel.by_neighbour).map(|tunnel| tunnel.peer).collect();
+    let next_hop = draw.one(&asking);
     let replace = |how: &str| ip(format!("neighbour replace {next_hop} dev out0 {how}"));
     let second = match draw.below(3) {
         0 => replace("nud failed"),
@@ -141,12 +143,11 @@ pub(super) fn flap(draw: &mut Draw<'_>) -> Change {
 /// The other end of a wire goes, and comes back.
 pub(super) fn carrier(draw: &mut Draw<'_>) -> Change {
     let device = draw.one(&Device::ALL);
-    Change::once([Command::Far(format!("link set {} down", device.far_end()))])
-        .then([Command::Far(format!("link set {} up", device.far_end()))])
+    Change::once(command::carrier(device, false)).then(command::carrier(device, true))
 }
 
 pub(super) fn mtu(draw: &mut Draw<'_>) -> Change {
-    let (device, mtu) = (draw.one(&["out0", "out0", "out1", "lan0"]), draw.one(&[1280, 1300, 1400, 1499]));
+    let (device, mtu) = (draw.one(&["out0", "out0", "out1"]), draw.one(&[1280, 1300, 1400, 1499]));
     Change::once([ip(format!("link set {device} mtu {mtu}"))])
         .undone_by([ip(format!("link set {device} mtu 1500"))])
         .lengths(mtu)

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::{
-    command::{Command, ip, ip_of, sysctl},
+    command::{Command, carrier, ip, ip_of, sysctl},
     draw::{Change, Draw},
     world::Device,
 };
@@ -77,10 +77,11 @@ pub(super) fn outer(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let tunnel = draw.tunnel(v6);
     let (to, length) = (tunnel.peer, if v6 { 128 } else { 32 });
-    let how = match draw.below(4) {
+    let how = match draw.below(5) {
         0 => format!("{} {to}/{length}", draw.denial()),
-        1 => format!("{to}/{length} {} onlink", draw.via(v6).replace("dev lan1", "dev out0")),
-        2 => format!("{to}/{length} dev {} mtu {}", tunnel.device.name(), draw.one(&[1280, 1400])),
+        1 => format!("{to}/{length} via {} dev out0 onlink", draw.gateway(v6)),
+        2 => format!("{to}/{length} via {} dev out1", if v6 { "2001:db8:e::2" } else { "198.51.100.2" }),
+        3 => format!("{to}/{length} dev {} mtu {}", tunnel.device.name(), draw.one(&[1280, 1400])),
         _ => format!("{to}/{length} dev {}", tunnel.device.name()),
     };
     Change::once([ip(format!("route add {how}"))]).undone_by([ip(format!("route del {how}"))]).lengths(1346)
@@ -149,8 +150,8 @@ pub(super) fn linkdown(draw: &mut Draw<'_>) -> Change {
         sysctl(format!("{family}/conf/out1/ignore_routes_with_linkdown"), ignore),
         ip(format!("route add {to} via {via} dev out1 metric 5")),
     ])
-    .then([Command::Far(format!("link set {} down", Device::Out1.far_end()))])
-    .then([Command::Far(format!("link set {} up", Device::Out1.far_end()))])
+    .then(carrier(Device::Out1, false))
+    .then(carrier(Device::Out1, true))
     .to([to])
 }
 
@@ -359,11 +360,10 @@ pub(super) fn unreachable_default(draw: &mut Draw<'_>) -> Change {
         .to([to])
 }
 
-/// A better IPv6 route whose router does not answer.
+/// A better IPv6 route, by another device, whose router does not answer.
 pub(super) fn router_fails(draw: &mut Draw<'_>) -> Change {
     let to = draw.destination(true);
-    let elsewhere = draw.one(&["out0", "out1"]);
-    let router = if elsewhere == "out0" { "2001:db8:f::77" } else { "2001:db8:e::77" };
+    let (elsewhere, router) = ("out1", "2001:db8:e::77");
     Change::once([
         ip(format!("neighbour replace {router} dev {elsewhere} lladdr 02:00:00:00:00:c7")),
         ip(format!("route add {to} via {router} dev {elsewhere} metric 15")),
