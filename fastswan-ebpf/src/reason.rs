@@ -106,6 +106,8 @@ reasons! {
     EgressUnavailable = "egress_unavailable",
     /// The embedder keeps the policy from being fast.
     Held = "held",
+    /// A hook may change the packet's fate on its way, such as a firewall's.
+    Hook = "hook",
 }
 
 impl PassReason {

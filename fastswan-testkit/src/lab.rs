@@ -8,6 +8,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, Write as _},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
@@ -22,7 +23,7 @@ use nix::{
     sched::{CloneFlags, setns},
 };
 
-use crate::sys::{Ethtool, ethtool_set, feature_set, packet_socket};
+use crate::sys::{Ethtool, ProgramPlace, attach_program, ethtool_set, feature_set, packet_socket};
 
 /// Where `ip netns` keeps namespaces.
 const NETNS: &str = "/run/netns";
@@ -356,6 +357,33 @@ pub fn wire(device: &str) -> Result<File, LabError> {
     let open = || packet_socket(nix::net::if_::if_nametoindex(device)?, 0);
     let socket = open().map_err(|error| LabError::system(format!("opening the wire of {device}"), error))?;
     Ok(File::from(socket))
+}
+
+/// Attaches a tcx program that drops to a device of this thread's network namespace, where packets come in or where they
+/// leave, until what this returns is closed.
+///
+/// # Errors
+///
+/// [`LabError::System`].
+pub fn drop_at_tcx(device: &str, egress: bool) -> Result<OwnedFd, LabError> {
+    const TCX_DROP: i32 = 2;
+    let ifindex = nix::net::if_::if_nametoindex(device);
+    let ifindex = ifindex.map_err(|error| LabError::system(format!("looking for {device}"), error))?;
+    attach_program(ProgramPlace::Tcx { ifindex, egress }, TCX_DROP)
+        .map_err(|error| LabError::system(format!("attaching a tcx program to {device}"), error))
+}
+
+/// Attaches a BPF program that drops to netfilter's forward hook of IPv4 in this thread's network namespace, until what this
+/// returns is closed.
+///
+/// # Errors
+///
+/// [`LabError::System`].
+pub fn drop_at_forward_hook() -> Result<OwnedFd, LabError> {
+    const NF_DROP: i32 = 0;
+    let place = ProgramPlace::Netfilter { family: 2, hook: 2 };
+    attach_program(place, NF_DROP)
+        .map_err(|error| LabError::system("attaching a BPF program to netfilter", error))
 }
 
 /// Whether this process may make namespaces and load programs, for tests that need it.

@@ -66,7 +66,9 @@
 //! # Before you rely on it
 //!
 //! **What the fast path skips.** SNMP counters, `AF_PACKET` taps, ICMP redirects and the egress qdisc, which change no
-//! packet's fate; and also netfilter rules, tc programs and IPVS on the ports, which do, and are **not detected yet**.
+//! packet's fate. Netfilter, filters of tc, tcx programs and IPVS do, so what one of them may concern is not fast, unless you
+//! allow its kind with `Gateway::with_allowed_hooks`: [`host::hooks`] says when that is right, and what such a ruleset looks
+//! like.
 //!
 //! **Lag.** The kernel changes a device first and tells user space afterwards. Between the two a packet may still be
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap

@@ -53,7 +53,7 @@ use crate::forwarder::{AttachConfig, ForwarderError, XdpForwarder};
 use crate::{
     compiler::{Explanation, Flow},
     event::PolicyEvent,
-    host::{HostChange, HostEvent},
+    host::{Hooks, HostChange, HostEvent},
     metrics::Meters,
     mirror::{Action, HoldId, Input, InputState, Mirror},
     source::{HostSource, PolicySource, SourceError},
@@ -203,6 +203,24 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.mirror.set_lease(lease);
+        self
+    }
+
+    /// Has packets be fast that skip hooks of these kinds: the embedder answers for it that this changes no packet's fate.
+    /// See [`host::hooks`](crate::host::hooks) for when that is so. The status names those that are skipped.
+    ///
+    /// ```
+    /// use fastswan::host::{HookKind, Hooks};
+    /// # use fastswan::{Gateway, MemoryTable, StaticSource, VouchedHost, table::TableConfig};
+    ///
+    /// # let table = MemoryTable::new(&TableConfig::default());
+    /// let gateway = Gateway::new(StaticSource::new(&[]), VouchedHost::new(), table)
+    ///     .with_allowed_hooks(Hooks::none().allow(HookKind::NfTables));
+    /// # let _ = gateway;
+    /// ```
+    #[must_use]
+    pub fn with_allowed_hooks(mut self, hooks: Hooks) -> Self {
+        self.mirror.allow_hooks(hooks);
         self
     }
 
@@ -701,12 +719,14 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             has_ended: self.has_failed,
             inputs: Input::ALL.iter().map(freshness).collect(),
             obstacles: self.obstacles.clone(),
+            skipped_hooks: self.mirror.skipped_hooks().iter().map(ToString::to_string).collect(),
         }
     }
 
     fn tell_state(&mut self) {
         let state = self.state();
         self.meters.switched(state.is_on);
+        self.meters.skipped(self.mirror.skipped_hooks());
         self.ends.states.send_if_modified(|told| {
             let is_new = *told != state;
             *told = state;

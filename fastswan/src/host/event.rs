@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{HostFacts, Link, Neighbour, Route, Rule};
+use super::{Hook, HostFacts, Link, Neighbour, Route, Rule};
 use crate::policy::Family;
 
 /// What a [`HostSource`](crate::HostSource) says.
@@ -54,6 +54,8 @@ pub enum HostChange {
         /// Its address.
         destination: IpAddr,
     },
+    /// These are all hooks now.
+    Hooks(Vec<Hook>),
 }
 
 /// Why a host source lost track.

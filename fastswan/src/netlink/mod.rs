@@ -9,6 +9,7 @@ mod back_off;
 mod decode;
 mod dump;
 mod follow;
+mod hooks;
 #[cfg(feature = "bpf")]
 mod interface;
 mod link_state;
@@ -32,6 +33,7 @@ pub(crate) use self::{
     back_off::BackOff,
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
     follow::{Follower, Found, Wanted},
+    hooks::{HookWatch, read_hooks},
     links::{Links, settle as settle_links},
     route::{Sysctls, Told, read_all, read_host, read_neighbours, read_routes, read_rules, read_sysctls},
     socket::{Datagram, NetlinkSocket},

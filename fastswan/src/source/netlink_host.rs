@@ -13,11 +13,11 @@ use super::HostSource;
 #[cfg(feature = "broken-rules")]
 use crate::host::BrokenHostRule;
 use crate::{
-    host::{HostError, HostEvent, HostFacts, HostStaleCause},
+    host::{Hook, HostChange, HostError, HostEvent, HostFacts, HostStaleCause},
     netlink::{
-        Anchor, BackOff, Datagram, Follower, Found, HostSockets, Job, NetlinkSocket, Sysctls, Told, Wanted,
-        hear, heard_device, read_all, read_host, read_neighbours, read_routes, read_rules, read_sysctls,
-        remedy,
+        Anchor, BackOff, Datagram, Follower, Found, HookWatch, HostSockets, Job, NetlinkSocket, Sysctls,
+        Told, Wanted, hear, heard_device, read_all, read_hooks, read_host, read_neighbours, read_routes,
+        read_rules, read_sysctls, remedy,
     },
 };
 
@@ -51,6 +51,9 @@ const SYSCTL_LINKS: usize = 256;
 /// yields everything again. An overrun of neighbours, which have a buffer of their own, makes it tell that none is known,
 /// until they have been read again.
 ///
+/// Netfilter, filters of tc and other [hooks](crate::host::hooks) are followed on a thread of their own, which looks ten times a
+/// second at what the kernel does not tell of. They take `CAP_NET_ADMIN` to read: without, each kind counts as there.
+///
 /// Needs Linux; from 6.3 on it hears whether devices take redirected frames. Needs no privilege, but without
 /// `CAP_NET_ADMIN` its buffers are smaller, and it may read what a link loses while the kernel still takes it away.
 ///
@@ -75,6 +78,9 @@ pub struct NetlinkHost {
     /// On whatever thread it is polled, the kernel is asked in the namespace that this was opened in.
     anchor: Anchor,
     sockets: HostSockets,
+    hooks: HookWatch,
+    /// As they were told last.
+    known_hooks: Option<Vec<Hook>>,
     state: State,
     /// Not yielded yet.
     ready: VecDeque<HostEvent>,
@@ -132,6 +138,7 @@ enum Woken {
     Begun(Begun),
     Found(Result<Found, HostError>),
     Sysctls(Result<Sysctls, HostError>),
+    Hooks(io::Result<Vec<Hook>>),
 }
 
 impl NetlinkHost {
@@ -158,9 +165,12 @@ impl NetlinkHost {
             )
         })?;
         let anchor = Anchor::here().map_err(|error| system("starting a thread", error))?;
+        let hooks = HookWatch::start(&anchor);
         Ok(Self {
             anchor,
             sockets,
+            hooks,
+            known_hooks: None,
             state: State::Waiting(Instant::now()),
             ready: VecDeque::new(),
             back_off: BackOff::default(),
@@ -176,7 +186,7 @@ impl NetlinkHost {
     ///
     /// [`HostError`].
     pub fn read_once() -> Result<HostFacts, HostError> {
-        read_host()
+        Ok(HostFacts { hooks: read_hooks(), ..read_host()? })
     }
 
     /// Breaks a rule on purpose: for tests only.
@@ -218,6 +228,9 @@ impl NetlinkHost {
     /// Takes up everything that is there. Whether that was all.
     fn step(&mut self) -> Result<bool, HostError> {
         let now = Instant::now();
+        if let Some(hooks) = self.hooks.try_changed().map_err(|error| system(FOLLOWING_HOOKS, error))? {
+            self.take_hooks(hooks);
+        }
         if let State::Following(following) = &mut self.state {
             following.poll(now, &self.anchor);
         }
@@ -327,12 +340,20 @@ impl NetlinkHost {
         Ok(())
     }
 
+    fn take_hooks(&mut self, hooks: Vec<Hook>) {
+        if matches!(self.state, State::Following(_)) {
+            self.ready.push_back(HostEvent::Changes(vec![HostChange::Hooks(hooks.clone())]));
+        }
+        self.known_hooks = Some(hooks);
+    }
+
     /// Goes on with following if everything has been read.
     fn finish_beginning(&mut self, now: Instant) {
         let State::Reading(beginning) = &mut self.state else { return };
         match beginning.read.take() {
             None => {}
-            Some(Ok((mut follower, facts))) => {
+            Some(Ok((mut follower, mut facts))) => {
+                facts.hooks = self.known_hooks.clone().unwrap_or_default();
                 #[cfg(feature = "broken-rules")]
                 follower.set_broken(self.broken);
                 for told in beginning.backlog.drain(..) {
@@ -357,6 +378,10 @@ impl NetlinkHost {
     /// Waits until there is something to look at, and takes note of it. Cancel-safe.
     async fn wait(&mut self) -> Result<(), HostError> {
         if let State::Waiting(until) = self.state {
+            if self.known_hooks.is_none() {
+                let hooks = self.hooks.changed().await;
+                self.known_hooks = Some(hooks.map_err(|error| system(FOLLOWING_HOOKS, error))?);
+            }
             // A timer takes a millisecond even when it is due.
             if Instant::now() < until {
                 sleep_until(until).await;
@@ -380,6 +405,7 @@ impl NetlinkHost {
                     told = neighbours.receive() => Woken::Neighbours(told),
                     told = device(devices) => Woken::Device(told),
                     found = found(reading) => Woken::Found(found),
+                    hooks = self.hooks.changed() => Woken::Hooks(hooks),
                     looked = sysctls.looked() => looked.map_or(Woken::Again, Woken::Sysctls),
                     () = until(due), if due.is_some() => Woken::Again,
                 }
@@ -397,6 +423,10 @@ impl NetlinkHost {
                 self.hear_neighbours(told, now)?;
             }
             Woken::Device(told) => self.hear_device(told)?,
+            Woken::Hooks(hooks) => {
+                let hooks = hooks.map_err(|error| system(FOLLOWING_HOOKS, error))?;
+                self.take_hooks(hooks);
+            }
             Woken::Begun(read) => {
                 if let State::Reading(beginning) = &mut self.state {
                     beginning.read = Some(read);
@@ -551,12 +581,16 @@ impl HostSource for NetlinkHost {
 
     fn caught_up(&mut self) -> Result<bool, HostError> {
         match self.state {
-            State::Following(_) if self.ready.is_empty() => self.step(),
+            State::Following(_) if self.ready.is_empty() => {
+                let is_drained = self.step()?;
+                Ok(is_drained && self.hooks.caught_up().map_err(|error| system(FOLLOWING_HOOKS, error))?)
+            }
             _ => Ok(false),
         }
     }
 }
 
+const FOLLOWING_HOOKS: &str = "following netfilter, tc and other hooks";
 const HEARING: &str = "hearing of changes of links, addresses, routes and neighbours";
 
 fn started<T>(result: io::Result<Result<T, HostError>>) -> Result<T, HostError> {
