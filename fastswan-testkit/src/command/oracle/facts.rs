@@ -23,9 +23,6 @@ pub(crate) struct Options {
     /// With --facts: only this kind of change; may be given more than once.
     #[arg(long = "kind", value_parser = kind, requires = "facts")]
     kinds: Vec<String>,
-    /// With --facts: also what netfilter and tc do.
-    #[arg(long, requires = "facts")]
-    hooks: bool,
     /// With --facts: tells only the cases from the field.
     #[arg(long, requires = "facts")]
     stories: bool,
@@ -51,9 +48,6 @@ pub(crate) fn run(options: &Options, seed: u64, decisions: u64, json: bool) -> a
     println!("seed {seed}");
     let start = Instant::now();
     let mut oracle = FactsOracle::new(seed, decisions);
-    if options.hooks {
-        oracle = oracle.hooks();
-    }
     if !options.kinds.is_empty() {
         oracle = oracle.only(&options.kinds);
     }

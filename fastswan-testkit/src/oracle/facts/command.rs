@@ -23,6 +23,8 @@ pub(super) enum Command {
     Tc(String),
     /// A line of `nft`.
     Nft(String),
+    /// Another program and its arguments.
+    Other(String),
     /// A sysctl below `net`, with slashes, and its value.
     Sysctl(String, String),
     /// Arguments of `ip` at the far ends of the wires.
@@ -40,6 +42,7 @@ impl fmt::Display for Command {
             Self::Ip6(text) => write!(f, "ip -6 {text}"),
             Self::Tc(text) => write!(f, "tc {text}"),
             Self::Nft(text) => write!(f, "nft '{text}'"),
+            Self::Other(text) => f.write_str(text),
             Self::Sysctl(key, value) => write!(f, "sysctl -w net/{key}={value}"),
             Self::Far(text) => write!(f, "(far end) ip {text}"),
             Self::Frame(device, _, what) => write!(f, "({what} arrives at {})", device.name()),
@@ -56,6 +59,11 @@ pub(super) fn ip(text: impl Into<String>) -> Command {
 /// `ip` or `ip -6`.
 pub(super) fn ip_of(v6: bool, text: impl Into<String>) -> Command {
     if v6 { Command::Ip6(text.into()) } else { Command::Ip(text.into()) }
+}
+
+/// Another program.
+pub(super) fn other(text: impl Into<String>) -> Command {
+    Command::Other(text.into())
 }
 
 /// `sysctl`, below `net`.
@@ -117,6 +125,11 @@ fn run_one(wires: &mut Wires, command: &Command) -> anyhow::Result<()> {
         Command::Sysctl(key, value) => {
             fs::write(format!("/proc/sys/net/{key}"), value).with_context(|| command.to_string())?;
         }
+        Command::Other(text) => {
+            let mut words = text.split_whitespace();
+            let program = words.next().context("a program")?;
+            pipe(program, &words.collect::<Vec<_>>(), "")?;
+        }
         Command::Frame(device, frame, _) => drop(wires.send(*device, frame)?),
         Command::Wait(time) => sleep(*time),
         _ => {}
@@ -142,8 +155,8 @@ fn pipe(program: &str, arguments: &[&str], lines: &str) -> anyhow::Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot run {program}"))?;
-    // Dropped at once, which ends the input.
-    child.stdin.take().context("a pipe")?.write_all(lines.as_bytes())?;
+    // Dropped at once, which ends the input. A program that does not want it says why.
+    let _ = child.stdin.take().context("a pipe")?.write_all(lines.as_bytes());
     let output = child.wait_with_output()?;
     ensure!(
         output.status.success(),

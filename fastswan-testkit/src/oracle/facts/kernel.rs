@@ -110,12 +110,12 @@ impl Kernel {
     }
 
     fn judge_patiently(&mut self, packets: &[Packet], patience: Duration) -> anyhow::Result<Vec<Fate>> {
-        let Some((first, _)) = packets.first().and_then(|packet| number_in(&packet.frame)) else {
+        let Some(first) = packets.first().and_then(Packet::numbered) else {
             return Ok(Vec::new());
         };
         let mut fates = Vec::new();
         for packet in packets {
-            let is_sent = self.wires.send(packet.port, &packet.frame)?;
+            let is_sent = self.wires.send(packet.port, &packet.frame())?;
             fates.push(if is_sent { Fate::Gone } else { Fate::Unsent });
         }
         for seen in self.wires.listen(patience)? {

@@ -110,7 +110,7 @@ impl Follower {
     /// Runs the program on a packet.
     pub(super) fn run(&self, packet: &Packet) -> anyhow::Result<Verdict> {
         // The kernel runs no program for a device that is down, and nothing arrives there.
-        let Ok(outcome) = self.program.run(&packet.frame, self.lan[packet.port as usize]) else {
+        let Ok(outcome) = self.program.run(&packet.frame(), self.lan[packet.port as usize]) else {
             return Ok(Verdict::Passed(PassReason::UnknownPort));
         };
         match (outcome.action, outcome.reason) {

@@ -82,22 +82,15 @@ pub struct FactsOracle {
 }
 
 impl FactsOracle {
-    /// All kinds but those with hooks, with at least this many packets.
+    /// All kinds, with at least this many packets.
     #[must_use]
     pub fn new(seed: u64, decisions: u64) -> Self {
-        let kinds = KINDS.iter().filter(|kind| !kind.is_hook).collect();
-        Self { seed, decisions, mutant: None, kinds }
+        Self { seed, decisions, mutant: None, kinds: KINDS.iter().collect() }
     }
 
     /// The names of all kinds.
     pub fn kinds() -> impl Iterator<Item = &'static str> {
         KINDS.iter().map(|kind| kind.name)
-    }
-
-    /// Also kinds that are about hooks: netfilter and tc.
-    #[must_use]
-    pub fn hooks(self) -> Self {
-        Self { kinds: KINDS.iter().collect(), ..self }
     }
 
     /// Only kinds of these names, one at a time.

@@ -27,11 +27,13 @@ pub enum HostMutant {
     Lifetime,
     /// It tells the rules but the first in the opposite order.
     RuleOrder,
+    /// It does not look at hooks.
+    Hooks,
 }
 
 impl HostMutant {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Routes,
         Self::Rules,
         Self::Links,
@@ -39,6 +41,7 @@ impl HostMutant {
         Self::Tos,
         Self::Lifetime,
         Self::RuleOrder,
+        Self::Hooks,
     ];
 
     /// The kinds of change that it lies about.
@@ -50,6 +53,7 @@ impl HostMutant {
             Self::Neighbours => &["neighbour"],
             Self::Tos => &["route-tos", "route-tos-outer"],
             Self::Lifetime => &["v6-expires"],
+            Self::Hooks => &["tc", "nft-filter", "nft-policy"],
             Self::RuleOrder => &["rule-order", "rule-table"],
         }
     }
@@ -65,6 +69,7 @@ impl HostMutant {
             Self::Tos => "tos",
             Self::Lifetime => "lifetime",
             Self::RuleOrder => "rule-order",
+            Self::Hooks => "hooks",
         }
     }
 }
@@ -112,6 +117,7 @@ impl<S> Lying<S> {
                     gone.into_iter().filter(|route| !prefixes.contains(&(route.table, route.destination))),
                 );
             }
+            HostMutant::Hooks => facts.hooks.clear(),
             HostMutant::RuleOrder => {
                 facts.rules = [Family::V4, Family::V6].map(|family| turned(&facts.rules, family)).concat();
             }

@@ -29,7 +29,10 @@ pub(super) struct Packet {
     pub(super) port: Device,
     /// In bytes, from the IP header on.
     pub(super) length: usize,
-    pub(super) frame: Vec<u8>,
+    /// Without its tag.
+    frame: Vec<u8>,
+    /// A VLAN id.
+    tag: Option<u16>,
     /// Nothing but its addresses, type of service and length keeps it from being fast.
     pub(super) is_plain: bool,
     /// Where its mark is.
@@ -107,7 +110,12 @@ impl Packet {
             1 => (64, false),
             _ => (if matches!(upper, Upper::Icmp(135)) { 255 } else { 64 }, true),
         };
-        Self::new((source, destination), port, tos, length, upper, ttl, own_mac)
+        let mut packet = Self::new((source, destination), port, tos, length, upper, ttl, own_mac);
+        if rng.random_bool(0.04) {
+            packet.tag = Some(*[0, 10, 10, 11].choose(rng).expect("some"));
+            packet.is_plain &= packet.tag == Some(0);
+        }
+        packet
     }
 
     fn new(
@@ -142,8 +150,30 @@ impl Packet {
             length: frame.len() - ETHERNET,
             is_plain: ttl > 1 && own_mac && !is_solicitation,
             mark: frame.len() - payload,
+            tag: None,
             frame,
         }
+    }
+
+    /// The frame that arrives.
+    pub(super) fn frame(&self) -> Vec<u8> {
+        const ADDRESSES: usize = 12;
+        let mut frame = self.frame.clone();
+        if let Some(tag) = self.tag {
+            let [high, low] = tag.to_be_bytes();
+            frame.splice(ADDRESSES..ADDRESSES, [0x81, 0x00, high, low]);
+        }
+        frame
+    }
+
+    /// Its VLAN id.
+    pub(super) fn tag(&self) -> Option<u16> {
+        self.tag
+    }
+
+    /// Its number.
+    pub(super) fn numbered(&self) -> Option<u32> {
+        number_in(&self.frame).map(|(number, _)| number)
     }
 
     /// Its protocol, or next header.

@@ -246,8 +246,9 @@ impl<'a> Trial<'a> {
             Fate::Unsent => "unsent".to_owned(),
         };
         let protocol = packet.protocol();
+        let tag = packet.tag().map(|id| format!(" VLAN {id}")).unwrap_or_default();
         format!(
-            "{source} → {destination} protocol {protocol} tos {tos:#x} length {length} at {}: {fate}, after: {}",
+            "{source} → {destination}{tag} protocol {protocol} tos {tos:#x} length {length} at {}: {fate}, after: {}",
             port.name(),
             self.done.join("; ")
         )

@@ -487,3 +487,63 @@ pub(super) fn harmless(draw: &mut Draw<'_>) -> Change {
     ]);
     Change::once([sysctl(key, value)]).undone_by([sysctl(key, before)])
 }
+
+/// Devices for the port's tags, which say what becomes of tagged frames.
+pub(super) fn vlan(draw: &mut Draw<'_>) -> Change {
+    let (device, id) = (draw.one(&["lan0", "lan0", "lan1"]), draw.one(&[10, 10, 0]));
+    Change::once([ip(format!("link add vlan9 link {device} type vlan id {id}"))])
+        .then([ip("link set vlan9 up"), ip("address add 198.18.9.1/24 dev vlan9")])
+        .then([ip("link set vlan9 down")])
+        .then([ip("link set vlan9 up")])
+        .undone_by([ip("link del vlan9")])
+}
+
+/// A port, or a device that packets leave by, becomes a VRF's, and is free again.
+pub(super) fn vrf(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["lan0", "lan1", "out1"]);
+    Change::once([ip("link add vrf0 type vrf table 300"), ip("link set vrf0 up")])
+        .then([ip(format!("link set {device} master vrf0"))])
+        .then([ip(format!("link set {device} nomaster"))])
+        .then([ip("link del vrf0")])
+}
+
+/// A port becomes a bond's, and is free again.
+pub(super) fn bond(draw: &mut Draw<'_>) -> Change {
+    let (device, mode) = (draw.one(&["lan0", "lan1"]), draw.one(&["active-backup", "balance-rr"]));
+    Change::once([ip(format!("link add bond7 type bond mode {mode}")), ip("link set bond7 up")])
+        .then([ip(format!("link set {device} down")), ip(format!("link set {device} master bond7"))])
+        .then([ip(format!("link set {device} nomaster")), ip(format!("link set {device} up"))])
+}
+
+/// Another device takes some of the port's packets by their addresses.
+pub(super) fn ipvlan(draw: &mut Draw<'_>) -> Change {
+    let (device, mode) = (draw.one(&["lan0", "lan1"]), draw.one(&["l2", "l3", "l3s"]));
+    let to = draw.destination(false);
+    let own = draw.address(to);
+    Change::once([ip(format!("link add ipvl0 link {device} type ipvlan mode {mode}"))])
+        .then([ip(format!("address add {own}/32 dev ipvl0")), ip("link set ipvl0 up")])
+        .undone_by([ip("link del ipvl0")])
+        .to([own.into()])
+}
+
+/// A device that swallows packets.
+pub(super) fn dummy(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    Change::once([ip("link add dum0 type dummy"), ip("link set dum0 up")])
+        .then([ip(format!("route add {to} dev dum0 metric 5"))])
+        .then([ip("link set dum0 down")])
+        .undone_by([ip("link del dum0")])
+        .to([to])
+}
+
+/// A device that stands for an interface id.
+pub(super) fn xfrm_interface(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let under = draw.one(&["dev out0", ""]);
+    Change::once([ip(format!("link add xfrm7 type xfrm {under} if_id 7")), ip("link set xfrm7 up")])
+        .then([ip(format!("route add {to} dev xfrm7 metric 5"))])
+        .undone_by([ip("link del xfrm7")])
+        .to([to])
+}

@@ -136,8 +136,21 @@ pub(super) const KINDS: &[Kind] = &[
     kind("proxy-arp", devices::proxy_arp).silent(),
     kind("router-advertisement", devices::advertisement).at_last(),
     kind("path-mtu", devices::path_mtu).silent().at_last(),
+    kind("vlan", devices::vlan),
+    kind("vrf", devices::vrf).at_last(),
+    kind("bond", devices::bond).at_last(),
+    kind("ipvlan", devices::ipvlan),
+    kind("dummy", devices::dummy),
+    kind("xfrm-interface", devices::xfrm_interface),
     kind("tc", hooks::tc).hook(),
-    kind("nft", hooks::nft).hook(),
+    kind("tc-flower", hooks::flower).hook(),
+    kind("nft-filter", hooks::nft_filter).hook(),
+    kind("nft-policy", hooks::nft_policy).hook(),
+    kind("nft-netdev", hooks::nft_netdev).hook(),
+    kind("nft-translation", hooks::nft_translation).hook(),
+    kind("nft-elsewhere", hooks::nft_elsewhere).hook(),
+    kind("iptables", hooks::iptables).hook(),
+    kind("ipvs", hooks::ipvs).hook(),
 ];
 
 /// Kinds that packets are wrong in so far, from known causes.
