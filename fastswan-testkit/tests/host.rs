@@ -242,12 +242,20 @@ impl Followed {
         }
     }
 
-    /// Takes up what there is to tell. True if the source is caught up then.
+    /// Takes up what there is to tell. True if the source is caught up then, or soon: the thread that follows hooks may have
+    /// got no processor for a while.
     fn look(&mut self) -> bool {
-        while let Some(event) = unconstrained(self.host.next_event()).now_or_never() {
-            self.take(event.unwrap().unwrap());
+        let began = Instant::now();
+        loop {
+            while let Some(event) = unconstrained(self.host.next_event()).now_or_never() {
+                self.take(event.unwrap().unwrap());
+            }
+            let is_caught_up = self.host.caught_up().unwrap();
+            if is_caught_up || began.elapsed() > Duration::from_millis(300) {
+                return is_caught_up;
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
-        self.host.caught_up().unwrap()
     }
 
     async fn catch_up(&mut self) {
