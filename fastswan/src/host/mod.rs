@@ -25,7 +25,7 @@ pub(crate) use self::broken::BrokenHostRule;
 pub use self::{
     error::HostError,
     event::{HostChange, HostEvent, HostStaleCause},
-    hooks::{Hook, HookKind, HookPlace, Hooks},
+    hooks::{Hook, HookKind, HookPlace, Hooks, ParseHookKindError},
     port::{Forwards, Port, ReversePath},
     route::{Route, RouteKind},
     rule::{Rule, RuleAction, RuleSelector},
