@@ -11,6 +11,10 @@ use crate::command::count::Count;
 const CI_DECISIONS: u64 = 60_000;
 /// The same for each host source that lies, until it is noticed.
 const CI_MUTANT_DECISIONS: u64 = 15_000;
+/// The share of eligible packets that must be fast, over all kinds without hooks.
+const LEAST_SHARE: f64 = 0.88;
+/// Fewer packets tell nothing about it.
+const ENOUGH_FOR_SHARE: u64 = 20_000;
 /// Fewer packets tell nothing about a kind's share.
 const ENOUGH: u64 = 20;
 
@@ -73,7 +77,12 @@ pub(crate) fn run(options: &Options, seed: u64, decisions: u64, json: bool) -> a
         object["lie"] = options.lie.map(HostMutant::name).into();
         println!("{object}");
     }
-    acquit(&report)
+    if options.kinds.is_empty() {
+        return acquit(&report);
+    }
+    let wrong = report.unexpectedly_wrong();
+    ensure!(wrong.is_empty(), "decisions were wrong in {}, seed {seed}", wrong.join(", "));
+    Ok(())
 }
 
 /// For `cargo testkit ci`: a fresh seed, the cases from the field, and every host source that lies.
@@ -173,6 +182,12 @@ fn acquit(report: &FactsReport) -> anyhow::Result<()> {
     }
     let wrong = report.unexpectedly_wrong();
     ensure!(wrong.is_empty(), "decisions were wrong in {}, seed {}", wrong.join(", "), report.seed);
+    let share = report.fast_share();
+    ensure!(
+        report.decisions() < ENOUGH_FOR_SHARE || share >= LEAST_SHARE,
+        "too few eligible packets were fast: {share:.4}, seed {}",
+        report.seed
+    );
     let failed = report.stories.iter().filter(|story| !story.holds && !story.is_known_gap);
     let failed: Vec<&str> = failed.map(|story| story.packets.name).collect();
     ensure!(failed.is_empty(), "cases that do not hold: {}", failed.join(", "));

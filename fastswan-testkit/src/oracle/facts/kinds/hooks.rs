@@ -14,7 +14,10 @@ pub(super) fn tc(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let to = draw.destination(v6);
     let (protocol, word) = if v6 { ("ipv6", "ip6") } else { ("ip", "ip") };
-    filter(draw, &format!("protocol {protocol} u32 match {word} dst {to} action drop")).to([to])
+    // Not all kernels have an action that drops.
+    let elsewhere = draw.one(&["lan1", "out1"]);
+    let redirect = format!("action mirred egress redirect dev {elsewhere}");
+    filter(draw, &format!("protocol {protocol} u32 match {word} dst {to} {redirect}")).to([to])
 }
 
 /// The same by its fields, which not all kernels have.
