@@ -20,7 +20,7 @@ use std::net::IpAddr;
 
 #[cfg(feature = "broken-rules")]
 pub use self::broken::BrokenHostRule;
-#[cfg(not(feature = "broken-rules"))]
+#[cfg(all(feature = "netlink", not(feature = "broken-rules")))]
 pub(crate) use self::broken::BrokenHostRule;
 pub use self::{
     error::HostError,
