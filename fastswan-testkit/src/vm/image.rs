@@ -15,14 +15,19 @@ use super::{
 };
 
 /// Kernel modules that guests load, each with those that it needs.
-const MODULES: [&str; 21] = [
+const MODULES: [&str; 33] = [
+    "8021q",
     "9p",
     "9pnet_virtio",
     "act_gact",
+    "act_mirred",
     "aesni_intel",
+    "bonding",
     "bridge",
     "cls_bpf",
     "cls_flower",
+    "cls_u32",
+    "dummy",
     "echainiv",
     "esp4",
     "esp4_offload",
@@ -30,12 +35,19 @@ const MODULES: [&str; 21] = [
     "esp6_offload",
     "gcm",
     "ip_vs_rr",
+    "ipvlan",
+    "macvlan",
     "nf_tables",
     "nfnetlink_hook",
+    "nft_chain_nat",
     "nft_ct",
+    "nft_masq",
+    "nft_reject_inet",
     "sch_ingress",
     "seqiv",
     "veth",
+    "vrf",
+    "xfrm_interface",
     "xfrm_user",
 ];
 
