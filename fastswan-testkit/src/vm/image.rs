@@ -162,7 +162,8 @@ fn modules(tree: &Tree, version: &str) -> Result<Vec<PathBuf>, VmError> {
     for needed in older.map(Ok).chain(MODULES.into_iter().map(needed)) {
         let needed = needed?;
         for path in needed.lines().filter_map(|line| line.strip_prefix("insmod ")) {
-            let path = PathBuf::from(path.trim());
+            // Parameters may follow.
+            let path = PathBuf::from(path.split_whitespace().next().unwrap_or_default());
             if !paths.contains(&path) {
                 paths.push(path);
             }
