@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use clap::Subcommand;
 use fastswan_testkit::guest::{Scenario, append_line, nic};
 
-use super::oracle::guest as guest_oracle;
+use super::oracle::{facts, guest as guest_oracle};
 
 /// What a guest can do.
 #[derive(Debug, Subcommand)]
@@ -35,6 +35,8 @@ pub(crate) enum Command {
     },
     /// Lets the kernel judge, with policies that are really offloaded.
     Oracle(guest_oracle::Arguments),
+    /// Lets the kernel judge how the host is followed.
+    Facts(facts::InGuest),
 }
 
 pub(crate) fn run(command: Command) -> anyhow::Result<()> {
@@ -43,6 +45,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
         Command::Run { names, results, logs } => run_all(&names, &results, &logs),
         Command::Tell { name, logs } => named(&name)?.tell(&logs),
         Command::Oracle(arguments) => guest_oracle::judge(&arguments),
+        Command::Facts(arguments) => facts::judge_in_guest(&arguments),
     }
 }
 

@@ -15,14 +15,19 @@ use super::{
 };
 
 /// Kernel modules that guests load, each with those that it needs.
-const MODULES: [&str; 21] = [
+const MODULES: [&str; 33] = [
+    "8021q",
     "9p",
     "9pnet_virtio",
     "act_gact",
+    "act_mirred",
     "aesni_intel",
+    "bonding",
     "bridge",
     "cls_bpf",
     "cls_flower",
+    "cls_u32",
+    "dummy",
     "echainiv",
     "esp4",
     "esp4_offload",
@@ -30,12 +35,19 @@ const MODULES: [&str; 21] = [
     "esp6_offload",
     "gcm",
     "ip_vs_rr",
+    "ipvlan",
+    "macvlan",
     "nf_tables",
     "nfnetlink_hook",
+    "nft_chain_nat",
     "nft_ct",
+    "nft_masq",
+    "nft_reject_inet",
     "sch_ingress",
     "seqiv",
     "veth",
+    "vrf",
+    "xfrm_interface",
     "xfrm_user",
 ];
 
@@ -150,7 +162,8 @@ fn modules(tree: &Tree, version: &str) -> Result<Vec<PathBuf>, VmError> {
     for needed in older.map(Ok).chain(MODULES.into_iter().map(needed)) {
         let needed = needed?;
         for path in needed.lines().filter_map(|line| line.strip_prefix("insmod ")) {
-            let path = PathBuf::from(path.trim());
+            // Parameters may follow.
+            let path = PathBuf::from(path.split_whitespace().next().unwrap_or_default());
             if !paths.contains(&path) {
                 paths.push(path);
             }

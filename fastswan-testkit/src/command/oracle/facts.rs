@@ -1,14 +1,27 @@
 //! `cargo testkit oracle --facts`: the kernel judges how the mirror follows the host.
 
-use std::time::Instant;
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, ensure};
-use fastswan_testkit::oracle::facts::{FactsOracle, FactsReport, HostMutant, KindReport, StoryReport};
+use fastswan_testkit::{
+    guest::append_line,
+    oracle::facts::{FactsOracle, FactsReport, HostMutant, KindReport, StoryReport},
+    vm::{Image, Kernel, Store},
+};
+use serde_json::{Value, json};
 
-use crate::command::count::Count;
+use crate::command::{
+    count::Count,
+    vm::{boot, side_by_side, store},
+};
 
 /// Packets that `cargo testkit ci` has judged.
 const CI_DECISIONS: u64 = 60_000;
+/// Packets that it has judged on each kernel of guests.
+const GUEST_DECISIONS: u64 = 20_000;
 /// The same for each host source that lies, until it is noticed.
 const CI_MUTANT_DECISIONS: u64 = 15_000;
 /// The share of eligible packets that must be fast, over all kinds without hooks.
@@ -85,6 +98,115 @@ pub(crate) fn run(options: &Options, seed: u64, decisions: u64, json: bool) -> a
     Ok(())
 }
 
+/// What `testkit guest facts` is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct InGuest {
+    /// How many packets are judged.
+    #[arg(long)]
+    decisions: u64,
+    /// Where chance begins.
+    #[arg(long)]
+    seed: u64,
+    /// Where a JSON object is appended.
+    #[arg(long)]
+    results: PathBuf,
+}
+
+/// Judges inside a guest.
+pub(crate) fn judge_in_guest(arguments: &InGuest) -> anyhow::Result<()> {
+    let report = FactsOracle::new(arguments.seed, arguments.decisions).run()?;
+    let mut object = report.json();
+    object["failure"] = acquit(&report).err().map(|error| format!("{error:#}")).into();
+    append_line(&arguments.results, &object.to_string())?;
+    Ok(())
+}
+
+/// Judges in guests, whose kernels have devices and hooks that this one need not have.
+pub(crate) fn run_in_guests(kernels: &[Kernel], seed: u64, decisions: u64, json: bool) -> anyhow::Result<()> {
+    println!("seed {seed}");
+    let store = store()?;
+    let images = kernels.iter().map(|kernel| store.image(*kernel)).collect::<Result<Vec<_>, _>>()?;
+    let judged = side_by_side(&images, |image| in_guest(&store, image, seed, decisions));
+    let mut failures = Vec::new();
+    let mut runs = Vec::new();
+    for (image, judged) in images.iter().zip(judged) {
+        let object = judged.with_context(|| format!("Linux {}", image.version))?;
+        println!("\nLinux {}", image.version);
+        print_rows(&object);
+        failures
+            .extend(object["failure"].as_str().map(|failure| format!("Linux {}: {failure}", image.version)));
+        runs.push(object);
+    }
+    if json {
+        let wrong: u64 = runs.iter().filter_map(|run| run["wrong"].as_u64()).sum();
+        println!(
+            "{}",
+            json!({ "ok": failures.is_empty(), "wrong": wrong, "failures": failures, "runs": runs })
+        );
+    }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
+    Ok(())
+}
+
+/// For `cargo testkit ci`: on all kernels.
+pub(crate) fn check_in_guests() -> anyhow::Result<Count> {
+    run_in_guests(&Kernel::ALL, rand::random(), GUEST_DECISIONS, false)?;
+    Ok(Count { passed: Kernel::ALL.len() as u64, failed: 0 })
+}
+
+fn in_guest(store: &Store, image: &Image, seed: u64, decisions: u64) -> anyhow::Result<Value> {
+    let program = std::env::current_exe()?;
+    let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let command = format!("./{name} guest facts --decisions {decisions} --seed {seed} --results results");
+    let limit =
+        Duration::from_secs(300) + Duration::from_millis(60) * u32::try_from(decisions).unwrap_or(u32::MAX);
+    let mut report = None;
+    let run = boot(store, image, &[program], &command, limit, |line| {
+        report = serde_json::from_str::<Value>(line).ok().or_else(|| report.take());
+    })?;
+    ensure!(run.status == 0, "the guest failed: {}", run.output);
+    ensure!(run.complaints.is_empty(), "the kernel said: {}", run.complaints.join("\n"));
+    let mut report = report.context("the guest has judged nothing")?;
+    report["kernel"] = image.version.clone().into();
+    report["seconds"] = run.took.as_secs_f64().into();
+    Ok(report)
+}
+
+/// Prints what a guest has found.
+fn print_rows(report: &Value) {
+    let number = |row: &Value, name: &str| row[name].as_u64().unwrap_or(0);
+    print_head();
+    for (name, row) in report["kinds"].as_object().into_iter().flatten() {
+        let [changes, decisions, fast, wrong, late, eligible] =
+            ["changes", "decisions", "fast", "wrong", "late", "eligible"].map(|name| number(row, name));
+        let share = row["fast_share"].as_f64().unwrap_or(0.0);
+        println!(
+            "{name:<24} {changes:>7} {decisions:>9} {fast:>8} {wrong:>6} {late:>6} {eligible:>9} {share:>10.4}"
+        );
+        if let Some(refusal) = row["refusal"].as_str() {
+            println!("    {} refused: {refusal}", number(row, "refused"));
+        }
+        for example in row["examples"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            println!("    {example}");
+        }
+    }
+    println!(
+        "{} decisions in {:.1} s, {} wrong, {} late, fast share {:.4}",
+        number(report, "decisions"),
+        report["seconds"].as_f64().unwrap_or(0.0),
+        number(report, "wrong"),
+        number(report, "late"),
+        report["fast_share"].as_f64().unwrap_or(0.0)
+    );
+}
+
+fn print_head() {
+    println!(
+        "{:<24} {:>7} {:>9} {:>8} {:>6} {:>6} {:>9} {:>10}",
+        "kind", "changes", "decisions", "fast", "wrong", "late", "eligible", "fast share"
+    );
+}
+
 /// For `cargo testkit ci`: a fresh seed, the cases from the field, and every host source that lies.
 pub(crate) fn check() -> anyhow::Result<Count> {
     let seed = rand::random();
@@ -112,10 +234,7 @@ fn judge(oracle: &FactsOracle) -> anyhow::Result<FactsReport> {
     let start = Instant::now();
     let report = oracle.run().context("judging how the host is followed")?;
     println!("{} decisions in {:.1} s", report.decisions(), start.elapsed().as_secs_f64());
-    println!(
-        "{:<24} {:>7} {:>9} {:>8} {:>6} {:>6} {:>9} {:>10}",
-        "kind", "changes", "decisions", "fast", "wrong", "late", "eligible", "fast share"
-    );
+    print_head();
     report.kinds.iter().filter(|kind| kind.decisions + kind.refused > 0).for_each(print_kind);
     Ok(report)
 }

@@ -51,7 +51,7 @@ pub(crate) struct Arguments {
     #[arg(long = "set", value_parser = set)]
     sets: Vec<Set>,
     /// Judges how routes, rules, addresses, neighbours, links and sysctls are followed, and no policies.
-    #[arg(long, conflicts_with_all = ["guest", "adapters", "mutant", "sets"])]
+    #[arg(long, conflicts_with_all = ["adapters", "mutant", "sets"])]
     facts: bool,
     #[command(flatten)]
     of_facts: facts::Options,
@@ -68,6 +68,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     remove_leftovers();
     clean_up_on_signals()?;
     let seed = arguments.seed.unwrap_or_else(rand::random);
+    if arguments.facts && arguments.guest {
+        let kernels = arguments.kernels.all();
+        return facts::run_in_guests(&kernels, seed, arguments.decisions, arguments.json);
+    }
     if arguments.facts {
         return facts::run(&arguments.of_facts, seed, arguments.decisions, arguments.json);
     }

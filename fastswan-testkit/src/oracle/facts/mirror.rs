@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use fastswan::{
     HostEvent, HostSource, NetlinkHost, OffloadTable as _, PassReason, Policy, PolicyEvent, Snapshot,
     forwarder::RunAction,
-    mirror::{Action, Input, Mirror},
+    mirror::{Action, Input, InputState, Mirror},
     table::{Devices as _, Ports as _, TableConfig},
 };
 use tokio::{runtime::Runtime, time::timeout};
@@ -105,6 +105,11 @@ impl Follower {
                 }
             }
         })
+    }
+
+    /// How fresh what the host source has told is.
+    pub(super) fn state(&self) -> InputState {
+        self.mirror.input(Input::Host)
     }
 
     /// Runs the program on a packet.

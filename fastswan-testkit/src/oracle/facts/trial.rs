@@ -101,7 +101,13 @@ impl<'a> Trial<'a> {
 
     fn follow(&mut self, is_silent: bool, report: &mut KindReport) -> anyhow::Result<()> {
         let at_least = if is_silent { POLLED } else { Duration::ZERO };
-        report.stuck += u64::from(!self.follower.follow(at_least)?);
+        if !self.follower.follow(at_least)? {
+            report.stuck += 1;
+            let state = self.follower.state();
+            report.example(|| {
+                format!("the source does not catch up, {state:?}, after: {}", self.done.join("; "))
+            });
+        }
         self.kernel.forget()
     }
 
