@@ -106,6 +106,8 @@ reasons! {
     EgressUnavailable = "egress_unavailable",
     /// The embedder keeps the policy from being fast.
     Held = "held",
+    /// The kernel's own routes, which are asked about one packet in many, do not lead to the policy's device.
+    FibDiffers = "fib_differs",
 }
 
 impl PassReason {

@@ -149,6 +149,10 @@ impl HostSource for NetlinkHost {
             }
         }
     }
+
+    fn resync(&mut self) {
+        self.lose_track(Instant::now(), HostStaleCause::Requested);
+    }
 }
 
 const HEARING: &str = "hearing of changes of links, addresses, routes and neighbours";
