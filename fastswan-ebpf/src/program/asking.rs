@@ -41,7 +41,11 @@ pub(super) fn ask(
     receiver: u32,
     device: u32,
 ) -> Result<(), PassReason> {
-    if leads_to(context, network, ether_type, receiver, device) { Ok(()) } else { Err(PassReason::FibDiffers) }
+    if leads_to(context, network, ether_type, receiver, device) {
+        Ok(())
+    } else {
+        Err(PassReason::FibDiffers)
+    }
 }
 
 /// A function of its own: so its memory is not on the stack of those packets that are not asked about.
@@ -82,8 +86,7 @@ fn answer(context: &XdpContext, network: usize, ether_type: u16, receiver: u32) 
         params.__bindgen_anon_2.tos = header.traffic_class;
         params.__bindgen_anon_3.ipv4_src = header.source;
         params.__bindgen_anon_4.ipv4_dst = header.destination;
-        [params.sport, params.dport] =
-            ports_for_rules(frame, network + size_of::<Ipv4>(), header.protocol);
+        set_ports(&mut params, ports_for_rules(frame, network + size_of::<Ipv4>(), header.protocol));
     } else {
         let ip = frame.header::<Ipv6>(network).ok()?;
         // SAFETY: likewise.
@@ -95,15 +98,24 @@ fn answer(context: &XdpContext, network: usize, ether_type: u16, receiver: u32) 
         params.__bindgen_anon_2.flowinfo = header.version_class_flow & 0x0fff_ffff_u32.to_be();
         params.__bindgen_anon_3.ipv6_src = words(header.source);
         params.__bindgen_anon_4.ipv6_dst = words(header.destination);
-        [params.sport, params.dport] =
-            ports_for_rules(frame, network + size_of::<Ipv6>(), header.next_header);
+        set_ports(&mut params, ports_for_rules(frame, network + size_of::<Ipv6>(), header.next_header));
     }
     // SAFETY: a helper call on the program's own context, with parameters of the size that is told.
-    let code =
-        unsafe { bpf_fib_lookup(context.ctx.cast(), &raw mut params, size_of::<Params>() as i32, 0) };
+    let code = unsafe { bpf_fib_lookup(context.ctx.cast(), &raw mut params, size_of::<Params>() as i32, 0) };
     // The device is told in both cases, since Linux 5.10.
-    let is_routed = code == i64::from(BPF_FIB_LKUP_RET_SUCCESS) || code == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
+    let is_routed =
+        code == i64::from(BPF_FIB_LKUP_RET_SUCCESS) || code == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
     is_routed.then_some(params.ifindex)
+}
+
+/// One by one: as one number they would not be aligned, and on the stack they must be.
+#[inline(always)]
+fn set_ports(params: &mut Params, [source, destination]: [u16; 2]) {
+    // SAFETY: the pointers come from a reference.
+    unsafe {
+        (&raw mut params.sport).write_volatile(source);
+        (&raw mut params.dport).write_volatile(destination);
+    }
 }
 
 /// An address as it lies in memory, in other pieces.

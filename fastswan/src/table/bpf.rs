@@ -14,8 +14,8 @@ use aya::{
 use fastswan_ebpf::{ASK_NEVER, EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason};
 
 use super::{
-    Asked, Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters, TableError,
-    TableUpdate, Traffic,
+    Asked, Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters,
+    TableError, TableUpdate, Traffic,
     devices::DeviceMap,
     losses::Losses,
     maps::{MapsError, map},

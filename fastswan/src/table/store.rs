@@ -23,8 +23,8 @@ use fastswan_ebpf::{
 use ipnet::IpNet;
 
 use super::{
-    Asked, Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Side, Slot,
-    Standing, TableConfig, TableError, TableUpdate, Traffic, Verdict,
+    Asked, Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Side,
+    Slot, Standing, TableConfig, TableError, TableUpdate, Traffic, Verdict,
     mmap::Region,
     space::{NoRoom, Pattern, TupleSpace},
 };

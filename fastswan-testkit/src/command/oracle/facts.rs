@@ -33,12 +33,18 @@ pub(crate) struct Options {
 
 fn lie(name: &str) -> Result<HostMutant, String> {
     let names = || HostMutant::ALL.map(HostMutant::name).join(", ");
-    HostMutant::ALL.into_iter().find(|mutant| mutant.name() == name).ok_or_else(|| format!("one of {}", names()))
+    HostMutant::ALL
+        .into_iter()
+        .find(|mutant| mutant.name() == name)
+        .ok_or_else(|| format!("one of {}", names()))
 }
 
 fn kind(name: &str) -> Result<String, String> {
     let names = || FactsOracle::kinds().collect::<Vec<_>>().join(", ");
-    FactsOracle::kinds().find(|kind| *kind == name).map(str::to_owned).ok_or_else(|| format!("one of {}", names()))
+    FactsOracle::kinds()
+        .find(|kind| *kind == name)
+        .map(str::to_owned)
+        .ok_or_else(|| format!("one of {}", names()))
 }
 
 pub(crate) fn run(options: &Options, seed: u64, decisions: u64, json: bool) -> anyhow::Result<()> {
@@ -54,11 +60,7 @@ pub(crate) fn run(options: &Options, seed: u64, decisions: u64, json: bool) -> a
     if let Some(mutant) = options.lie {
         oracle = oracle.mutant(mutant);
     }
-    let mut report = if options.stories {
-        FactsReport::empty(seed)
-    } else {
-        judge(&oracle)?
-    };
+    let mut report = if options.stories { FactsReport::empty(seed) } else { judge(&oracle)? };
     if options.lie.is_none() && options.kinds.is_empty() {
         report.stories = oracle.tell_stories()?;
         report.stories.iter().for_each(print_story);

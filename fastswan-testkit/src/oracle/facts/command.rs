@@ -64,7 +64,12 @@ pub(super) fn sysctl(key: impl Into<String>, value: impl Into<String>) -> Comman
 }
 
 /// Runs commands, on a thread that is on the gateway. Without `is_strict`, what fails is left out.
-pub(super) fn run(world: &World, wires: &mut Wires, commands: &[Command], is_strict: bool) -> anyhow::Result<()> {
+pub(super) fn run(
+    world: &World,
+    wires: &mut Wires,
+    commands: &[Command],
+    is_strict: bool,
+) -> anyhow::Result<()> {
     let mut rest = commands;
     while let Some(first) = rest.first() {
         // Neighbours in the list of one kind are one process.

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
 
-use super::{command::Command, aims::Aims, tunnels::Tunnel};
+use super::{aims::Aims, command::Command, tunnels::Tunnel};
 
 /// A way to change the host, in one or more steps, and back.
 #[derive(Clone, Debug, Default)]

@@ -108,7 +108,8 @@ impl Kernel {
         let mut fates = vec![Fate::Gone; packets.len()];
         for seen in self.wires.listen(patience)? {
             let Some((number, at)) = number_in(&seen.frame) else { continue };
-            let Some(index) = usize::try_from(number.wrapping_sub(first)).ok().filter(|at| *at < packets.len())
+            let Some(index) =
+                usize::try_from(number.wrapping_sub(first)).ok().filter(|at| *at < packets.len())
             else {
                 continue;
             };
@@ -179,7 +180,8 @@ impl Kernel {
 fn mtu_of(device: Device, v6: bool) -> anyhow::Result<u32> {
     let links = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{}/mtu", device.name()));
     let of_v6 = || -> io::Result<u32> { links?.trim().parse().map_err(io::Error::other) };
-    let output = std::process::Command::new("ip").args(["-o", "link", "show", "dev", device.name()]).output()?;
+    let output =
+        std::process::Command::new("ip").args(["-o", "link", "show", "dev", device.name()]).output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let mtu = text.split(" mtu ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap_or(0);
     Ok(if v6 { of_v6().unwrap_or(0).min(mtu) } else { mtu })
@@ -231,7 +233,8 @@ fn question(tunnel: &Tunnel, tos: u8) -> Vec<u8> {
 fn answer(message: &[u8]) -> anyhow::Result<Option<Answer>> {
     const ERROR: u16 = 2;
     const NEWROUTE: u16 = 24;
-    let kind = u16::from_ne_bytes(*message.get(4..).and_then(<[u8]>::first_chunk).context("a short message")?);
+    let kind =
+        u16::from_ne_bytes(*message.get(4..).and_then(<[u8]>::first_chunk).context("a short message")?);
     if kind == ERROR {
         return Ok(None);
     }

@@ -59,9 +59,9 @@ impl Follower {
         };
         let program = ProgRun::new(&TABLE)?;
         let mut mirror = Mirror::new(program.table.capacity(), LEASE);
-        let policies = (1..).zip(tunnels).map(|(reqid, tunnel)| {
-            tunnel.policy(reqid, world.gateway.ifindex(tunnel.device.name())?)
-        });
+        let policies = (1..)
+            .zip(tunnels)
+            .map(|(reqid, tunnel)| tunnel.policy(reqid, world.gateway.ifindex(tunnel.device.name())?));
         let policies: Vec<Policy> = policies.collect::<Result<_, _>>()?;
         let snapshot = Snapshot { policies, ..Snapshot::default() };
         mirror.handle_policy_event(PolicyEvent::Snapshot(snapshot), Instant::now());

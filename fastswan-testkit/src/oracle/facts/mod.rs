@@ -33,11 +33,6 @@ mod world;
 use anyhow::Context as _;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 
-pub use self::{
-    mutant::HostMutant,
-    report::{FactsReport, KindReport, StoryReport},
-    stories::KNOWN_GAPS,
-};
 use self::{
     draw::Draw,
     kinds::{KINDS, Kind},
@@ -45,6 +40,11 @@ use self::{
     trial::Trial,
     tunnels::{everything, sites},
     world::World,
+};
+pub use self::{
+    mutant::HostMutant,
+    report::{FactsReport, KindReport, StoryReport},
+    stories::KNOWN_GAPS,
 };
 
 /// Packets that are judged after each step of a change.
@@ -204,7 +204,8 @@ impl FactsOracle {
             for kind in kinds {
                 let change = (kind.change)(&mut Draw { rng: &mut rng, tunnels: &tunnels });
                 let name = if is_mixed { "mixed" } else { kind.name };
-                let row = report.kinds.iter_mut().find(|row| row.name == name).context("a row of the kind")?;
+                let row =
+                    report.kinds.iter_mut().find(|row| row.name == name).context("a row of the kind")?;
                 trial
                     .change(&change, kind.is_silent, PACKETS, &mut rng, row)
                     .with_context(|| kind.name.to_owned())?;

@@ -99,7 +99,9 @@ impl<S> Lying<S> {
                     gone.into_iter().filter(|route| !prefixes.contains(&(route.table, route.destination))),
                 );
             }
-            HostMutant::RuleOrder => facts.rules = [Family::V4, Family::V6].map(|f| turned(&facts.rules, f)).concat(),
+            HostMutant::RuleOrder => {
+                facts.rules = [Family::V4, Family::V6].map(|f| turned(&facts.rules, f)).concat()
+            }
         }
         facts
     }

@@ -41,8 +41,7 @@ impl Packet {
         let tunnel = tunnels.choose(rng).expect("there are tunnels");
         let v6 = tunnel.is_v6();
         let near = |nets: &[IpNet], rng: &mut StdRng| {
-            let nets: Vec<IpNet> =
-                nets.iter().copied().filter(|net| net.addr().is_ipv6() == v6).collect();
+            let nets: Vec<IpNet> = nets.iter().copied().filter(|net| net.addr().is_ipv6() == v6).collect();
             nets.choose(rng).map(|net| border(*net, rng))
         };
         let special = |rng: &mut StdRng| {

@@ -37,7 +37,11 @@ pub(super) struct Trial<'a> {
 }
 
 impl<'a> Trial<'a> {
-    pub(super) fn new(world: &'a World, tunnels: &'a [Tunnel], mutant: Option<HostMutant>) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        world: &'a World,
+        tunnels: &'a [Tunnel],
+        mutant: Option<HostMutant>,
+    ) -> anyhow::Result<Self> {
         let mut kernel = Kernel::new(world)?;
         let commands: Vec<Command> = base().map(command::ip).collect();
         command::run(world, &mut kernel.wires, &commands, true)?;
@@ -138,7 +142,11 @@ impl<'a> Trial<'a> {
     }
 
     /// What seemed to be wrong is so if it still is when all that is polled must be known.
-    fn judge_again(&mut self, suspects: Vec<(Packet, String)>, report: &mut KindReport) -> anyhow::Result<()> {
+    fn judge_again(
+        &mut self,
+        suspects: Vec<(Packet, String)>,
+        report: &mut KindReport,
+    ) -> anyhow::Result<()> {
         report.stuck += u64::from(!self.follower.follow(POLLED)?);
         self.kernel.forget()?;
         for (mut packet, first) in suspects {

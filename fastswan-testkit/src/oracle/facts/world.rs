@@ -186,7 +186,8 @@ impl Wires {
         let all = u16::try_from(libc::ETH_P_ALL)?;
         let listen = |device: Device| -> anyhow::Result<(Device, OwnedFd)> {
             let open = || -> io::Result<OwnedFd> { packet_socket(if_nametoindex(device.far_end())?, all) };
-            let socket = world.far.enter(open).with_context(|| format!("listening at {}", device.far_end()))?;
+            let socket =
+                world.far.enter(open).with_context(|| format!("listening at {}", device.far_end()))?;
             setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
             Ok((device, socket))
         };
@@ -215,8 +216,11 @@ impl Wires {
         let patience = PollTimeout::try_from(patience)?;
         let mut seen = Vec::new();
         loop {
-            let mut polled: Vec<PollFd<'_>> =
-                self.listeners.iter().map(|(_, socket)| PollFd::new(socket.as_fd(), PollFlags::POLLIN)).collect();
+            let mut polled: Vec<PollFd<'_>> = self
+                .listeners
+                .iter()
+                .map(|(_, socket)| PollFd::new(socket.as_fd(), PollFlags::POLLIN))
+                .collect();
             if poll(&mut polled, patience)? == 0 {
                 return Ok(seen);
             }

@@ -1,6 +1,9 @@
 //! Addresses, neighbours, links and sysctls.
 
-use std::{net::{IpAddr, Ipv6Addr}, time::Duration};
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    time::Duration,
+};
 
 use ipnet::IpNet;
 
@@ -29,7 +32,8 @@ pub(super) fn address_subnet(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let to = draw.destination(v6);
     let own = draw.address(to);
-    let (length, nodad) = if v6 { (draw.one(&[64_u8, 112]), "nodad") } else { (draw.one(&[24_u8, 28, 31]), "") };
+    let (length, nodad) =
+        if v6 { (draw.one(&[64_u8, 112]), "nodad") } else { (draw.one(&[24_u8, 28, 31]), "") };
     let device = draw.one(&["lan0", "lan1", "out0"]);
     let network = IpNet::new(own, length).expect("a length of the family").trunc();
     Change::once([ip(format!("address add {own}/{length} dev {device} {nodad}"))])
@@ -111,8 +115,8 @@ pub(super) fn neighbours_elsewhere(draw: &mut Draw<'_>) -> Change {
 /// A device goes down and comes back. IPv4 routes that go with it are not told of.
 pub(super) fn flap(draw: &mut Draw<'_>) -> Change {
     let device = draw.one(&["lan0", "out0", "out1", "lan1"]);
-    let change = Change::once([ip(format!("link set {device} down"))])
-        .then([ip(format!("link set {device} up"))]);
+    let change =
+        Change::once([ip(format!("link set {device} down"))]).then([ip(format!("link set {device} up"))]);
     let routes: &[&str] = match device {
         "out0" => &[
             "0.0.0.0/0 via 192.0.2.2",
@@ -125,10 +129,11 @@ pub(super) fn flap(draw: &mut Draw<'_>) -> Change {
         _ => &[],
     };
     // Devices without an own IPv6 address have lost it.
-    let addresses = ["lan0", "out0", "out1", "lan1"].iter().zip([Device::Lan0, Device::Out0, Device::Out1, Device::Lan1]);
-    let address = addresses.filter(|(name, _)| **name == device).map(|(name, of)| {
-        ip(format!("address replace {} dev {name} nodad", own_address(of, true)))
-    });
+    let addresses =
+        ["lan0", "out0", "out1", "lan1"].iter().zip([Device::Lan0, Device::Out0, Device::Out1, Device::Lan1]);
+    let address = addresses
+        .filter(|(name, _)| **name == device)
+        .map(|(name, of)| ip(format!("address replace {} dev {name} nodad", own_address(of, true))));
     let address: Vec<Command> = address.collect();
     change.then(address).then(routes.iter().map(|route| ip(format!("route replace {route}"))))
 }
@@ -152,7 +157,10 @@ pub(super) fn mtu(draw: &mut Draw<'_>) -> Change {
 pub(super) fn links_elsewhere(draw: &mut Draw<'_>) -> Change {
     let number = draw.below(100);
     Change::once([ip(format!("link add other{number} type veth peer name rehto{number}"))])
-        .then([ip(format!("link set other{number} up")), ip(format!("address add 198.18.{number}.1/24 dev other{number}"))])
+        .then([
+            ip(format!("link set other{number} up")),
+            ip(format!("address add 198.18.{number}.1/24 dev other{number}")),
+        ])
         .then([ip(format!("link del other{number}"))])
         .undone_by([ip(format!("link del other{number}"))])
 }
@@ -164,14 +172,20 @@ pub(super) fn link_address(draw: &mut Draw<'_>) -> Change {
 }
 
 pub(super) fn forwarding_v4(draw: &mut Draw<'_>) -> Change {
-    let key = draw.one(&["ipv4/ip_forward", "ipv4/conf/lan0/forwarding", "ipv4/conf/out0/forwarding", "ipv4/conf/all/forwarding"]);
+    let key = draw.one(&[
+        "ipv4/ip_forward",
+        "ipv4/conf/lan0/forwarding",
+        "ipv4/conf/out0/forwarding",
+        "ipv4/conf/all/forwarding",
+    ]);
     Change::once([sysctl(key, "0")])
         .then([sysctl(key, "1")])
         .undone_by([sysctl("ipv4/ip_forward", "0"), sysctl("ipv4/ip_forward", "1")])
 }
 
 pub(super) fn forwarding_v6(draw: &mut Draw<'_>) -> Change {
-    let key = draw.one(&["ipv6/conf/all/forwarding", "ipv6/conf/lan0/forwarding", "ipv6/conf/out0/forwarding"]);
+    let key =
+        draw.one(&["ipv6/conf/all/forwarding", "ipv6/conf/lan0/forwarding", "ipv6/conf/out0/forwarding"]);
     Change::once([sysctl(key, "0")])
         .then([sysctl(key, "1")])
         .undone_by([sysctl("ipv6/conf/all/forwarding", "0"), sysctl("ipv6/conf/all/forwarding", "1")])
@@ -180,11 +194,14 @@ pub(super) fn forwarding_v6(draw: &mut Draw<'_>) -> Change {
 /// IPv6 from one port although forwarding is off (Linux 6.17).
 pub(super) fn force_forwarding(draw: &mut Draw<'_>) -> Change {
     let device = draw.one(&["lan0", "lan1", "all"]);
-    Change::once([sysctl("ipv6/conf/all/forwarding", "0"), sysctl(format!("ipv6/conf/{device}/force_forwarding"), "1")])
-        .undone_by([
-            sysctl(format!("ipv6/conf/{device}/force_forwarding"), "0"),
-            sysctl("ipv6/conf/all/forwarding", "1"),
-        ])
+    Change::once([
+        sysctl("ipv6/conf/all/forwarding", "0"),
+        sysctl(format!("ipv6/conf/{device}/force_forwarding"), "1"),
+    ])
+    .undone_by([
+        sysctl(format!("ipv6/conf/{device}/force_forwarding"), "0"),
+        sysctl("ipv6/conf/all/forwarding", "1"),
+    ])
 }
 
 /// Reverse path filters, with sources that are routed elsewhere.
@@ -241,7 +258,8 @@ pub(super) fn disable_ipv6(draw: &mut Draw<'_>) -> Change {
 
 /// Another device takes some of the port's frames.
 pub(super) fn macvlan(draw: &mut Draw<'_>) -> Change {
-    let (device, mode) = (draw.one(&["lan0", "lan1"]), draw.one(&["bridge", "private", "vepa", "passthru", "source"]));
+    let (device, mode) =
+        (draw.one(&["lan0", "lan1"]), draw.one(&["bridge", "private", "vepa", "passthru", "source"]));
     Change::once([ip(format!("link add mac0 link {device} type macvlan mode {mode}"))])
         .then([ip("link set mac0 up")])
         .undone_by([ip("link del mac0"), ip("link set lan0 promisc off")])
@@ -292,7 +310,8 @@ pub(super) fn proxy_arp(draw: &mut Draw<'_>) -> Change {
 /// A router tells an MTU, a prefix and a default route of short lifetimes.
 pub(super) fn advertisement(draw: &mut Draw<'_>) -> Change {
     let to = draw.destination(true);
-    let network = IpNet::new(to.network(), to.prefix_len().clamp(48, 64)).expect("a length of the family").trunc();
+    let network =
+        IpNet::new(to.network(), to.prefix_len().clamp(48, 64)).expect("a length of the family").trunc();
     let router: Ipv6Addr = "fe80::b5".parse().expect("an address");
     let mtu = draw.one(&[None, Some(1300_u32), Some(1400)]);
     let prefix = draw.flip().then_some(network);

@@ -126,7 +126,10 @@ mod tests {
 
     use rand::{SeedableRng as _, rngs::StdRng};
 
-    use super::{super::tunnels::{everything, sites}, *};
+    use super::{
+        super::tunnels::{everything, sites},
+        *,
+    };
 
     #[test]
     fn every_kind_has_a_name_of_its_own_and_what_it_does_can_be_repeated() {

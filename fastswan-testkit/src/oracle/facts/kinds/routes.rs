@@ -90,7 +90,8 @@ pub(super) fn outer(draw: &mut Draw<'_>) -> Change {
 pub(super) fn metrics(draw: &mut Draw<'_>) -> Change {
     let to = draw.destination(false);
     let (one, other) = (draw.via(false), draw.via(false));
-    let first = if draw.flip() { format!("{to} {one} metric 10") } else { format!("blackhole {to} metric 10") };
+    let first =
+        if draw.flip() { format!("{to} {one} metric 10") } else { format!("blackhole {to} metric 10") };
     let second = format!("{to} {other} metric 20");
     Change::once([ip(format!("route add {second}")), ip(format!("route add {first}"))])
         .then([ip(format!("route del {first}"))])
@@ -177,8 +178,7 @@ pub(super) fn encap(draw: &mut Draw<'_>) -> Change {
 pub(super) fn multipath_same_device(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let to = draw.destination(v6);
-    let [one, other] =
-        if v6 { ["2001:db8:f::2", "2001:db8:f::3"] } else { ["192.0.2.2", "192.0.2.3"] };
+    let [one, other] = if v6 { ["2001:db8:f::2", "2001:db8:f::3"] } else { ["192.0.2.2", "192.0.2.3"] };
     Change::once([ip(format!(
         "route add {to} metric 3 nexthop via {one} dev out0 weight 1 nexthop via {other} dev out0 weight 2"
     ))])
@@ -190,8 +190,7 @@ pub(super) fn multipath_same_device(draw: &mut Draw<'_>) -> Change {
 pub(super) fn multipath(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let to = draw.destination(v6);
-    let [one, other] =
-        if v6 { ["2001:db8:f::2", "2001:db8:e::2"] } else { ["192.0.2.2", "198.51.100.2"] };
+    let [one, other] = if v6 { ["2001:db8:f::2", "2001:db8:e::2"] } else { ["192.0.2.2", "198.51.100.2"] };
     Change::once([ip(format!(
         "route add {to} metric 3 nexthop via {one} dev out0 nexthop via {other} dev out1"
     ))])
@@ -206,11 +205,15 @@ pub(super) fn nexthop(draw: &mut Draw<'_>) -> Change {
     let (gateway, how) = (draw.gateway(v6), draw.denial());
     let inner = draw.inside(to);
     let id = draw.below(50) + 1;
-    let how = if draw.flip() { format!("route add {how} {to} metric 900") } else { "link set lo up".to_owned() };
+    let how =
+        if draw.flip() { format!("route add {how} {to} metric 900") } else { "link set lo up".to_owned() };
     Change::once([ip(how), ip(format!("nexthop add id {id} via {gateway} dev out0"))])
         .then([ip(format!("route add {inner} nhid {id}"))])
         .then([ip(format!("nexthop del id {id}"))])
-        .undone_by(["blackhole", "unreachable", "prohibit"].map(|how| ip(format!("route del {how} {to} metric 900"))))
+        .undone_by(
+            ["blackhole", "unreachable", "prohibit"]
+                .map(|how| ip(format!("route del {how} {to} metric 900"))),
+        )
         .to([to, inner])
 }
 

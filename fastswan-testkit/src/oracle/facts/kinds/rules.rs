@@ -82,7 +82,8 @@ pub(super) fn oif(draw: &mut Draw<'_>) -> Change {
 pub(super) fn fwmark(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let to = draw.destination(v6);
-    let mark = draw.one(&["fwmark 1", "not fwmark 0x42", "fwmark 0x80000/0xff0000", "fwmark 0/0xff", "fwmark 1/1"]);
+    let mark =
+        draw.one(&["fwmark 1", "not fwmark 0x42", "fwmark 0x80000/0xff0000", "fwmark 0/0xff", "fwmark 1/1"]);
     rule(draw, v6, to, mark)
 }
 
@@ -107,8 +108,7 @@ pub(super) fn goto(draw: &mut Draw<'_>) -> Change {
     let jump = draw.one(&["goto 32766", "goto 32767", "goto 140", "nop"]);
     let selector = if draw.flip() { format!("to {to}") } else { String::new() };
     let jump = format!("priority 40 {selector} {jump}");
-    over.then([ip_of(v6, format!("rule add {jump}"))])
-        .undone_by([ip_of(v6, format!("rule del {jump}"))])
+    over.then([ip_of(v6, format!("rule add {jump}"))]).undone_by([ip_of(v6, format!("rule del {jump}"))])
 }
 
 /// As wg-quick and others do: the main table but for its default route, or all but the next table's short routes.
@@ -117,7 +117,10 @@ pub(super) fn suppress(draw: &mut Draw<'_>) -> Change {
     let (to, length) = (draw.destination(v6), draw.one(&[0, 8, 16, 24]));
     let via = draw.via(v6);
     let everything = if v6 { "::/0" } else { "0.0.0.0/0" };
-    let rules = [format!("priority 200 lookup main suppress_prefixlength {length}"), "priority 201 lookup 130".to_owned()];
+    let rules = [
+        format!("priority 200 lookup main suppress_prefixlength {length}"),
+        "priority 201 lookup 130".to_owned(),
+    ];
     Change::once([ip(format!("route add {everything} {via} table 130"))])
         .then(rules.clone().map(|rule| ip_of(v6, format!("rule add {rule}"))))
         .undone_by(rules.map(|rule| ip_of(v6, format!("rule del {rule}"))))
@@ -158,7 +161,11 @@ pub(super) fn order(draw: &mut Draw<'_>) -> Change {
     Change::once(routes.clone().map(|route| ip(format!("route add {route}"))))
         .then([add("priority 70 lookup 141"), add("priority 80 lookup 142")])
         .then([add("priority 90 lookup 141"), del("priority 70 lookup 141")])
-        .undone_by([del("priority 70 lookup 141"), del("priority 80 lookup 142"), del("priority 90 lookup 141")])
+        .undone_by([
+            del("priority 70 lookup 141"),
+            del("priority 80 lookup 142"),
+            del("priority 90 lookup 141"),
+        ])
         .undone_by(routes.map(|route| ip(format!("route del {route}"))))
         .to([to, inner])
 }
@@ -225,7 +232,8 @@ pub(super) fn local(draw: &mut Draw<'_>) -> Change {
 pub(super) fn l3mdev(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let to = draw.destination(v6);
-    let rule = draw.one(&["priority 1000 l3mdev", "priority 1000 l3mdev unreachable", "priority 40000 l3mdev"]);
+    let rule =
+        draw.one(&["priority 1000 l3mdev", "priority 1000 l3mdev unreachable", "priority 40000 l3mdev"]);
     Change::once([ip_of(v6, format!("rule add {rule}"))])
         .undone_by([ip_of(v6, format!("rule del {rule}"))])
         .to([to])
