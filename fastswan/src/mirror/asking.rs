@@ -94,3 +94,66 @@ impl Asking {
         self.doubt = Doubt::None;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn after(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
+    #[test]
+    fn a_difference_while_the_source_is_silent_convicts_once_it_was_asked() {
+        let (mut asking, start) = (Asking::default(), Instant::now());
+        asking.look(0, true, start);
+        asking.catch_up(start);
+        assert!(!asking.convict(start), "nothing differs");
+        asking.look(1, true, start + after(10));
+        asking.catch_up(start + after(9));
+        assert!(!asking.convict(start + after(10)), "the source was asked before");
+        asking.catch_up(start + after(10));
+        assert!(asking.convict(start + after(10)));
+        assert!(!asking.convict(start + after(2000)), "once");
+    }
+
+    #[test]
+    fn a_difference_during_a_change_convicts_only_if_another_one_comes_when_that_is_written() {
+        for (second, is_convicted) in [(20, false), (49, false), (50, true), (999, true), (1000, false)] {
+            for told_before in [true, false] {
+                let (mut asking, start) = (Asking::default(), Instant::now());
+                if told_before {
+                    asking.change(start);
+                }
+                asking.look(1, true, start + after(1));
+                if !told_before {
+                    asking.change(start + after(2));
+                }
+                asking.catch_up(start + after(2));
+                assert!(!asking.convict(start + after(2)));
+                // The source goes on telling.
+                asking.change(start + after(second));
+                asking.look(2, true, start + after(1 + second));
+                asking.catch_up(start + after(1 + second));
+                assert_eq!(asking.convict(start + after(1 + second)), is_convicted, "{second}");
+            }
+        }
+        // What was told is not written yet.
+        let (mut asking, start) = (Asking::default(), Instant::now());
+        asking.look(1, false, start);
+        asking.catch_up(start);
+        assert!(!asking.convict(start));
+    }
+
+    #[test]
+    fn a_host_is_convicted_at_most_once_a_second() {
+        let (mut asking, start) = (Asking::default(), Instant::now());
+        let convictions = (0..3000).filter(|&millisecond| {
+            let now = start + after(millisecond);
+            asking.look(millisecond + 1, true, now);
+            asking.catch_up(now);
+            asking.convict(now)
+        });
+        assert_eq!(convictions.collect::<Vec<_>>(), [0, 1000, 2000]);
+    }
+}
