@@ -106,6 +106,8 @@ reasons! {
     EgressUnavailable = "egress_unavailable",
     /// The embedder keeps the policy from being fast.
     Held = "held",
+    /// A hook may change the packet's fate on its way, such as a firewall's.
+    Hook = "hook",
     /// The kernel's own routes, which are asked about one packet in many, do not lead to the policy's device.
     FibDiffers = "fib_differs",
 }

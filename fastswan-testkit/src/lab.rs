@@ -7,9 +7,10 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io,
+    io::{self, Write as _},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
@@ -22,7 +23,7 @@ use nix::{
     sched::{CloneFlags, setns},
 };
 
-use crate::sys::{Ethtool, ethtool_set, feature_set, packet_socket};
+use crate::sys::{Ethtool, ProgramPlace, attach_program, ethtool_set, feature_set, packet_socket};
 
 /// Where `ip netns` keeps namespaces.
 const NETNS: &str = "/run/netns";
@@ -272,17 +273,7 @@ pub fn join_with_index(index: Option<u32>, left: End<'_>, right: End<'_>, mtu: u
     let command = format!("link add {index} {} type veth peer name {}", describe(left), describe(right));
     ip(&command.split_whitespace().collect::<Vec<_>>())?;
     for end in [left, right] {
-        for (command, value) in [
-            (Ethtool::TxChecksums, 0),
-            (Ethtool::TcpSegmentation, 0),
-            (Ethtool::Segmentation, 0),
-            (Ethtool::Flags, 0),
-            (Ethtool::Gro, 1),
-        ] {
-            end.namespace
-                .enter(|| ethtool_set(end.device, command, value))
-                .map_err(|error| LabError::system(format!("{command:?} of {}", end.device), error))?;
-        }
+        end.namespace.enter(|| complete_frames(end.device))?;
         // Nothing that is merged may be longer than a byte.
         end.namespace.ip(&format!("link set {} gro_max_size 1", end.device))?;
     }
@@ -292,6 +283,21 @@ pub fn join_with_index(index: Option<u32>, left: End<'_>, right: End<'_>, mtu: u
         end.switch_on()?;
     }
     Ok(())
+}
+
+/// Has a veth device of this thread's network namespace send complete frames, leave nothing to others, and poll.
+pub(crate) fn complete_frames(device: &str) -> Result<(), LabError> {
+    let settings = [
+        (Ethtool::TxChecksums, 0),
+        (Ethtool::TcpSegmentation, 0),
+        (Ethtool::Segmentation, 0),
+        (Ethtool::Flags, 0),
+        (Ethtool::Gro, 1),
+    ];
+    settings.into_iter().try_for_each(|(command, value)| {
+        ethtool_set(device, command, value)
+            .map_err(|error| LabError::system(format!("{command:?} of {device}"), error))
+    })
 }
 
 /// Has a veth device of this thread's network namespace poll, or not: only if it does, its peer takes redirected frames.
@@ -353,6 +359,33 @@ pub fn wire(device: &str) -> Result<File, LabError> {
     Ok(File::from(socket))
 }
 
+/// Attaches a tcx program that drops to a device of this thread's network namespace, where packets come in or where they
+/// leave, until what this returns is closed.
+///
+/// # Errors
+///
+/// [`LabError::System`].
+pub fn drop_at_tcx(device: &str, egress: bool) -> Result<OwnedFd, LabError> {
+    const TCX_DROP: i32 = 2;
+    let ifindex = nix::net::if_::if_nametoindex(device);
+    let ifindex = ifindex.map_err(|error| LabError::system(format!("looking for {device}"), error))?;
+    attach_program(ProgramPlace::Tcx { ifindex, egress }, TCX_DROP)
+        .map_err(|error| LabError::system(format!("attaching a tcx program to {device}"), error))
+}
+
+/// Attaches a BPF program that drops to netfilter's forward hook of IPv4 in this thread's network namespace, until what this
+/// returns is closed.
+///
+/// # Errors
+///
+/// [`LabError::System`].
+pub fn drop_at_forward_hook() -> Result<OwnedFd, LabError> {
+    const NF_DROP: i32 = 0;
+    let place = ProgramPlace::Netfilter { family: 2, hook: 2 };
+    attach_program(place, NF_DROP)
+        .map_err(|error| LabError::system("attaching a BPF program to netfilter", error))
+}
+
 /// Whether this process may make namespaces and load programs, for tests that need it.
 ///
 /// # Panics
@@ -412,6 +445,30 @@ fn remove(name: &str) {
 /// Errors are of no use here: what is not there need not be removed.
 fn delete(name: &str) {
     let _ = Command::new("ip").args(["netns", "del", name]).output();
+}
+
+/// Has one process of `ip`, with some options, run many commands, a line each.
+pub(crate) fn batch(options: &[&str], lines: &str) -> Result<(), LabError> {
+    let command = format!("ip {} -batch -", options.join(" "));
+    let start = |error| LabError::Start { command: command.clone(), error };
+    let mut child = Command::new("ip")
+        .args(options)
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(start)?;
+    if let Some(mut input) = child.stdin.take() {
+        // If it has gone, it says why.
+        let _ = input.write_all(lines.as_bytes());
+    }
+    let output = child.wait_with_output().map_err(start)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(LabError::Command { command: format!("{command} <<< {}", lines.trim()), message })
 }
 
 /// Runs `ip` in this thread's namespace.

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
@@ -87,4 +87,78 @@ pub(crate) fn packet_socket(ifindex: u32, ether_type: u16) -> io::Result<OwnedFd
     // SAFETY: the address is the structure of its family, has this length and lives through the call.
     let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
     if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Where a BPF program can be attached that always returns the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ProgramPlace {
+    /// tcx on a device with this interface index: packets that come in, or that leave.
+    Tcx { ifindex: u32, egress: bool },
+    /// A hook of netfilter: `NFPROTO_IPV4` or `NFPROTO_IPV6`, and one of `enum nf_inet_hooks`.
+    Netfilter { family: u32, hook: u32 },
+}
+
+/// Attaches a program that always returns this number, until the link is closed.
+pub(crate) fn attach_program(place: ProgramPlace, returns: i32) -> io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: u32 = 5;
+    const BPF_LINK_CREATE: u32 = 28;
+    const SCHED_CLS: u32 = 3;
+    const NETFILTER: u32 = 32;
+    const BPF_NETFILTER: u32 = 45;
+    const BPF_TCX_INGRESS: u32 = 46;
+    const BPF_TCX_EGRESS: u32 = 47;
+
+    let (kind, attach_kind, target, options) = match place {
+        ProgramPlace::Tcx { ifindex, egress: false } => (SCHED_CLS, BPF_TCX_INGRESS, ifindex, [0; 2]),
+        ProgramPlace::Tcx { ifindex, egress: true } => (SCHED_CLS, BPF_TCX_EGRESS, ifindex, [0; 2]),
+        ProgramPlace::Netfilter { family, hook } => (NETFILTER, BPF_NETFILTER, 0, [family, hook]),
+    };
+    // r0 = number; exit
+    let mut instructions = [[0_u8; 8]; 2];
+    instructions[0][0] = 0xb7;
+    instructions[0][4..].copy_from_slice(&returns.to_ne_bytes());
+    instructions[1][0] = 0x95;
+    let licence = c"GPL";
+    let mut load = Load {
+        kind,
+        count: 2,
+        instructions: instructions.as_ptr().expose_provenance() as u64,
+        licence: licence.as_ptr().expose_provenance() as u64,
+        attach_kind: if kind == NETFILTER { attach_kind } else { 0 },
+        ..Load::default()
+    };
+    let program = bpf(BPF_PROG_LOAD, &mut load)?;
+    let number = program.as_raw_fd().cast_unsigned();
+    // The last two are a priority and flags.
+    let priority = u32::from(kind == NETFILTER);
+    bpf(BPF_LINK_CREATE, &mut [number, target, attach_kind, 0, options[0], options[1], priority, 0])
+}
+
+/// What `BPF_PROG_LOAD` takes, as far as it is used.
+#[repr(C)]
+#[derive(Default)]
+struct Load {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    licence: u64,
+    log: [u64; 2],
+    version_and_flags: [u32; 2],
+    name: [u8; 16],
+    ifindex: u32,
+    attach_kind: u32,
+}
+
+/// A command of `bpf(2)` that makes a descriptor. What the structure points to must live through the call.
+fn bpf<T>(command: u32, attributes: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel reads the structure, which has this size, and what it points to, which its maker keeps alive.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of_val(attributes))
+    };
+    let descriptor = i32::try_from(result).map_err(io::Error::other)?;
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for the caller, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }

@@ -4,7 +4,10 @@ use std::process::Command;
 
 use fastswan_testkit::{
     lab,
-    oracle::{BrokenRule, Oracle, Set},
+    oracle::{
+        BrokenRule, Oracle, Set,
+        facts::{FactsOracle, HostMutant},
+    },
 };
 use serde_json::Value;
 
@@ -88,4 +91,30 @@ fn the_stories_notice_the_rule_about_the_highest_number() {
     let broken = oracle.broken_rule(BrokenRule::HighestPriority).sets(&[Set::OffloadedModel]);
     let report = broken.run(|_| {}).unwrap();
     assert!(report.wrong() > 0, "{:#}", report.json());
+}
+
+#[test]
+fn the_host_is_followed_as_the_kernel_has_it() {
+    if !lab::require_root("the oracle of host facts") {
+        return;
+    }
+    let seed: u64 = rand::random();
+    eprintln!("seed {seed}");
+    let report = FactsOracle::new(seed, 4000).run().unwrap();
+    assert!(report.decisions() >= 4000);
+    assert!(report.unexpectedly_wrong().is_empty(), "{:#}", report.json());
+    // Agreeing means something: there were packets to be wrong about.
+    assert!(report.fast_share() > 0.5, "{:#}", report.json());
+}
+
+#[test]
+fn a_host_source_that_lies_is_noticed() {
+    if !lab::require_root("the oracle of host facts") {
+        return;
+    }
+    let seed: u64 = rand::random();
+    for mutant in HostMutant::ALL {
+        eprintln!("{}, seed {seed}", mutant.name());
+        assert!(FactsOracle::new(seed, 15_000).convict(mutant).unwrap(), "{}", mutant.name());
+    }
 }

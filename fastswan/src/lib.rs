@@ -66,15 +66,16 @@
 //! # Before you rely on it
 //!
 //! **What the fast path skips.** SNMP counters, `AF_PACKET` taps, ICMP redirects and the egress qdisc, which change no
-//! packet's fate; and also netfilter rules, tc programs and IPVS on the ports, which do, and are **not detected yet**.
+//! packet's fate. Netfilter, filters of tc, tcx programs and IPVS do, so what one of them may concern is not fast, unless you
+//! allow its kind with `Gateway::with_allowed_hooks`: [`host::hooks`] says when that is right, and what such a ruleset looks
+//! like.
 //!
 //! **Lag.** The kernel changes a device first and tells user space afterwards. Between the two a packet may still be
 //! forwarded by the old state. Where the kernel allows it, `XdpForwarder::attach_guard` (feature `guard`) closes this gap
 //! for what is removed, and `GatewayHandle::hold` for removals that you plan; for policies that come it stays.
 //!
-//! **Host facts** are followed. When links, addresses, routes, rules, neighbours or the sysctls `forwarding` and
-//! `rp_filter` change, all is read again, at most ten times a second, and everything passes meanwhile. The kernel does
-//! not notify of other sysctls, such as `disable_xfrm`: they are read with the next other change.
+//! **Host facts** are followed change by change: links, addresses, routes, rules, neighbours, next hop objects and sysctls. The
+//! kernel does not notify of all sysctls: `disable_xfrm` and some others are known within about 200 ms.
 //!
 //! # Features
 //!

@@ -154,13 +154,47 @@ pub(crate) fn network_namespace() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What the kernel says about a legacy table of iptables (`linux/netfilter_ipv4/ip_tables.h`), the same for IPv6.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum XtablesOption {
+    /// `IPT_SO_GET_INFO`: takes the table's name, and makes the table if there is none.
+    Info = 64,
+    /// `IPT_SO_GET_ENTRIES`: takes the table's name and size.
+    Entries = 65,
+}
+
+impl XtablesOption {
+    /// Asks about a table of this thread's network namespace. The buffer holds the question, and then the answer.
+    pub(crate) fn get(self, v6: bool, buffer: &mut [u8]) -> io::Result<()> {
+        let (family, level) = if v6 {
+            (AddressFamily::INET6, libc::IPPROTO_IPV6)
+        } else {
+            (AddressFamily::INET, libc::IPPROTO_IP)
+        };
+        let socket = socket(family, SocketType::DGRAM, None)?;
+        let mut length = libc::socklen_t::try_from(buffer.len()).map_err(io::Error::other)?;
+        // SAFETY: the kernel reads and writes up to `length` bytes of the buffer, which has as many; both live through
+        // the call.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                level,
+                self as libc::c_int,
+                buffer.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
 /// Commands of `bpf(2)` and their structures, as in `linux/bpf.h`.
 pub(crate) mod bpf {
     use std::{
         ffi::CString,
         io,
         os::{
-            fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+            fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
             unix::ffi::OsStrExt as _,
         },
         path::Path,
@@ -169,11 +203,15 @@ pub(crate) mod bpf {
     const BPF_OBJ_PIN: u32 = 6;
     const BPF_OBJ_GET: u32 = 7;
     const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
+    const BPF_PROG_QUERY: u32 = 16;
     const BPF_LINK_CREATE: u32 = 28;
     const BPF_LINK_UPDATE: u32 = 29;
+    const BPF_LINK_GET_FD_BY_ID: u32 = 30;
+    const BPF_LINK_GET_NEXT_ID: u32 = 31;
     const BPF_LINK_DETACH: u32 = 34;
     const BPF_XDP: u32 = 37;
     const BPF_LINK_TYPE_XDP: u32 = 6;
+    const BPF_LINK_TYPE_NETFILTER: u32 = 10;
     /// `linux/if_link.h`
     const XDP_FLAGS_SKB_MODE: u32 = 2;
     const XDP_FLAGS_DRV_MODE: u32 = 4;
@@ -199,8 +237,10 @@ pub(crate) mod bpf {
         link: u32,
         program: u32,
         padding: u32,
+        /// Of an XDP program; of one at a netfilter hook, the family.
         ifindex: u32,
-        padding_too: u32,
+        /// The number of a netfilter hook.
+        hook: u32,
     }
 
     /// What the kernel says about a link.
@@ -232,6 +272,14 @@ pub(crate) mod bpf {
 
     /// About a link of an XDP program.
     pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<XdpLinkInfo> {
+        let info = read_link_info(link)?;
+        if info.kind != BPF_LINK_TYPE_XDP {
+            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        }
+        Ok(XdpLinkInfo { program: info.program, ifindex: info.ifindex })
+    }
+
+    fn read_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         let mut info = LinkInfo::default();
         let mut get = GetInfo {
             object: link.as_raw_fd().cast_unsigned(),
@@ -239,10 +287,86 @@ pub(crate) mod bpf {
             info: (&raw mut info).expose_provenance() as u64,
         };
         command(BPF_OBJ_GET_INFO_BY_FD, &mut get)?;
-        if info.kind != BPF_LINK_TYPE_XDP {
-            return Err(io::Error::from(io::ErrorKind::InvalidData));
+        Ok(info)
+    }
+
+    /// A BPF program at a hook of netfilter, of a network namespace that is not told.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct NetfilterLink {
+        /// `NFPROTO_IPV4` or `NFPROTO_IPV6`.
+        pub(crate) family: u32,
+        /// `enum nf_inet_hooks`
+        pub(crate) hook: u32,
+    }
+
+    /// The lowest number of a link that is higher than this one. Needs `CAP_SYS_ADMIN`.
+    pub(crate) fn first_link(after: u32) -> io::Result<Option<u32>> {
+        let mut get = [after, 0, 0];
+        match command(BPF_LINK_GET_NEXT_ID, &mut get) {
+            Ok(_) => Ok(Some(get[1])),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
         }
-        Ok(XdpLinkInfo { program: info.program, ifindex: info.ifindex })
+    }
+
+    /// What a link with this number is, if it is there and of a program at a hook of netfilter (Linux 6.4); `EAGAIN` if it is
+    /// being made. Needs `CAP_SYS_ADMIN`.
+    pub(crate) fn netfilter_link(number: u32) -> io::Result<Option<NetfilterLink>> {
+        let link = match command(BPF_LINK_GET_FD_BY_ID, &mut [number, 0, 0]) {
+            Ok(link) => descriptor(link)?,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let info = read_link_info(link.as_fd())?;
+        let is_at_hook = info.kind == BPF_LINK_TYPE_NETFILTER;
+        Ok(is_at_hook.then_some(NetfilterLink { family: info.ifindex, hook: info.hook }))
+    }
+
+    /// Where tcx programs are attached.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) enum Tcx {
+        /// `BPF_TCX_INGRESS`
+        Ingress = 46,
+        /// `BPF_TCX_EGRESS`
+        Egress = 47,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    struct Query {
+        ifindex: u32,
+        kind: u32,
+        flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        padding: u32,
+        program_flags: u64,
+        links: u64,
+        link_flags: u64,
+        revision: u64,
+    }
+
+    /// The number of one of the tcx programs on a device of this thread's network namespace, if there is any. There is none
+    /// before Linux 6.6, nor on a device that has gone.
+    pub(crate) fn tcx_programs(ifindex: u32, side: Tcx) -> io::Result<Option<u32>> {
+        let mut programs = [0_u32; 16];
+        let mut query = Query {
+            ifindex,
+            kind: side as u32,
+            programs: (&raw mut programs).expose_provenance() as u64,
+            count: u32::try_from(programs.len()).map_err(io::Error::other)?,
+            ..Query::default()
+        };
+        match command(BPF_PROG_QUERY, &mut query) {
+            Ok(_) => Ok((query.count > 0).then_some(programs[0])),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINVAL | libc::ENODEV | libc::ENOENT) => Ok(None),
+                // There are more than fit.
+                Some(libc::ENOSPC) => Ok(Some(programs[0])),
+                _ => Err(error),
+            },
+        }
     }
 
     /// Makes a link, program or map stay at a path of a BPF file system.
@@ -270,8 +394,8 @@ pub(crate) mod bpf {
 
     /// `T` must be how the structure of the command begins; what it points to must live through the call.
     fn command<T: ?Sized>(command: u32, attributes: &mut T) -> io::Result<i32> {
-        // SAFETY: the kernel reads as many bytes as the structure has and takes the rest for zero. It writes only where
-        // the structure points to, which its maker keeps alive and large enough.
+        // SAFETY: the kernel reads as many bytes as the structure has and takes the rest for zero. It writes only into
+        // these, and where the structure points to, which its maker keeps alive and large enough.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,

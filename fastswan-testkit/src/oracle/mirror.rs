@@ -4,7 +4,7 @@ use std::{collections::HashMap, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
 use fastswan::{
-    Compiler, Database, HostFacts, OffloadTable as _, PassReason, Policy, PolicyEvent, PolicySource,
+    Compiler, Database, NetlinkHost, OffloadTable as _, PassReason, Policy, PolicyEvent, PolicySource,
     PolicySourceExt as _,
     compiler::BrokenRule,
     forwarder::RunAction,
@@ -86,7 +86,7 @@ impl Mirror {
             let _inside = runtime.enter();
             open()?
         };
-        let host = HostFacts::read()?;
+        let host = NetlinkHost::read_once()?;
         let mut program = ProgRun::new(&TABLE)?;
         let port = host.port(lab.ingress, 0).context("packets have no port to enter by")?;
         program.table.set_port(&port)?;

@@ -15,18 +15,24 @@ use super::{
 };
 
 /// Kernel modules that guests load, each with those that it needs.
-const MODULES: [&str; 15] = [
+const MODULES: [&str; 21] = [
     "9p",
     "9pnet_virtio",
+    "act_gact",
     "aesni_intel",
     "bridge",
     "cls_bpf",
+    "cls_flower",
     "echainiv",
     "esp4",
     "esp4_offload",
     "esp6",
     "esp6_offload",
     "gcm",
+    "ip_vs_rr",
+    "nf_tables",
+    "nfnetlink_hook",
+    "nft_ct",
     "sch_ingress",
     "seqiv",
     "veth",

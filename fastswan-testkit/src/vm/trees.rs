@@ -19,15 +19,17 @@ const BUILD_TOOLS: [&str; 10] =
     ["coreutils", "dash", "diffutils", "findutils", "gcc-14", "grep", "kmod", "make", "mawk", "sed"];
 
 /// What runs in a guest.
-const ROOT_PACKAGES: [&str; 10] = [
+const ROOT_PACKAGES: [&str; 12] = [
     "busybox-static",
     "dash",
     "iproute2",
     "iputils-ping",
+    "ipvsadm",
     "kmod",
     "libc-bin",
     "libgcc-s1",
     "netbase",
+    "nftables",
     "strongswan-charon",
     "strongswan-swanctl",
 ];

@@ -340,11 +340,12 @@ impl World {
     /// Whether the kernel takes a packet from an address.
     fn takes_from(&self, source: IpAddr) -> bool {
         match self.route(source) {
+            _ if source.is_ipv6() => true,
             Some(RouteKind::Unicast { .. }) => true,
             Some(RouteKind::Local) => false,
             // The program asks for a way back where a port does.
             None if self.routes_asked(source).is_empty() => true,
-            _ => source.is_ipv6() || self.host.links[0].reverse_path == ReversePath::Off,
+            _ => self.host.links[0].reverse_path == ReversePath::Off,
         }
     }
 

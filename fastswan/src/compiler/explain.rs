@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     database::{Database, Freshness},
+    host::Hook,
     policy::{Direction, Family, Policy, PolicyId, SaId, Selector, Template},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
@@ -191,6 +192,8 @@ pub enum Cause {
     NoPath(PolicyId),
     /// The policy's tunnel begins at an address that the host no longer has: the kernel finds no route from it.
     ForeignSource(PolicyId, IpAddr),
+    /// Something may change the packet's fate on its way, or before, where it comes in.
+    Hook(Hook),
     /// The table has no room.
     Capacity,
     /// An address is one that the host does not forward to or from, or has no route. The prefix is the one that is
@@ -330,6 +333,10 @@ impl Compiler {
         let found = match (reason, eligible(policy)) {
             (PassReason::NoPath, Ok(Template { source, .. })) if !self.paths.may_send_from(*source) => {
                 Some(Cause::ForeignSource(policy.id.clone(), *source))
+            }
+            (PassReason::Hook, _) => {
+                let device = policy.offload.map_or(0, |device| device.ifindex);
+                self.paths.hook(policy.id.selector.family(), device).cloned().map(Cause::Hook)
             }
             (PassReason::NoSa, _) => {
                 let narrow = database.narrow_sa(policy);
@@ -530,6 +537,7 @@ impl fmt::Display for Cause {
             Self::ForeignSource(policy, address) => {
                 write!(f, "the tunnel of {policy} begins at {address}, which is not an address of this host")
             }
+            Self::Hook(hook) => write!(f, "the fast path would skip {hook}"),
             Self::Capacity => f.write_str("the table has no room to tell it apart from others"),
             Self::Address { side, prefix, fact, rule } => {
                 let side = match side {

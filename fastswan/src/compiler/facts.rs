@@ -190,6 +190,8 @@ impl<'p> AddressFacts<'p> {
         use RouteKind::{Anycast, Broadcast, Local, Multicast, Unicast};
 
         match route {
+            // IPv6 forwards whatever the source is.
+            _ if self.routes.family() == Family::V6 => Fact::Via(SOME_DEVICE),
             Unicast { ifindex, .. } if self.reverse_path => Fact::Via(ifindex),
             Local | Broadcast | Anycast | Multicast => Fact::Denied,
             _ if self.reverse_path => Fact::Denied,
@@ -202,6 +204,7 @@ impl<'p> AddressFacts<'p> {
     fn is_same_source(&self, covering: Option<RouteKind>, kinds: Kinds) -> bool {
         let leads_anywhere = kind::FORWARDS | kind::LIMITED | kind::DENIES | kind::UNCLEAR;
         match covering {
+            _ if self.routes.family() == Family::V6 => true,
             None | Some(RouteKind::Throw) => {
                 !self.reverse_path && kinds.are_within(leads_anywhere | kind::THROWS)
             }

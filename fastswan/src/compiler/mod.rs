@@ -7,6 +7,7 @@
 //! - `rule`: when the kernel's choice among policies is certain;
 //! - `plane`: into which cells the policies split the plane of addresses;
 //! - `path`: how a policy's packets leave;
+//! - `hooks`: what packets must not skip on their way;
 //! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
 //! - `exceptions`: policies that ask for a protocol or ports;
 //! - `fit`: what to leave out when a table is too small;
@@ -33,6 +34,7 @@ mod explain;
 mod facts;
 mod family;
 mod fit;
+mod hooks;
 #[cfg(any(test, fuzzing))]
 mod model;
 mod obstacles;
@@ -479,6 +481,9 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     let default_policy = database.default_policy();
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
         return Err(PassReason::DefaultBlock);
+    }
+    if paths.hook(policy.id.selector.family(), device.ifindex).is_some() {
+        return Err(PassReason::Hook);
     }
     if policy.assumed.is_some() {
         return paths

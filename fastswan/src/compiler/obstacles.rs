@@ -5,6 +5,7 @@ use std::fmt;
 use super::Compiler;
 use crate::{
     database::Database,
+    host::{Hook, HookPlace},
     policy::{Action, DefaultPolicy, Family, PolicyId},
 };
 
@@ -27,6 +28,8 @@ pub enum Obstacle {
     },
     /// No interface forwards packets of a family.
     NotForwarding(Family),
+    /// Something may change the fate of all packets on their way, or of those of a family.
+    Hook(Hook),
 }
 
 impl Obstacle {
@@ -35,6 +38,10 @@ impl Obstacle {
     pub fn family(&self) -> Option<Family> {
         match self {
             Self::DefaultBlock(_) => None,
+            Self::Hook(hook) => match hook.place {
+                HookPlace::Forwarding(family) => family,
+                _ => None,
+            },
             Self::Check(policy) => Some(policy.selector.family()),
             Self::UnknownHost(family) | Self::Rule { family, .. } | Self::NotForwarding(family) => {
                 Some(*family)
@@ -91,6 +98,10 @@ impl fmt::Display for Obstacle {
                 name(family)
             ),
             Self::NotForwarding(family) => write!(f, "no interface forwards {}", name(family)),
+            Self::Hook(hook) => match self.family() {
+                Some(family) => write!(f, "the fast path would skip {hook} ({} only)", name(&family)),
+                None => write!(f, "the fast path would skip {hook}"),
+            },
         }
     }
 }

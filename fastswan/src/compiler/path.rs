@@ -4,10 +4,10 @@ use std::{collections::HashMap, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::obstacles::Obstacle;
+use super::{hooks::HooksAhead, obstacles::Obstacle};
 use crate::{
     host::{
-        HostChange, HostFacts, Link, Neighbour, RouteKind,
+        Hook, HostChange, HostFacts, Link, Neighbour, RouteKind,
         routing::{Effect, Purpose, Routes},
     },
     policy::{Family, MacAddr, NextHop, OffloadDev, Overhead, Policy, Template},
@@ -24,6 +24,7 @@ pub(super) struct Paths {
     vouched: bool,
     /// A link asks for the reverse path, or did: that a link comes and goes which does changes nothing else.
     filters_by_reverse_path: bool,
+    hooks: HooksAhead,
 }
 
 impl Paths {
@@ -39,6 +40,7 @@ impl Paths {
             v6: Routes::new(host, Family::V6),
             vouched: host.vouched,
             filters_by_reverse_path: false,
+            hooks: HooksAhead::new(&host.hooks),
         };
         new.look_for_filters();
         new
@@ -47,6 +49,8 @@ impl Paths {
     /// Takes up a change, and returns what it may change in turn.
     pub(super) fn change(&mut self, change: &HostChange) -> Concerns {
         match change {
+            // Tables ask devices themselves.
+            HostChange::Device { .. } => Concerns::Nothing,
             HostChange::Link(link) => {
                 let old = self.links.insert(link.ifindex, link.clone());
                 if old.as_ref() == Some(link) {
@@ -93,6 +97,14 @@ impl Paths {
                 let key = (*ifindex, *destination);
                 self.neighbours.remove(&key).map_or(Concerns::Nothing, |_| Concerns::Neighbour(key))
             }
+            HostChange::Hooks(hooks) => {
+                let hooks = HooksAhead::new(hooks);
+                if hooks == self.hooks {
+                    return Concerns::Nothing;
+                }
+                self.hooks = hooks;
+                Concerns::Policies
+            }
         }
     }
 
@@ -106,7 +118,12 @@ impl Paths {
         }
         // Routes may be for shorter packets than the link takes.
         is_everything |= has_other_length && (self.v4.limits_on(ifindex) || self.v6.limits_on(ifindex));
-        if is_everything { Concerns::Everything } else { Concerns::Device(ifindex) }
+        match is_everything {
+            true => Concerns::Everything,
+            // Packets may leave through a device with a hook now.
+            false if self.hooks.are_on_devices() => Concerns::Policies,
+            false => Concerns::Device(ifindex),
+        }
     }
 
     fn look_for_filters(&mut self) {
@@ -127,12 +144,17 @@ impl Paths {
         }
     }
 
+    /// What packets of a family that leave through a device must not skip.
+    pub(super) fn hook(&self, family: Family, device: u32) -> Option<&Hook> {
+        self.hooks.of(family, device, &self.links)
+    }
+
     /// What keeps everything, or all of a family, from being fast.
     pub(super) fn obstacles(&self) -> Vec<Obstacle> {
+        let mut obstacles = self.hooks.obstacles();
         if self.vouched {
-            return Vec::new();
+            return obstacles;
         }
-        let mut obstacles = Vec::new();
         for family in [Family::V4, Family::V6] {
             let routes = self.routes(family);
             if let Some(priority) = routes.obscure_rule() {
@@ -257,6 +279,8 @@ pub(super) enum Concerns {
     Device(u32),
     /// What frames are sent to a neighbour by a device.
     Neighbour((u32, IpAddr)),
+    /// How packets of any policy leave, but no address.
+    Policies,
     /// All of it.
     Everything,
 }

@@ -43,7 +43,7 @@ impl Reliance {
         let changed = &mut self.changed;
         match concerns {
             Concerns::Nothing => {}
-            Concerns::Everything => changed.is_everything = true,
+            Concerns::Everything | Concerns::Policies => changed.is_everything = true,
             Concerns::Device(ifindex) => {
                 changed.devices.extend(self.devices.get(&ifindex));
             }

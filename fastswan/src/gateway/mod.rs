@@ -53,7 +53,7 @@ use crate::forwarder::{AttachConfig, ForwarderError, XdpForwarder};
 use crate::{
     compiler::{Explanation, Flow},
     event::PolicyEvent,
-    host::HostEvent,
+    host::{Hooks, HostChange, HostEvent},
     metrics::Meters,
     mirror::{Action, HoldId, Input, InputState, Mirror},
     source::{HostSource, PolicySource, SourceError},
@@ -203,6 +203,24 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.mirror.set_lease(lease);
+        self
+    }
+
+    /// Has packets be fast that skip hooks of these kinds: the embedder answers for it that this changes no packet's fate.
+    /// See [`host::hooks`](crate::host::hooks) for when that is so. The status names those that are skipped.
+    ///
+    /// ```
+    /// use fastswan::host::{HookKind, Hooks};
+    /// # use fastswan::{Gateway, MemoryTable, StaticSource, VouchedHost, table::TableConfig};
+    ///
+    /// # let table = MemoryTable::new(&TableConfig::default());
+    /// let gateway = Gateway::new(StaticSource::new(&[]), VouchedHost::new(), table)
+    ///     .with_allowed_hooks(Hooks::none().allow(HookKind::NfTables));
+    /// # let _ = gateway;
+    /// ```
+    #[must_use]
+    pub fn with_allowed_hooks(mut self, hooks: Hooks) -> Self {
+        self.mirror.allow_hooks(hooks);
         self
     }
 
@@ -466,20 +484,28 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         };
         self.since.get_or_insert_with(Instant::now);
         let known = self.mirror.input(Input::Host);
-        let stale = if let HostEvent::Stale(cause) = &event { Some(cause.name()) } else { None };
+        let (stale, is_snapshot) = match &event {
+            HostEvent::Stale(cause) => (Some(cause.name()), false),
+            HostEvent::Snapshot(_) => (None, true),
+            HostEvent::Changes(_) => (None, false),
+        };
+        let concerns_devices = match &event {
+            HostEvent::Changes(changes) => changes.iter().any(is_about_devices),
+            HostEvent::Snapshot(_) | HostEvent::Stale(_) => is_snapshot,
+        };
         self.mirror.handle_host_event(event, now());
         if let Some(cause) = stale {
             self.meters.lost_track(Input::Host.name(), cause);
-            tracing::debug!(
-                cause,
-                "something about the host has changed: everything passes until it is known"
-            );
-            self.act()?;
-        } else {
+            tracing::debug!(cause, "the host source lost track: everything passes until it knows again");
+            return self.act();
+        }
+        if is_snapshot {
             let cause = cause_of(known);
             self.meters.resynchronised(Input::Host.name(), cause);
             tracing::debug!(cause, "the host is known");
-            self.may_be_obstructed = true;
+        }
+        self.may_be_obstructed = true;
+        if concerns_devices {
             self.table.refresh_devices();
             self.attached.look_again(&mut self.mirror);
         }
@@ -712,12 +738,14 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             has_ended: self.has_failed,
             inputs: Input::ALL.iter().map(freshness).collect(),
             obstacles: self.obstacles.clone(),
+            skipped_hooks: self.mirror.skipped_hooks().iter().map(ToString::to_string).collect(),
         }
     }
 
     fn tell_state(&mut self) {
         let state = self.state();
         self.meters.switched(state.is_on);
+        self.meters.skipped(self.mirror.skipped_hooks());
         self.ends.states.send_if_modified(|told| {
             let is_new = *told != state;
             *told = state;
@@ -810,6 +838,11 @@ fn removal_signal(_: &impl OffloadTable) -> Option<std::convert::Infallible> {
 #[cfg(not(feature = "bpf"))]
 fn removal(_: Option<&std::convert::Infallible>) -> impl Future<Output = ()> {
     pending()
+}
+
+/// Whether what a device can do, or whether it is there, may be different after a change.
+fn is_about_devices(change: &HostChange) -> bool {
+    matches!(change, HostChange::Link(_) | HostChange::LinkGone(_) | HostChange::Device { .. })
 }
 
 /// What made a snapshot necessary.

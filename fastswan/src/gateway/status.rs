@@ -100,6 +100,8 @@ pub struct GatewayState {
     pub inputs: BTreeMap<&'static str, Freshness>,
     /// What keeps all policies, or all of one family, from being fast.
     pub obstacles: Vec<String>,
+    /// Hooks that fast packets skip, as the embedder allows.
+    pub skipped_hooks: Vec<String>,
 }
 
 /// How fresh an input is, as others are told.
@@ -206,6 +208,9 @@ impl fmt::Display for GatewayState {
         }
         for obstacle in &self.obstacles {
             write!(f, "; {obstacle}")?;
+        }
+        for hook in &self.skipped_hooks {
+            write!(f, "; skipped, as allowed: {hook}")?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{HostFacts, Link, Neighbour, Route, Rule};
+use super::{Hook, HostFacts, Link, Neighbour, Route, Rule};
 use crate::policy::Family;
 
 /// What a [`HostSource`](crate::HostSource) says.
@@ -42,6 +42,11 @@ pub enum HostChange {
     Rules(Family, Vec<Rule>),
     /// A neighbour has this Ethernet address now.
     Neighbour(Neighbour),
+    /// What a device can do may have changed, such as taking redirected frames.
+    Device {
+        /// Its interface index; `None` is any device.
+        ifindex: Option<u32>,
+    },
     /// The Ethernet address of a neighbour is not known any longer.
     NeighbourGone {
         /// Interface index of the device.
@@ -49,6 +54,8 @@ pub enum HostChange {
         /// Its address.
         destination: IpAddr,
     },
+    /// These are all hooks now.
+    Hooks(Vec<Hook>),
 }
 
 /// Why a host source lost track.

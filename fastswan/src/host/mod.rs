@@ -6,8 +6,10 @@
 //! policy's device, and how the policy's packets leave; [`HostFacts::ports`] says from where packets may be
 //! fast.
 
+mod broken;
 mod error;
 mod event;
+pub mod hooks;
 mod port;
 mod route;
 pub(crate) mod routing;
@@ -16,9 +18,14 @@ mod trie;
 
 use std::net::IpAddr;
 
+#[cfg(feature = "broken-rules")]
+pub use self::broken::BrokenHostRule;
+#[cfg(not(feature = "broken-rules"))]
+pub(crate) use self::broken::BrokenHostRule;
 pub use self::{
     error::HostError,
     event::{HostChange, HostEvent, HostStaleCause},
+    hooks::{Hook, HookKind, HookPlace, Hooks},
     port::{Forwards, Port, ReversePath},
     route::{Route, RouteKind},
     rule::{Rule, RuleAction, RuleSelector},
@@ -57,6 +64,9 @@ pub struct HostFacts {
     pub rules: Vec<Rule>,
     /// Neighbours with a known Ethernet address.
     pub neighbours: Vec<Neighbour>,
+    /// What may change the fate of packets on their way. What one of them may concern is not fast; [`Self::allow`] takes out
+    /// those that may be skipped.
+    pub hooks: Vec<Hook>,
     /// The embedder answers for what routes would tell; see [`HostFacts::vouched`].
     pub vouched: bool,
 }
@@ -89,8 +99,9 @@ impl HostFacts {
     /// The port for frames that arrive on an interface with a VLAN tag, or, for 0, without one.
     ///
     /// `None` if the kernel does not give such frames to its IP layer, or may not: no such interface or VLAN
-    /// device, a device that is down or has no Ethernet address, a member of a bridge, bond or VRF, or one that
-    /// macvlan or ipvlan devices share. Devices of other network namespaces are not seen.
+    /// device, a device that is down, has no carrier or no Ethernet address, a member of a bridge, bond or VRF, one that
+    /// macvlan or ipvlan devices share, or one with a hook where packets come in. Devices of other network namespaces are
+    /// not seen.
     #[must_use]
     pub fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
         let device = self.link(ifindex)?;
@@ -106,7 +117,11 @@ impl HostFacts {
             (0, Some(_)) | (_, None) => return None,
             (_, Some(link)) => link,
         };
-        if receiver.controller.is_some() || !device.up || !receiver.up {
+        let is_on = |link: &Link| link.up && link.carrier;
+        if receiver.controller.is_some() || !is_on(device) || !is_on(receiver) {
+            return None;
+        }
+        if self.ingress_hook(device.ifindex, receiver.ifindex).is_some() {
             return None;
         }
         Some(Port {
@@ -134,6 +149,30 @@ impl HostFacts {
         vlans.into_iter().filter_map(|vlan| self.port(ifindex, vlan)).collect()
     }
 
+    /// What may change the fate of frames that arrive on an interface with a VLAN tag, or, for 0, without one, before they
+    /// are forwarded.
+    #[must_use]
+    pub fn hook_at(&self, ifindex: u32, vlan: u16) -> Option<&Hook> {
+        let receiver = self.links.iter().find(|link| link.parent == Some(ifindex) && link.vlan == Some(vlan));
+        self.ingress_hook(ifindex, receiver.map_or(ifindex, |link| link.ifindex))
+    }
+
+    /// Takes out the hooks of kinds that may be skipped, and returns them.
+    pub fn allow(&mut self, hooks: Hooks) -> Vec<Hook> {
+        self.hooks.extract_if(.., |hook| hooks.allows(hook.kind)).collect()
+    }
+
+    /// An XDP program on the device itself is ours, or keeps ours from being attached. What arrives on a bond has come in on
+    /// one of its members.
+    fn ingress_hook(&self, device: u32, receiver: u32) -> Option<&Hook> {
+        let is_member = |ifindex| self.link(ifindex).is_some_and(|link| link.controller == Some(device));
+        self.hooks.iter().find(|hook| match hook.place {
+            HookPlace::Ingress(ifindex) if ifindex == device => hook.kind != HookKind::Xdp,
+            HookPlace::Ingress(ifindex) => ifindex == receiver || is_member(ifindex),
+            _ => false,
+        })
+    }
+
     /// Takes up a change. Looks at all links, routes, rules or neighbours, whichever it is about.
     pub fn apply(&mut self, change: HostChange) {
         match change {
@@ -157,6 +196,9 @@ impl HostFacts {
                 self.neighbours.push(neighbour);
             }
             HostChange::NeighbourGone { ifindex, destination } => self.forget_neighbour(ifindex, destination),
+            HostChange::Hooks(hooks) => self.hooks = hooks,
+            // What a device can do is not among these facts.
+            HostChange::Device { .. } => {}
         }
     }
 
@@ -265,6 +307,33 @@ mod tests {
         let ipvlan = Link { kind: "ipvlan".to_owned(), parent: Some(1), ..link(3, "container") };
         assert_eq!(receivers(&[link(1, "lan"), ipvlan]), []);
         assert_eq!(receivers(&[link(1, "lan"), vlan(3, 0)]), [], "who takes which frame is not clear");
+    }
+
+    #[test]
+    fn a_device_with_a_hook_has_no_port() {
+        let hook = |kind, place| Hook { kind, place, name: "drop".to_owned() };
+        let links = [link(1, "lan"), vlan(3, 20)];
+        let with = |kind, place| {
+            let hooks = vec![hook(kind, place)];
+            let mut host = HostFacts { links: links.to_vec(), hooks, ..HostFacts::default() };
+            let ports: Vec<_> = host.ports(1).iter().map(|port| port.vlan).collect();
+            assert!([0, 20].iter().all(|vlan| host.hook_at(1, *vlan).is_some() != ports.contains(vlan)));
+            assert_eq!(host.allow(Hooks::none()), []);
+            assert_eq!(host.allow(Hooks::none().allow(kind)).len(), 1);
+            assert_eq!(host.ports(1).len(), 2, "allowed");
+            ports
+        };
+        assert_eq!(with(HookKind::Tc, HookPlace::Ingress(1)), [0; 0]);
+        assert_eq!(with(HookKind::Tc, HookPlace::Ingress(3)), [0]);
+        assert_eq!(with(HookKind::Xdp, HookPlace::Ingress(1)), [0, 20], "ours");
+        assert_eq!(with(HookKind::Xdp, HookPlace::Ingress(3)), [0]);
+        assert_eq!(with(HookKind::Tc, HookPlace::Egress(1)), [0, 20]);
+        assert_eq!(with(HookKind::NfTables, HookPlace::Forwarding(None)), [0, 20], "not its business");
+
+        let hooks = vec![hook(HookKind::Tc, HookPlace::Ingress(4))];
+        let links = vec![link(1, "bond"), Link { controller: Some(1), ..link(4, "member") }];
+        let host = HostFacts { links, hooks, ..HostFacts::default() };
+        assert_eq!(host.port(1, 0), None, "frames come in on the member");
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | `fastswan_policies` | gauge | `state`, `reason` | Packet-offloaded outbound policies: `fast`, or `kernel` with a [`PassReason`](crate::PassReason); the reason of fast ones is empty. |
 //! | `fastswan_associations` | gauge | | Security associations. |
 //! | `fastswan_current` | gauge | | 1 while the fast path is on: every input is current, and no kill switch is on. Else everything passes. |
+//! | `fastswan_skipped_hooks` | gauge | `kind` | Hooks that fast packets skip, as [`Gateway::with_allowed_hooks`](crate::Gateway::with_allowed_hooks) allows. |
 //! | `fastswan_queued_events` | gauge | | Events that the source holds and the loop has not read. |
 //! | `fastswan_fast_packets_total` | counter | | Packets that were forwarded at XDP. |
 //! | `fastswan_fast_bytes_total` | counter | | Their bytes, from the IP header on. |

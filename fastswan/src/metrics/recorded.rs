@@ -11,6 +11,7 @@ use fastswan_ebpf::PassReason;
 
 use crate::{
     compiler::PolicyState,
+    host::{Hook, HookKind},
     table::{Asked, Traffic},
 };
 
@@ -21,6 +22,8 @@ pub(crate) struct Meters {
     retired: Traffic,
     /// Reasons that policies have had: their gauges go back to zero.
     reasons: BTreeSet<&'static str>,
+    /// Kinds of hooks that were skipped: likewise.
+    skipped: BTreeSet<HookKind>,
 }
 
 /// What is looked at instead of counted.
@@ -38,7 +41,7 @@ pub(crate) struct Moment {
 impl Meters {
     pub(crate) fn new() -> Self {
         describe();
-        Self { retired: Traffic::default(), reasons: BTreeSet::new() }
+        Self { retired: Traffic::default(), reasons: BTreeSet::new(), skipped: BTreeSet::new() }
     }
 
     pub(crate) fn lost_track(&mut self, input: &'static str, cause: &'static str) {
@@ -93,6 +96,17 @@ impl Meters {
         gauge!("fastswan_current").set(if on { 1.0 } else { 0.0 });
     }
 
+    pub(crate) fn skipped(&mut self, hooks: &[Hook]) {
+        for kind in HookKind::ALL {
+            let there = hooks.iter().filter(|hook| hook.kind == kind).count() as u64;
+            // Of the kinds that were never allowed there is nothing to see.
+            if there > 0 || self.skipped.contains(&kind) {
+                gauge!("fastswan_skipped_hooks", "kind" => kind.name()).set(float(there));
+                self.skipped.insert(kind);
+            }
+        }
+    }
+
     pub(crate) fn look(&mut self, moment: &Moment) {
         let mut fast = 0;
         let mut in_kernel: BTreeMap<&'static str, u64> =
@@ -134,6 +148,10 @@ fn describe() {
     describe_gauge!(
         "fastswan_current",
         "1 while the fast path is on: every input is current, and no kill switch is on"
+    );
+    describe_gauge!(
+        "fastswan_skipped_hooks",
+        "hooks that fast packets skip, as the embedder allows, by kind"
     );
     describe_gauge!("fastswan_queued_events", "events that the source holds and the loop has not read");
     describe_counter!("fastswan_fast_packets_total", "packets forwarded at XDP");
@@ -409,5 +427,21 @@ mod tests {
         let described: BTreeSet<_> = described.filter(|text| text.starts_with("fastswan_")).collect();
         assert_eq!(in_table, described);
         assert!(in_table.len() > 10);
+    }
+
+    #[test]
+    fn hooks_that_are_skipped_are_counted_by_kind_until_they_are_gone() {
+        let recorder = DebuggingRecorder::new();
+        metrics::with_local_recorder(&recorder, || {
+            let hook =
+                |kind| Hook { kind, place: crate::host::HookPlace::Forwarding(None), name: String::new() };
+            let mut meters = Meters::new();
+            meters.skipped(&[HookKind::NfTables, HookKind::NfTables, HookKind::Conntrack].map(hook));
+            let scrape = Scrape::take(&recorder);
+            scrape.expect(&[("skipped_hooks kind=nf_tables", 2), ("skipped_hooks kind=conntrack", 1)]);
+            assert!(!scrape.0.contains_key("fastswan_skipped_hooks kind=tc"), "never there");
+            meters.skipped(&[]);
+            Scrape::take(&recorder).expect(&[("skipped_hooks kind=nf_tables", 0)]);
+        });
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::table::Traffic;
+use crate::{host::Hook, table::Traffic};
 
 #[derive(Debug)]
 pub(crate) struct Meters;
@@ -34,4 +34,6 @@ impl Meters {
     pub(crate) fn lease_expired(&mut self, _: u64) {}
 
     pub(crate) fn switched(&mut self, _: bool) {}
+
+    pub(crate) fn skipped(&mut self, _: &[Hook]) {}
 }

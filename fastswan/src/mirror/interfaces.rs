@@ -26,6 +26,11 @@ pub enum InterfaceState {
         /// address, or is a member of a bridge, bond or VRF.
         vlans: Vec<u16>,
     },
+    /// The program runs there, and packets must not skip what else hooks into where they come in: they pass.
+    Hooked {
+        /// What that is.
+        hook: String,
+    },
     /// The program could not be attached. That is tried again.
     Refused {
         /// Why, and what to do.
@@ -48,6 +53,7 @@ impl fmt::Display for InterfaceState {
             ),
             Self::Attached { vlans } => write!(f, "attached, VLANs {vlans:?}"),
             Self::Refused { reason } => write!(f, "not attached: {reason}"),
+            Self::Hooked { hook } => write!(f, "its packets pass: the fast path would skip {hook}"),
             Self::Unsuitable { reason } => write!(f, "its packets pass: {reason}"),
         }
     }
@@ -71,6 +77,8 @@ struct Interface {
     ifindex: Option<u32>,
     stage: Stage,
     unsuitable: Option<String>,
+    /// What hooks into where its untagged packets come in.
+    hook: Option<String>,
 }
 
 #[derive(Debug, PartialEq)]
@@ -84,7 +92,13 @@ enum Stage {
 impl Interfaces {
     pub(super) fn follow(&mut self, name: String, ifindex: Option<u32>, host: &HostFacts) {
         if !self.wanted.iter().any(|interface| interface.name == name) {
-            self.wanted.push(Interface { name, ifindex, stage: Stage::Waiting, unsuitable: None });
+            self.wanted.push(Interface {
+                name,
+                ifindex,
+                stage: Stage::Waiting,
+                unsuitable: None,
+                hook: None,
+            });
             self.resolve(host);
         }
     }
@@ -106,6 +120,8 @@ impl Interfaces {
                 interface.stage = Stage::Waiting;
                 interface.unsuitable = None;
             }
+            let hook = interface.ifindex.and_then(|ifindex| host.hook_at(ifindex, 0));
+            interface.hook = hook.map(ToString::to_string);
         }
         self.wanted_ports = self
             .wanted
@@ -187,12 +203,16 @@ impl Interfaces {
     /// The interfaces by name, each with its index and state.
     pub(super) fn states(&self) -> impl Iterator<Item = (&str, Option<u32>, InterfaceState)> {
         self.wanted.iter().map(|interface| {
+            let hook = interface.hook.as_ref();
             let state = match (interface.ifindex, &interface.unsuitable, &interface.stage) {
                 (None, ..) => InterfaceState::Missing,
                 (Some(_), _, Stage::Refused { reason, .. }) => {
                     InterfaceState::Refused { reason: reason.clone() }
                 }
                 (Some(_), Some(reason), _) => InterfaceState::Unsuitable { reason: reason.clone() },
+                (Some(_), None, Stage::Attached) if hook.is_some() => {
+                    InterfaceState::Hooked { hook: hook.cloned().unwrap_or_default() }
+                }
                 (Some(ifindex), None, Stage::Attached) => InterfaceState::Attached {
                     vlans: self
                         .ports

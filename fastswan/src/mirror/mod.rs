@@ -79,6 +79,8 @@ pub use self::{
     input::{Input, InputState},
     interfaces::InterfaceState,
 };
+use fastswan_ebpf::PassReason;
+
 use self::{
     asking::{ASKED_BACK, Asking},
     holds::Holds,
@@ -88,10 +90,10 @@ use self::{
     removals::Pending,
 };
 use crate::{
-    compiler::{Compiler, Explanation, Flow},
+    compiler::{Cause, Compiler, Explanation, Flow},
     database::{Database, Freshness},
     event::PolicyEvent,
-    host::{HostChange, HostEvent, HostFacts, HostStaleCause},
+    host::{Hook, Hooks, HostChange, HostEvent, HostFacts, HostStaleCause},
     policy::PolicyId,
     table::{Capacity, Removals, Slot, TableUpdate},
 };
@@ -109,6 +111,10 @@ pub struct Mirror {
     compiler: Compiler,
     /// The links of the host, for ports. Routes and the rest are in the compiler.
     links: HostFacts,
+    /// Which hooks the fast path may skip.
+    allowed: Hooks,
+    /// Those of them that there are.
+    skipped: Vec<Hook>,
     lease: Duration,
     /// Of the table.
     slots: usize,
@@ -179,6 +185,8 @@ impl Mirror {
             database,
             compiler: Compiler::new(capacity),
             links: HostFacts::default(),
+            allowed: Hooks::none(),
+            skipped: Vec::new(),
             lease: lease.max(SHORTEST_LEASE),
             slots: capacity.slots,
             policies: Track::default(),
@@ -250,6 +258,11 @@ impl Mirror {
             HostEvent::Changes(changes) => {
                 let mut links_changed = false;
                 for change in changes {
+                    if let HostChange::Hooks(hooks) = change {
+                        self.set_hooks(hooks);
+                        links_changed = true;
+                        continue;
+                    }
                     self.compiler.change_host(&change);
                     if matches!(change, HostChange::Link(_) | HostChange::LinkGone(_)) {
                         self.links.apply(change);
@@ -260,21 +273,38 @@ impl Mirror {
                     self.interfaces.resolve(&self.links);
                 }
             }
-            HostEvent::Snapshot(facts) => {
+            HostEvent::Snapshot(mut facts) => {
                 let cause = match self.host.state() {
                     InputState::Unknown => "start",
                     InputState::Stale { cause } => cause,
                     InputState::CatchingUp | InputState::Current { .. } => "snapshot",
                 };
                 *self.statistics.host_resyncs.entry(cause).or_default() += 1;
+                self.skipped = facts.allow(self.allowed);
                 self.compiler.set_host(&facts);
                 self.is_vouched = facts.vouched;
-                self.links = HostFacts { links: facts.links, ..HostFacts::default() };
+                self.links = HostFacts { links: facts.links, hooks: facts.hooks, ..HostFacts::default() };
                 self.interfaces.resolve(&self.links);
                 self.host.tell_everything();
             }
         }
         self.revision += 1;
+    }
+
+    /// Sets which hooks the fast path may skip; at first none.
+    pub fn allow_hooks(&mut self, allowed: Hooks) {
+        self.allowed = allowed;
+        let mut hooks = std::mem::take(&mut self.links.hooks);
+        hooks.append(&mut self.skipped);
+        self.set_hooks(hooks);
+        self.interfaces.resolve(&self.links);
+        self.revision += 1;
+    }
+
+    /// The hooks that there are and that the fast path skips, as it is allowed to.
+    #[must_use]
+    pub fn skipped_hooks(&self) -> &[Hook] {
+        &self.skipped
     }
 
     /// Notes that an input, asked at this moment or later, had nothing to tell that was not handed over. It counts for
@@ -550,6 +580,12 @@ impl Mirror {
         if !self.host.is_known() {
             return Explanation::host_unknown();
         }
+        if let Some((ifindex, vlan)) = flow.ingress
+            && port.is_none()
+            && let Some(hook) = self.links.hook_at(ifindex, vlan)
+        {
+            return Explanation::Pass { reason: PassReason::UnknownPort, cause: Cause::Hook(hook.clone()) };
+        }
         self.compiler.explain(&self.database, flow, port)
     }
 
@@ -636,6 +672,13 @@ impl Mirror {
             return self.now.map(|now| now + Duration::from_nanos(1));
         }
         self.policies.asked()
+    }
+
+    /// Takes up all hooks there are.
+    fn set_hooks(&mut self, hooks: Vec<Hook>) {
+        self.links.hooks = hooks;
+        self.skipped = self.links.allow(self.allowed);
+        self.compiler.change_host(&HostChange::Hooks(self.links.hooks.clone()));
     }
 
     fn mark_held(&mut self, target: &HoldTarget, is_held: impl Fn(&Holds, &PolicyId) -> bool) {

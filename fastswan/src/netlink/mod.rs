@@ -8,15 +8,21 @@ mod audit;
 mod back_off;
 mod decode;
 mod dump;
+mod follow;
+mod hooks;
 #[cfg(feature = "bpf")]
 mod interface;
+mod link_state;
 mod links;
 mod netdev;
 mod request;
 mod route;
+mod route_message;
+mod route_store;
 mod socket;
 mod thresholds;
 mod watch;
+mod wire;
 
 use std::io;
 
@@ -26,11 +32,13 @@ pub(crate) use self::{
     audit::Audit,
     back_off::BackOff,
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
+    follow::{Follower, Found, Wanted},
+    hooks::{HookWatch, read_hooks},
     links::{Links, settle as settle_links},
-    route::read_host,
+    route::{Sysctls, Told, read_all, read_host, read_neighbours, read_routes, read_rules, read_sysctls},
     socket::{Datagram, NetlinkSocket},
     thresholds::{ThresholdWatch, Thresholds, thresholds},
-    watch::HostChanges,
+    watch::{HostSockets, hear, heard_device},
 };
 #[cfg(feature = "bpf")]
 pub(crate) use self::{

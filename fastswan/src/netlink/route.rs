@@ -1,78 +1,253 @@
-//! Reads host facts from the kernel: rtnetlink dumps and sysctls.
+//! Reads what the kernel has: rtnetlink dumps, and the sysctls of the whole host.
 
-use std::{
-    collections::HashMap,
-    fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::{fs, io, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
+use netlink_packet_core::{NetlinkDeserializable as _, NetlinkHeader};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    link::{
-        InfoData, InfoVlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, VlanProtocol,
-    },
-    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia},
     rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
+use tokio::time::Instant;
 
 use super::{
+    follow::Follower,
+    link_state::{ConfTold, Everywhere, LinkState, LinkTold},
     links::settle as settle_links,
     remedy,
     request::{DUMP, RequestError, Requests},
+    route_message::{RouteInfo, RouteKey, RouteMessage},
+    route_store::{RouteAction, RouteStore, RouteTold},
+    wire::{CutOff, address, attributes, ethernet_address, u16_at, u32_at},
 };
 use crate::{
-    host::{self, HostError, HostFacts, Link, Neighbour, Route, RouteKind, Rule, RuleSelector},
+    host::{self, HostError, HostFacts, Rule, RuleSelector},
     policy::{Family, MacAddr},
-    table::{Forwards, ReversePath},
 };
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
+const RTM_GETADDR: u16 = 22;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+const RTM_GETNEIGH: u16 = 30;
+const RTM_NEWRULE: u16 = 32;
+const RTM_DELRULE: u16 = 33;
+const RTM_GETRULE: u16 = 34;
+const RTM_NEWNETCONF: u16 = 80;
+const RTM_NEWNEXTHOP: u16 = 104;
+const RTM_DELNEXTHOP: u16 = 105;
+
+const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_APPEND: u16 = 0x800;
+
+/// Lengths of the fixed parts in bytes.
+const LINK_LENGTH: usize = 16;
+const ADDRESS_LENGTH: usize = 8;
+const ROUTE_LENGTH: usize = 12;
+const NEIGHBOUR_LENGTH: usize = 12;
+const RULE_LENGTH: usize = 12;
+const NEXTHOP_LENGTH: usize = 8;
+
+const IFLA_EXT_MASK: u16 = 29;
+const RTEXT_FILTER_SKIP_STATS: u32 = 8;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+/// Reachable, stale, delay, probe, permanent: states in which a neighbour's address is used.
+const NUD_KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
+const NTF_PROXY: u8 = 8;
+const FRA_PRIORITY: u16 = 6;
+/// `FIB_RULE_UNRESOLVED`, `FIB_RULE_IIF_DETACHED`, `FIB_RULE_OIF_DETACHED`: flags that come and go with devices and rules.
+const FRA_PASSING_FLAGS: u8 = 4 | 8 | 16;
+const NHA_ID: u16 = 1;
 
 /// How often a dump is asked for that changes keep interrupting.
 const ATTEMPTS: u32 = 16;
 
-impl HostFacts {
-    /// Reads them from the kernel, in the network namespace of the calling thread, and blocks meanwhile. They age at once: to
-    /// forward by them, follow a [`NetlinkHost`](crate::NetlinkHost), as a gateway does.
-    ///
-    /// # Errors
-    ///
-    /// [`HostError`].
-    pub fn read() -> Result<Self, HostError> {
-        read_host()
+/// What one notification of `NETLINK_ROUTE` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    Link(LinkTold),
+    Conf(ConfTold),
+    Route(RouteTold),
+    Rule {
+        family: Family,
+        is_new: bool,
+        rule: RuleState,
+    },
+    /// An IPv4 address of a link.
+    Address {
+        ifindex: u32,
+        address: IpAddr,
+        is_new: bool,
+    },
+    /// Something about a next hop object.
+    NextHop(u32),
+    Neighbour(NeighbourTold),
+    /// Nothing that matters.
+    Nothing,
+}
+
+/// What is known of a neighbour: its Ethernet address, or `None`.
+pub(crate) type NeighbourTold = (u32, IpAddr, Option<MacAddr>);
+
+/// A rule, and the kernel's words for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RuleState {
+    pub(crate) words: Vec<u8>,
+    pub(crate) rule: Rule,
+}
+
+impl Told {
+    /// Reads a notification of this kind and with these flags.
+    pub(crate) fn read(kind: u16, flags: u16, payload: &[u8]) -> Result<Self, CutOff> {
+        Ok(match kind {
+            RTM_NEWLINK | RTM_DELLINK => Self::Link(LinkTold::read(kind == RTM_DELLINK, payload)?),
+            RTM_NEWNETCONF => ConfTold::read(payload).map_or(Self::Nothing, Self::Conf),
+            RTM_NEWROUTE | RTM_DELROUTE => {
+                let action = if kind == RTM_DELROUTE {
+                    RouteAction::Removed
+                } else {
+                    let is_set = |flag| flags & flag != 0;
+                    RouteAction::Added { replaces: is_set(NLM_F_REPLACE), is_last: is_set(NLM_F_APPEND) }
+                };
+                RouteMessage::read(payload)?.map_or(Self::Nothing, |message| Self::Route((action, message)))
+            }
+            RTM_NEWRULE | RTM_DELRULE => match RuleState::read(payload)? {
+                Some((family, rule)) => Self::Rule { family, is_new: kind == RTM_NEWRULE, rule },
+                None => Self::Nothing,
+            },
+            RTM_NEWADDR | RTM_DELADDR => match own_address(payload)? {
+                Some((ifindex, address)) => Self::Address { ifindex, address, is_new: kind == RTM_NEWADDR },
+                None => Self::Nothing,
+            },
+            RTM_NEWNEXTHOP | RTM_DELNEXTHOP => {
+                let id = attributes(payload, NEXTHOP_LENGTH).find(|(kind, _)| *kind == NHA_ID);
+                id.and_then(|(_, id)| u32_at(id, 0)).map_or(Self::Nothing, Self::NextHop)
+            }
+            RTM_NEWNEIGH | RTM_DELNEIGH => match neighbour(payload)? {
+                Some((ifindex, destination, address)) => {
+                    Self::Neighbour((ifindex, destination, address.filter(|_| kind == RTM_NEWNEIGH)))
+                }
+                None => Self::Nothing,
+            },
+            _ => Self::Nothing,
+        })
     }
+}
+
+/// Everything, as it was read.
+#[derive(Debug, Default)]
+pub(crate) struct Read {
+    pub(crate) links: Vec<LinkState>,
+    pub(crate) everywhere: Everywhere,
+    pub(crate) addresses: Vec<(u32, IpAddr)>,
+    pub(crate) rules: [Vec<RuleState>; 2],
+    pub(crate) routes: [RoutesRead; 2],
+    pub(crate) neighbours: Vec<NeighbourTold>,
+}
+
+/// The routes of a family, as they were read.
+#[derive(Debug, Default)]
+pub(crate) struct RoutesRead {
+    pub(crate) store: RouteStore,
+    /// Those with a lifetime.
+    pub(crate) ends: Vec<(RouteKey, RouteInfo, Instant)>,
+    /// In so many datagrams.
+    pub(crate) parts: usize,
+    /// Prefixes that had other routes before, if they were compared.
+    pub(crate) differences: Vec<RouteKey>,
+}
+
+/// The sysctls of links.
+#[derive(Debug)]
+pub(crate) struct Sysctls {
+    pub(crate) links: Vec<LinkState>,
+    pub(crate) everywhere: Everywhere,
 }
 
 /// Reads the facts from the kernel, in the network namespace of this thread.
 ///
-/// The kernel answers at once, so this waits for nothing but what is being done to links; it takes a few microseconds for
+/// The kernel answers at once, so this waits for nothing but what is being done to links; it takes about a microsecond for
 /// each route and neighbour. A change while it reads may be seen in part: read again after a change.
 pub(crate) fn read_host() -> Result<HostFacts, HostError> {
-    // A link's notification comes before the routes go that it takes along, which are not notified of.
+    Ok(Follower::new(read_all()?, Instant::now()).1)
+}
+
+/// Reads everything.
+pub(crate) fn read_all() -> Result<Read, HostError> {
+    settle()?;
+    let mut dumps = Dumps::open()?;
+    Ok(Read {
+        links: dumps.links()?,
+        everywhere: Everywhere::read(),
+        addresses: dumps.addresses()?,
+        rules: [dumps.rules(Family::V4)?, dumps.rules(Family::V6)?],
+        routes: [dumps.routes(Family::V4)?, dumps.routes(Family::V6)?],
+        neighbours: dumps.neighbours()?,
+    })
+}
+
+/// Reads the routes of a family, and compares them with those that were known.
+pub(crate) fn read_routes(family: Family, known: &Arc<RouteStore>) -> Result<RoutesRead, HostError> {
+    settle()?;
+    let mut routes = Dumps::open()?.routes(family)?;
+    routes.differences = routes.store.differences(known);
+    Ok(routes)
+}
+
+/// Reads the rules of a family.
+pub(crate) fn read_rules(family: Family) -> Result<Vec<RuleState>, HostError> {
+    Dumps::open()?.rules(family)
+}
+
+/// Reads all neighbours.
+pub(crate) fn read_neighbours() -> Result<Vec<NeighbourTold>, HostError> {
+    Dumps::open()?.neighbours()
+}
+
+/// Reads the sysctls of all links and of the host.
+pub(crate) fn read_sysctls() -> Result<Sysctls, HostError> {
+    Ok(Sysctls { links: Dumps::open()?.links()?, everywhere: Everywhere::read() })
+}
+
+/// A link's notification comes before the routes go that it takes along, which are not notified of.
+fn settle() -> Result<(), HostError> {
     match settle_links() {
         // Whoever lacks privilege for that cannot forward either.
         Err(error) if error.raw_os_error() != Some(libc::EPERM) => {
-            return Err(system("waiting for changes of links", error));
+            Err(system("waiting for changes of links", error))
         }
-        _ => {}
+        _ => Ok(()),
     }
-    let mut dumps = Dumps::open()?;
-    let sysctls = Sysctls::default();
-    let links = dumps.links()?.iter().map(|message| link(message, &sysctls)).collect();
-    let mut facts = HostFacts { links, ..HostFacts::default() };
-    for family in [Family::V4, Family::V6] {
-        facts.rules.extend(dumps.rules(family)?.iter().filter_map(|message| rule(message, family)));
-        for message in dumps.routes(family)? {
-            facts.routes.extend(route(&message, family)?);
-        }
-    }
-    facts.neighbours = dumps.neighbours()?.iter().filter_map(neighbour).collect();
-    Ok(facts)
 }
 
 fn system(attempt: &str, error: io::Error) -> HostError {
     HostError::System { attempt: attempt.to_owned(), remedy: remedy(&error), error }
+}
+
+impl Everywhere {
+    /// Of the calling thread's namespace: procfs shows that.
+    fn read() -> Self {
+        let read = |family, name| {
+            let path = format!("/proc/sys/net/{family}/conf/all/{name}");
+            fs::read_to_string(path).ok()?.trim().parse().ok()
+        };
+        Self {
+            rp_filter: read("ipv4", "rp_filter"),
+            disable_xfrm: read("ipv4", "disable_xfrm"),
+            forwarding_v6: read("ipv6", "forwarding"),
+        }
+    }
 }
 
 /// Asks for one list after the other.
@@ -84,58 +259,105 @@ impl Dumps {
         kernel.map(Self).map_err(|error| system("opening a NETLINK_ROUTE socket", error))
     }
 
-    fn links(&mut self) -> Result<Vec<LinkMessage>, HostError> {
-        let mut request = LinkMessage::default();
-        request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-        self.dump("links", &RouteNetlinkMessage::GetLink(request), |message| match message {
-            RouteNetlinkMessage::NewLink(link) => Some(link),
-            _ => None,
+    fn links(&mut self) -> Result<Vec<LinkState>, HostError> {
+        let mut request = vec![0; LINK_LENGTH];
+        request.extend(8_u16.to_ne_bytes());
+        request.extend(IFLA_EXT_MASK.to_ne_bytes());
+        request.extend(RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
+        self.list("links", RTM_GETLINK, &request, |payload| {
+            LinkTold::read(false, payload).map(|told| match told {
+                LinkTold::Is(link) => Some(link),
+                _ => None,
+            })
         })
     }
 
-    fn rules(&mut self, family: Family) -> Result<Vec<RuleMessage>, HostError> {
-        let mut request = RuleMessage::default();
-        request.header.family = address_family(family);
-        self.dump("rules", &RouteNetlinkMessage::GetRule(request), |message| match message {
-            RouteNetlinkMessage::NewRule(rule) => Some(rule),
-            _ => None,
+    fn addresses(&mut self) -> Result<Vec<(u32, IpAddr)>, HostError> {
+        let request = of_family(Family::V4, ADDRESS_LENGTH);
+        self.list("addresses", RTM_GETADDR, &request, own_address)
+    }
+
+    fn rules(&mut self, family: Family) -> Result<Vec<RuleState>, HostError> {
+        self.list("rules", RTM_GETRULE, &of_family(family, RULE_LENGTH), |payload| {
+            let rule = RuleState::read(payload)?;
+            Ok(rule.filter(|(told, _)| *told == family).map(|(_, rule)| rule))
         })
     }
 
-    fn routes(&mut self, family: Family) -> Result<Vec<RouteMessage>, HostError> {
-        let mut request = RouteMessage::default();
-        request.header.address_family = address_family(family);
-        self.dump("routes", &RouteNetlinkMessage::GetRoute(request), |message| match message {
-            RouteNetlinkMessage::NewRoute(route) => Some(route),
-            _ => None,
+    fn neighbours(&mut self) -> Result<Vec<NeighbourTold>, HostError> {
+        self.list("neighbours", RTM_GETNEIGH, &[0; NEIGHBOUR_LENGTH], |payload| {
+            Ok(neighbour(payload)?.filter(|(_, _, address)| address.is_some()))
         })
     }
 
-    fn neighbours(&mut self) -> Result<Vec<NeighbourMessage>, HostError> {
-        let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        self.dump("neighbours", &request, |message| match message {
-            RouteNetlinkMessage::NewNeighbour(neighbour) => Some(neighbour),
-            _ => None,
-        })
+    fn routes(&mut self, family: Family) -> Result<RoutesRead, HostError> {
+        let request = of_family(family, ROUTE_LENGTH);
+        let mut routes =
+            self.dump("routes", RTM_GETROUTE, &request, |routes: &mut RoutesRead, payload| {
+                let Some(RouteMessage { key, info, ends }) = RouteMessage::read(payload)? else {
+                    return Ok(());
+                };
+                if key.family() == family {
+                    routes.store.push(key, &info);
+                    routes.ends.extend(ends.map(|ends| (key, info, Instant::now() + ends)));
+                }
+                Ok(())
+            })?;
+        routes.0.store.shrink();
+        routes.0.parts = routes.1;
+        Ok(routes.0)
     }
 
-    fn dump<T>(
+    fn list<T>(
         &mut self,
         object: &'static str,
-        request: &RouteNetlinkMessage,
-        select: impl Fn(RouteNetlinkMessage) -> Option<T>,
+        kind: u16,
+        request: &[u8],
+        read: impl Fn(&[u8]) -> Result<Option<T>, CutOff>,
     ) -> Result<Vec<T>, HostError> {
+        let dumped = self.dump(object, kind, request, |all: &mut Vec<T>, payload| {
+            all.extend(read(payload)?);
+            Ok(())
+        });
+        Ok(dumped?.0)
+    }
+
+    /// Reads a whole dump, and tells in how many datagrams it came.
+    fn dump<T: Default>(
+        &mut self,
+        object: &'static str,
+        kind: u16,
+        request: &[u8],
+        mut take: impl FnMut(&mut T, &[u8]) -> Result<(), CutOff>,
+    ) -> Result<(T, usize), HostError> {
+        let undecodable = |reason| HostError::Undecodable { object, reason };
+        let failed = |error| system(&format!("listing {object}"), error);
         for _ in 0..ATTEMPTS {
-            let failed = |error| system(&format!("listing {object}"), error);
-            match self.0.ask_for(DUMP, request) {
-                Ok(messages) => return Ok(messages.into_iter().filter_map(select).collect()),
-                // The kernel was built without it.
-                Err(RequestError::Refused(libc::EOPNOTSUPP | libc::EAFNOSUPPORT)) => return Ok(Vec::new()),
-                Err(RequestError::Interrupted) => {}
-                Err(RequestError::Undecodable(reason)) => {
-                    return Err(HostError::Undecodable { object, reason });
+            let (mut all, mut parts) = (T::default(), 0);
+            let mut cut_off = None;
+            let mut read = || -> Result<(), RequestError> {
+                self.0.send(kind, DUMP, request)?;
+                loop {
+                    parts += 1;
+                    let is_last = self.0.read(|_, payload| {
+                        cut_off = cut_off.or(take(&mut all, payload).err());
+                        Ok::<_, RequestError>(())
+                    })?;
+                    if is_last {
+                        return Ok(());
+                    }
                 }
-                Err(error @ (RequestError::System(_) | RequestError::Refused(_))) => {
+            };
+            match (read(), cut_off) {
+                (Ok(()), None) => return Ok((all, parts)),
+                (_, Some(cut_off)) => return Err(undecodable(cut_off.to_string())),
+                // The kernel was built without it.
+                (Err(RequestError::Refused(libc::EOPNOTSUPP | libc::EAFNOSUPPORT)), _) => {
+                    return Ok((T::default(), 0));
+                }
+                (Err(RequestError::Interrupted), _) => {}
+                (Err(RequestError::Undecodable(reason)), _) => return Err(undecodable(reason)),
+                (Err(error @ (RequestError::System(_) | RequestError::Refused(_))), _) => {
                     return Err(failed(error.into()));
                 }
             }
@@ -144,96 +366,68 @@ impl Dumps {
     }
 }
 
-/// `net.ipv4.conf` and `net.ipv6.conf`. What cannot be read counts as the value that makes nothing fast.
-#[derive(Default)]
-struct Sysctls(std::cell::RefCell<HashMap<String, Option<u32>>>);
-
-impl Sysctls {
-    fn read(&self, family: &str, device: &str, name: &str) -> Option<u32> {
-        // procfs shows the calling thread's namespace.
-        let path = format!("/proc/sys/net/{family}/conf/{device}/{name}");
-        let mut known = self.0.borrow_mut();
-        *known.entry(path).or_insert_with_key(|path| fs::read_to_string(path).ok()?.trim().parse().ok())
-    }
-
-    fn is_on(&self, family: &str, device: &str, name: &str) -> bool {
-        self.read(family, device, name).is_some_and(|value| value != 0)
-    }
-
-    /// Forwarding is a property of each device for IPv4, but of the host for IPv6 (`ip6_forward`); since
-    /// Linux 6.17 a device can be made to forward although the host does not.
-    fn forwards(&self, device: &str) -> Forwards {
-        Forwards {
-            v4: self.is_on("ipv4", device, "forwarding"),
-            v6: self.read("ipv6", device, "disable_ipv6") == Some(0)
-                && (self.is_on("ipv6", "all", "forwarding")
-                    || self.is_on("ipv6", device, "force_forwarding")),
-        }
-    }
-
-    /// `IN_DEV_RPFILTER`: the greater of both counts.
-    fn reverse_path(&self, device: &str) -> ReversePath {
-        let filters = ["all", device].map(|device| self.read("ipv4", device, "rp_filter").unwrap_or(1));
-        match filters.into_iter().max() {
-            Some(0) => ReversePath::Off,
-            Some(2) => ReversePath::Loose,
-            _ => ReversePath::Strict,
-        }
-    }
-
-    /// `IN_DEV_NOXFRM`: either counts.
-    fn bypasses_xfrm(&self, device: &str) -> bool {
-        ["all", device].iter().any(|device| self.read("ipv4", device, "disable_xfrm") != Some(0))
-    }
-}
-
-fn link(message: &LinkMessage, sysctls: &Sysctls) -> Link {
-    let mut link = Link {
-        ifindex: message.header.index,
-        up: message.header.flags.contains(LinkFlags::Up),
-        carrier: message.header.flags.contains(LinkFlags::LowerUp),
-        ..Link::default()
+/// The fixed part of a request, which begins with the family.
+fn of_family(family: Family, length: usize) -> Vec<u8> {
+    let mut request = vec![0; length];
+    request[0] = match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
     };
-    let mut parent_is_elsewhere = false;
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::IfName(name) => link.name.clone_from(name),
-            LinkAttribute::Address(bytes) => link.address = ethernet_address(bytes),
-            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::Link(parent) => link.parent = Some(*parent).filter(|parent| *parent != 0),
-            LinkAttribute::LinkNetNsId(_) => parent_is_elsewhere = true,
-            LinkAttribute::Controller(controller) => {
-                link.controller = Some(*controller).filter(|controller| *controller != 0);
-            }
-            LinkAttribute::LinkInfo(infos) => {
-                for info in infos {
-                    match info {
-                        LinkInfo::Kind(kind) => link.kind = kind.to_string(),
-                        LinkInfo::Data(InfoData::Vlan(vlan)) => link.vlan = vlan_id(vlan),
-                        _ => {}
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-    if parent_is_elsewhere {
-        link.parent = None;
-    }
-    link.mtu_v6 = sysctls.read("ipv6", &link.name, "mtu").unwrap_or(0);
-    link.forwards = sysctls.forwards(&link.name);
-    link.reverse_path = sysctls.reverse_path(&link.name);
-    link.bypasses_xfrm = sysctls.bypasses_xfrm(&link.name);
-    link
+    request
 }
 
-fn vlan_id(infos: &[InfoVlan]) -> Option<u16> {
-    let is_802_1q = |info: &InfoVlan| matches!(info, InfoVlan::Protocol(VlanProtocol::Ieee8021Q));
-    let id = infos.iter().find_map(|info| match info {
-        InfoVlan::Id(id) => Some(*id),
-        _ => None,
-    });
-    id.filter(|_| infos.iter().any(is_802_1q))
+/// Interface index and IPv4 address of this host.
+fn own_address(payload: &[u8]) -> Result<Option<(u32, IpAddr)>, CutOff> {
+    let cut_off = CutOff { object: "an address" };
+    let ifindex = u32_at(payload, 4).ok_or(cut_off)?;
+    if i32::from(payload[0]) != libc::AF_INET {
+        return Ok(None);
+    }
+    let find = |sought| attributes(payload, ADDRESS_LENGTH).find(|(kind, _)| *kind == sought);
+    let own = find(IFA_LOCAL).or_else(|| find(IFA_ADDRESS));
+    Ok(own.and_then(|(_, value)| address(value)).map(|address| (ifindex, address)))
+}
+
+/// A neighbour, with its Ethernet address if it is known.
+fn neighbour(payload: &[u8]) -> Result<Option<NeighbourTold>, CutOff> {
+    let cut_off = CutOff { object: "a neighbour" };
+    let (ifindex, state) = (u32_at(payload, 4).ok_or(cut_off)?, u16_at(payload, 8).ok_or(cut_off)?);
+    let &flags = payload.get(10).ok_or(cut_off)?;
+    // Others are what a bridge or a tunnel has learnt.
+    if super::wire::family(payload[0]).is_none() || flags & NTF_PROXY != 0 {
+        return Ok(None);
+    }
+    let find = |sought| attributes(payload, NEIGHBOUR_LENGTH).find(|(kind, _)| *kind == sought);
+    let Some(destination) = find(NDA_DST).and_then(|(_, value)| address(value)) else { return Ok(None) };
+    let known = find(NDA_LLADDR).filter(|_| state & NUD_KNOWN != 0);
+    Ok(Some((ifindex, destination, known.and_then(|(_, value)| ethernet_address(value)))))
+}
+
+impl RuleState {
+    /// Reads a rule; `None` if it is for another family.
+    pub(crate) fn read(payload: &[u8]) -> Result<Option<(Family, Self)>, CutOff> {
+        if payload.len() < RULE_LENGTH {
+            return Err(CutOff { object: "a rule" });
+        }
+        let Some(family) = super::wire::family(payload[0]) else { return Ok(None) };
+        let mut words = payload.to_vec();
+        // The lowest byte of the flags, in the byte order of the host.
+        let lowest = if cfg!(target_endian = "big") { 11 } else { 8 };
+        words[lowest] &= !FRA_PASSING_FLAGS;
+        let mut header = NetlinkHeader::default();
+        header.message_type = RTM_NEWRULE;
+        let told = match RouteNetlinkMessage::deserialize(&header, payload) {
+            Ok(RouteNetlinkMessage::NewRule(message)) => rule(&message, family),
+            _ => None,
+        };
+        // One that cannot be read may be for anything and do anything.
+        let priority = || attributes(payload, RULE_LENGTH).find(|(kind, _)| *kind == FRA_PRIORITY);
+        let rule = told.unwrap_or_else(|| {
+            let priority = priority().and_then(|(_, value)| u32_at(value, 0)).unwrap_or(0);
+            Rule::new(family, priority, RuleSelector::default(), host::RuleAction::Unclear)
+        });
+        Ok(Some((family, Self { words, rule })))
+    }
 }
 
 /// A rule, or `None` if it is for another family.
@@ -258,7 +452,7 @@ fn rule(message: &RuleMessage, family: Family) -> Option<Rule> {
             RuleAttribute::Destination(address) => {
                 selector.destination = IpNet::new(*address, header.dst_len).ok().map(|prefix| prefix.trunc());
             }
-            RuleAttribute::FwMark(number) => value = Some(*number),
+            RuleAttribute::FwMark(told) => value = Some(*told),
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Iifname(name) => selector.iif = Some(name.clone()),
             RuleAttribute::Oifname(name) => selector.oif = Some(name.clone()),
@@ -293,108 +487,6 @@ fn rule(message: &RuleMessage, family: Family) -> Option<Rule> {
     Some(Rule::new(family, priority, selector, action))
 }
 
-/// A route, or `None` if it is for another family or a cached decision.
-fn route(message: &RouteMessage, family: Family) -> Result<Option<Route>, HostError> {
-    let header = &message.header;
-    if header.address_family != address_family(family) || header.flags.contains(RouteFlags::Cloned) {
-        return Ok(None);
-    }
-    let mut table = u32::from(header.table);
-    let unspecified = match family {
-        Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    let mut destination = unspecified;
-    let (mut metric, mut device, mut gateway, mut mtu) = (0, None, None, None);
-    let mut source = None;
-    let mut unclear =
-        header.flags.intersects(RouteFlags::Dead | RouteFlags::Linkdown | RouteFlags::Unresolved);
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Table(value) => table = *value,
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = (*address).into(),
-            RouteAttribute::Destination(RouteAddress::Inet6(address)) => destination = (*address).into(),
-            RouteAttribute::Source(RouteAddress::Inet(address)) => source = Some((*address).into()),
-            RouteAttribute::Source(RouteAddress::Inet6(address)) => source = Some((*address).into()),
-            RouteAttribute::Priority(value) => metric = *value,
-            RouteAttribute::Oif(value) => device = Some(*value),
-            RouteAttribute::Gateway(RouteAddress::Inet(address))
-            | RouteAttribute::Via(RouteVia::Inet(address)) => {
-                gateway = Some((*address).into());
-            }
-            RouteAttribute::Gateway(RouteAddress::Inet6(address))
-            | RouteAttribute::Via(RouteVia::Inet6(address)) => gateway = Some((*address).into()),
-            RouteAttribute::Metrics(metrics) => {
-                mtu = metrics.iter().find_map(|metric| match metric {
-                    RouteMetric::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-            }
-            RouteAttribute::MultiPath(_)
-            | RouteAttribute::EncapType(_)
-            | RouteAttribute::Encap(_)
-            | RouteAttribute::Gateway(_)
-            | RouteAttribute::Via(_) => unclear = true,
-            _ => {}
-        }
-    }
-    let prefix = |address: IpAddr, length| {
-        IpNet::new(address, length).map_err(|_| HostError::Undecodable {
-            object: "routes",
-            reason: format!("prefix {address}/{length}"),
-        })
-    };
-    let destination = prefix(destination, header.destination_prefix_length)?;
-    let source = match header.source_prefix_length {
-        0 => None,
-        length => Some(prefix(source.unwrap_or(unspecified), length)?.trunc()),
-    };
-    let kind = match (header.kind, device) {
-        (RouteType::Unicast, Some(ifindex)) if !unclear => RouteKind::Unicast { ifindex, gateway, mtu },
-        (RouteType::Unicast, _) => RouteKind::Unclear,
-        (RouteType::Local, _) => RouteKind::Local,
-        (RouteType::Broadcast, _) => RouteKind::Broadcast,
-        (RouteType::Anycast, _) => RouteKind::Anycast,
-        (RouteType::Multicast, _) => RouteKind::Multicast,
-        (RouteType::BlackHole, _) => RouteKind::Blackhole,
-        (RouteType::Prohibit, _) => RouteKind::Prohibit,
-        (RouteType::Throw, _) if !unclear => RouteKind::Throw,
-        // The others are not for packets that are forwarded, or not for all of them.
-        _ => RouteKind::Unreachable,
-    };
-    Ok(Some(Route { metric, tos: header.tos, source, ..Route::new(table, destination, kind) }))
-}
-
-/// A neighbour whose Ethernet address is known.
-pub(super) fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
-    use NeighbourState::{Delay, Permanent, Probe, Reachable, Stale};
-
-    if !matches!(message.header.state, Reachable | Stale | Delay | Probe | Permanent) {
-        return None;
-    }
-    let (ifindex, destination) = destination(message)?;
-    let address = message.attributes.iter().find_map(|attribute| match attribute {
-        NeighbourAttribute::LinkLayerAddress(bytes) => ethernet_address(bytes),
-        _ => None,
-    });
-    Some(Neighbour { ifindex, destination, address: address? })
-}
-
-/// Interface index and address of a neighbour.
-pub(super) fn destination(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
-    let destination = message.attributes.iter().find_map(|attribute| match attribute {
-        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some((*ip).into()),
-        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some((*ip).into()),
-        _ => None,
-    });
-    Some((message.header.ifindex, destination?))
-}
-
-/// An Ethernet address; loopback and tunnel devices have none, or all zeros.
-fn ethernet_address(bytes: &[u8]) -> Option<MacAddr> {
-    bytes.try_into().ok().map(MacAddr).filter(|address| *address != MacAddr::default())
-}
-
 fn address_family(family: Family) -> AddressFamily {
     match family {
         Family::V4 => AddressFamily::Inet,
@@ -405,10 +497,11 @@ fn address_family(family: Family) -> AddressFamily {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::{Route, RouteKind};
 
     #[test]
     fn the_kernel_tells_about_loopback_without_any_privilege() {
-        let host = HostFacts::read().unwrap();
+        let host = read_host().unwrap();
         let lo = host.ifindex("lo").and_then(|ifindex| host.link(ifindex)).unwrap();
         assert_eq!(lo.address, None);
         assert!(lo.mtu > 1280, "{lo:?}");

@@ -1,153 +1,109 @@
-//! Hears when what the host does with addresses may have changed.
+//! Hears what the kernel tells about the host.
 
-use std::{collections::HashMap, io, net::IpAddr};
+use std::io;
 
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_core::NetlinkBuffer;
 use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_ROUTE};
 
 use super::{
     netdev::management_group,
-    route::{destination, neighbour},
+    route::Told,
     socket::{Datagram, NetlinkSocket},
+    wire::{attributes, u32_at},
 };
-use crate::{
-    host::{HostFacts, HostStaleCause, Neighbour},
-    policy::MacAddr,
-};
+use crate::host::{HostChange, HostStaleCause};
 
-/// Multicast groups (`enum rtnetlink_groups`): links, neighbours, addresses, routes and rules of both families; what IPv6
-/// has learnt of a link from router advertisements (12); the sysctls `forwarding` and `rp_filter` of both (24, 25); and next
-/// hop objects, since an IPv4 route goes in silence with its next hop (32).
-const GROUPS: [u32; 12] = [1, 3, 5, 7, 8, 9, 11, 12, 19, 24, 25, 32];
+/// Multicast groups (`enum rtnetlink_groups`): links, IPv4 addresses, routes and rules of both families; what IPv6 has learnt of
+/// a link from router advertisements (12); the sysctls `forwarding` and `rp_filter` of both (24, 25); and next hop objects (32).
+const GROUPS: [u32; 10] = [1, 5, 7, 8, 11, 12, 19, 24, 25, 32];
 
-/// Holds what a burst of changes brings; when it overruns, that is a change too.
-const RECEIVE_BUFFER: usize = 1 << 20;
+/// `RTNLGRP_NEIGH`, on a socket of its own: whoever is on the LAN can make the kernel tell of neighbours without end, and must
+/// not overrun the others.
+const NEIGHBOURS: [u32; 1] = [3];
 
-/// Notifications that are looked at at once; if there are more, that is a change.
-const MOST_UNREAD: usize = 4096;
+const NLMSG_OVERRUN: u16 = 4;
+const GENERIC_LENGTH: usize = 4;
+/// `NETDEV_A_DEV_IFINDEX`
+const NETDEV_IFINDEX: u16 = 1;
 
 /// Subscribed to what the kernel tells of a network namespace, sysctls without a notification excepted.
 #[derive(Debug)]
-pub(crate) struct HostChanges {
-    route: NetlinkSocket,
+pub(crate) struct HostSockets {
+    pub(crate) route: NetlinkSocket,
+    pub(crate) neighbours: NetlinkSocket,
     /// Whether devices take redirected frames. Kernels before Linux 6.3 do not tell.
-    devices: Option<NetlinkSocket>,
-    /// As they were read last, by interface index and address; `None` if they were not.
-    neighbours: Option<HashMap<(u32, IpAddr), MacAddr>>,
+    pub(crate) devices: Option<NetlinkSocket>,
 }
 
-impl HostChanges {
-    /// In the network namespace of the calling thread.
-    pub(crate) fn subscribe() -> io::Result<Self> {
-        let route = NetlinkSocket::open(NETLINK_ROUTE, &GROUPS, Some(RECEIVE_BUFFER))?;
+impl HostSockets {
+    /// In the network namespace of the calling thread, with receive buffers of so many bytes.
+    pub(crate) fn subscribe(route: usize, neighbours: usize) -> io::Result<Self> {
         let devices = management_group()
             .and_then(|group| NetlinkSocket::open(NETLINK_GENERIC, &[group], None))
             .inspect_err(|error| tracing::debug!(%error, "the kernel does not tell what devices can do"))
             .ok();
-        Ok(Self { route, devices, neighbours: None })
-    }
-
-    /// Throws away what was told: it is about to be read.
-    pub(crate) fn forget(&mut self) {
-        for socket in [Some(&mut self.route), self.devices.as_mut()].into_iter().flatten() {
-            for _ in 0..MOST_UNREAD {
-                if matches!(socket.try_receive(), Ok(None)) {
-                    break;
-                }
-            }
-        }
-    }
-
-    /// Takes note of what was read. What says the same of a neighbour is no change: the kernel tells of each time that it
-    /// has heard from one.
-    pub(crate) fn know(&mut self, host: &HostFacts) {
-        let known = host.neighbours.iter().map(|one| ((one.ifindex, one.destination), one.address));
-        self.neighbours = Some(known.collect());
-    }
-
-    /// Looks whether something has changed. If so, more changes may be unread.
-    pub(crate) fn try_changed(&mut self) -> io::Result<Option<HostStaleCause>> {
-        for _ in 0..MOST_UNREAD {
-            let told = match self.route.try_receive().transpose() {
-                Some(told) => self.judge(told)?,
-                None => match self.devices.as_mut().and_then(|devices| devices.try_receive().transpose()) {
-                    Some(told) => judge_device(told)?,
-                    None => return Ok(None),
-                },
-            };
-            if told.is_some() {
-                return Ok(told);
-            }
-        }
-        Ok(Some(HostStaleCause::Changed))
-    }
-
-    /// Waits until something has changed. Cancel-safe.
-    pub(crate) async fn changed(&mut self) -> io::Result<HostStaleCause> {
-        loop {
-            let told = match &mut self.devices {
-                None => {
-                    let told = self.route.receive().await;
-                    self.judge(told)?
-                }
-                Some(devices) => tokio::select! {
-                    told = self.route.receive() => self.judge(told)?,
-                    told = devices.receive() => judge_device(told)?,
-                },
-            };
-            if let Some(cause) = told {
-                return Ok(cause);
-            }
-        }
-    }
-
-    fn judge(&self, told: io::Result<Datagram>) -> io::Result<Option<HostStaleCause>> {
-        judge(told, |datagram| self.is_change(datagram))
-    }
-
-    fn is_change(&self, datagram: &Datagram) -> bool {
-        let Some(known) = &self.neighbours else { return true };
-        let mut rest = &datagram.bytes[..];
-        while !rest.is_empty() {
-            let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest) else { return true };
-            let says_new = match &message.payload {
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message)) => {
-                    match neighbour(message) {
-                        Some(Neighbour { ifindex, destination, address }) => {
-                            known.get(&(ifindex, destination)) != Some(&address)
-                        }
-                        None => destination(message).is_some_and(|which| known.contains_key(&which)),
-                    }
-                }
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelNeighbour(message)) => {
-                    destination(message).is_some_and(|which| known.contains_key(&which))
-                }
-                _ => true,
-            };
-            if says_new {
-                return true;
-            }
-            rest = rest.get((message.header.length as usize).next_multiple_of(4)..).unwrap_or_default();
-        }
-        false
+        Ok(Self {
+            route: NetlinkSocket::open(NETLINK_ROUTE, &GROUPS, Some(route))?,
+            neighbours: NetlinkSocket::open(NETLINK_ROUTE, &NEIGHBOURS, Some(neighbours))?,
+            devices,
+        })
     }
 }
 
-/// Each message of that group is about a device.
-fn judge_device(told: io::Result<Datagram>) -> io::Result<Option<HostStaleCause>> {
-    judge(told, |_| true)
+/// Reads a datagram from the kernel, and passes on what it says. Others count for nothing. Returns how many messages there
+/// were, or why track was lost.
+pub(crate) fn hear(
+    received: io::Result<Datagram>,
+    mut take: impl FnMut(Told),
+) -> io::Result<Result<usize, HostStaleCause>> {
+    let datagram = match received {
+        Ok(datagram) => datagram,
+        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Err(HostStaleCause::Overrun)),
+        Err(error) => return Err(error),
+    };
+    // Only the kernel knows.
+    if datagram.sender != 0 {
+        return Ok(Ok(1));
+    }
+    let undecodable = |reason: &dyn std::fmt::Display| {
+        tracing::warn!(%reason, "the kernel told something about the host that cannot be read; please report this");
+        Ok(Err(HostStaleCause::Unreadable))
+    };
+    if datagram.truncated {
+        return undecodable(&"a datagram was cut off");
+    }
+    let mut rest = &datagram.bytes[..];
+    let mut messages = 0;
+    while !rest.is_empty() {
+        let message = match NetlinkBuffer::new_checked(rest) {
+            Ok(message) => message,
+            Err(error) => return undecodable(&error),
+        };
+        messages += 1;
+        if message.message_type() == NLMSG_OVERRUN {
+            return Ok(Err(HostStaleCause::Overrun));
+        }
+        match Told::read(message.message_type(), message.flags(), message.payload()) {
+            Ok(told) => take(told),
+            Err(cut_off) => return undecodable(&cut_off),
+        }
+        rest = rest.get((message.length() as usize).next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(Ok(messages))
 }
 
-fn judge(
-    told: io::Result<Datagram>,
-    is_change: impl FnOnce(&Datagram) -> bool,
-) -> io::Result<Option<HostStaleCause>> {
-    match told {
-        // Only the kernel knows.
-        Ok(datagram) if datagram.sender != 0 || !is_change(&datagram) => Ok(None),
-        Ok(_) => Ok(Some(HostStaleCause::Changed)),
-        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(Some(HostStaleCause::Overrun)),
-        Err(error) => Err(error),
-    }
+/// What is told of a device; of any if notifications were lost.
+pub(crate) fn heard_device(received: io::Result<Datagram>) -> io::Result<Option<HostChange>> {
+    let ifindex = match received {
+        Ok(datagram) if datagram.sender != 0 => return Ok(None),
+        Ok(datagram) => {
+            let message = NetlinkBuffer::new_checked(&datagram.bytes[..]).ok();
+            let payload = message.map(|message| message.payload()).unwrap_or_default();
+            let ifindex = attributes(payload, GENERIC_LENGTH).find(|(kind, _)| *kind == NETDEV_IFINDEX);
+            ifindex.and_then(|(_, value)| u32_at(value, 0))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => None,
+        Err(error) => return Err(error),
+    };
+    Ok(Some(HostChange::Device { ifindex }))
 }

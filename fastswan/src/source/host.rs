@@ -9,8 +9,8 @@ use crate::host::{HostError, HostEvent, HostFacts, Link};
 /// The trait is dyn-safe: `Box<dyn HostSource>` is a source too.
 #[async_trait]
 pub trait HostSource: Send {
-    /// Waits for the next event: first a [`HostEvent::Snapshot`], later [`HostEvent::Stale`] as soon as something
-    /// changes, and another snapshot.
+    /// Waits for the next event: first a [`HostEvent::Snapshot`], then [`HostEvent::Changes`]; at any time
+    /// [`HostEvent::Stale`], if the source has lost track, and another snapshot.
     ///
     /// `Ok(None)` means that the source has nothing more to say and that what it said stays true. Dropping the future
     /// loses nothing.

@@ -8,11 +8,13 @@ use super::{features, fuzz, msrv, musl};
 use crate::command::{api, cargo, count::Count, ebpf, succeed};
 
 /// Debian packages, and a file of each that tells whether it is there.
-const PACKAGES: [(&str, &str); 6] = [
+const PACKAGES: [(&str, &str); 8] = [
     ("cpio", "/usr/bin/cpio"),
     ("g++", "/usr/bin/g++"),
     ("iproute2", "/usr/sbin/ip"),
+    ("iptables", "/usr/sbin/iptables-legacy"),
     ("mmdebstrap", "/usr/bin/mmdebstrap"),
+    ("nftables", "/usr/sbin/nft"),
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
     ("util-linux", "/usr/bin/setpriv"),
 ];

@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
 type Step = fn(&Arguments) -> anyhow::Result<Count>;
 
 /// All steps, in the order in which they run: what fails soonest comes first.
-const STEPS: [(&str, Step); 16] = [
+const STEPS: [(&str, Step); 17] = [
     ("install", |_| install::install()),
     ("format", |_| source::format()),
     ("lint", |_| source::lint()),
@@ -43,6 +43,7 @@ const STEPS: [(&str, Step); 16] = [
     ("bytecode", |_| ebpf::run(ebpf::Command::Check).map(|()| Count::PASSED)),
     ("tests", |_| suite::run()),
     ("oracle", |_| oracle::check()),
+    ("facts", |_| oracle::facts::check()),
     ("chaos", |_| chaos::check()),
     ("guests", |_| vm::check()),
     ("guest-oracle", |_| oracle::guest::check()),

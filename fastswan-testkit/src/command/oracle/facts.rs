@@ -10,7 +10,7 @@ use crate::command::count::Count;
 /// Packets that `cargo testkit ci` has judged.
 const CI_DECISIONS: u64 = 60_000;
 /// The same for each host source that lies, until it is noticed.
-const CI_MUTANT_DECISIONS: u64 = 60_000;
+const CI_MUTANT_DECISIONS: u64 = 15_000;
 /// Fewer packets tell nothing about a kind's share.
 const ENOUGH: u64 = 20;
 
@@ -94,7 +94,7 @@ pub(crate) fn check() -> anyhow::Result<Count> {
     let mut count = Count { passed: 1, failed: 0 };
     for mutant in HostMutant::ALL {
         println!("\na host source that lies about {}: must be noticed", mutant.name());
-        let convicted = FactsOracle::new(seed, CI_MUTANT_DECISIONS).mutant(mutant).convict()?;
+        let convicted = FactsOracle::new(seed, CI_MUTANT_DECISIONS).convict(mutant)?;
         if convicted {
             count.passed += 1;
         } else {
@@ -107,7 +107,7 @@ pub(crate) fn check() -> anyhow::Result<Count> {
 
 fn judge(oracle: &FactsOracle) -> anyhow::Result<FactsReport> {
     let start = Instant::now();
-    let report = oracle.run(|_| {}).context("judging how the host is followed")?;
+    let report = oracle.run().context("judging how the host is followed")?;
     println!("{} decisions in {:.1} s", report.decisions(), start.elapsed().as_secs_f64());
     println!(
         "{:<24} {:>7} {:>9} {:>8} {:>6} {:>6} {:>9} {:>10}",
@@ -170,9 +170,15 @@ fn print_story(story: &StoryReport) {
     }
 }
 
-/// Fails if a decision was wrong, or a story has an end that nobody knew of.
+/// Fails if a decision was wrong that was not known to be, or a story has an end that nobody knew of.
 fn acquit(report: &FactsReport) -> anyhow::Result<()> {
-    ensure!(report.wrong() == 0, "{} decisions were wrong, seed {}", report.wrong(), report.seed);
+    let known = report.kinds.iter().filter(|kind| kind.wrong > 0 && kind.is_known_gap);
+    let known: Vec<String> = known.map(|kind| format!("{} {}", kind.name, kind.wrong)).collect();
+    if !known.is_empty() {
+        println!("KNOWN GAPS, in which decisions were wrong: {}", known.join(", "));
+    }
+    let wrong = report.unexpectedly_wrong();
+    ensure!(wrong.is_empty(), "decisions were wrong in {}, seed {}", wrong.join(", "), report.seed);
     let failed = report.stories.iter().filter(|story| !story.holds && !story.is_known_gap);
     let failed: Vec<&str> = failed.map(|story| story.packets.name).collect();
     ensure!(failed.is_empty(), "cases that do not hold: {}", failed.join(", "));

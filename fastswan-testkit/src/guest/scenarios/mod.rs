@@ -3,6 +3,7 @@
 mod associations;
 mod driver;
 mod families;
+mod hooks;
 mod lifecycle;
 mod migrate;
 mod oddities;
@@ -62,6 +63,7 @@ pub(super) fn all() -> Vec<Scenario> {
         scenario("ipv6", "IPv6 in IPv6; nothing is fast in a tunnel of the other family", families::ipv6),
         scenario("esn", "extended sequence numbers, across 2^32", families::esn),
         scenario("transport", "gateways talk to each other in transport mode", families::transport),
+        scenario("hooks", "firewalls, filters and IPVS come into the way, and go", hooks::hooks),
         scenario("many", "1,000 tunnels", scale::many),
         scenario("driver", "100 link flaps, unloading and loading of the NIC", driver::driver),
     ]

@@ -63,6 +63,14 @@ pub(super) fn sysctl(key: impl Into<String>, value: impl Into<String>) -> Comman
     Command::Sysctl(key.into(), value.into())
 }
 
+/// The end of a wire goes up or down. Of ordinary devices the kernel takes note of that once a second
+/// (`linkwatch_schedule_work`), and what is sent until then is lost at the device, whoever sends it.
+pub(super) fn carrier(device: Device, is_up: bool) -> [Command; 2] {
+    let state = if is_up { "up" } else { "down" };
+    let far = Command::Far(format!("link set {} {state}", device.far_end()));
+    [far, Command::Wait(Duration::from_millis(1100))]
+}
+
 /// Runs commands, on a thread that is on the gateway. Without `is_strict`, what fails is left out.
 pub(super) fn run(
     world: &World,
@@ -109,7 +117,7 @@ fn run_one(wires: &mut Wires, command: &Command) -> anyhow::Result<()> {
         Command::Sysctl(key, value) => {
             fs::write(format!("/proc/sys/net/{key}"), value).with_context(|| command.to_string())?;
         }
-        Command::Frame(device, frame, _) => wires.send(*device, frame)?,
+        Command::Frame(device, frame, _) => drop(wires.send(*device, frame)?),
         Command::Wait(time) => sleep(*time),
         _ => {}
     }

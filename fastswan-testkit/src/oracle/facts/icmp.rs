@@ -39,12 +39,12 @@ pub(super) fn advertisement(
 }
 
 /// A router tells that packets from the host to an address must be shorter (RFC 1191, RFC 4443 section 3.2). It
-/// quotes an echo request.
+/// quotes an echo request, or for IPv4 a reply, which the kernel's own handler takes (`icmp_err`).
 pub(super) fn too_big(destination: IpAddr, own: IpAddr, to: MacAddr, mtu: u16) -> Vec<u8> {
     match (destination, own) {
         (IpAddr::V4(destination), IpAddr::V4(own)) => {
             let echo = Icmpv4Header::with_checksum(
-                Icmpv4Type::Unknown { type_u8: 8, code_u8: 0, bytes5to8: [0, 1, 0, 1] },
+                Icmpv4Type::Unknown { type_u8: 0, code_u8: 0, bytes5to8: [0, 1, 0, 1] },
                 &[],
             );
             let mut quoted = v4_header(own, destination, 1400, 64).to_bytes().to_vec();

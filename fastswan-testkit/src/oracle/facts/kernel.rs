@@ -20,7 +20,7 @@ use super::{
 
 /// How long nothing must be heard until all that was sent has been dealt with.
 const QUIET: Duration = Duration::from_millis(2);
-/// The same for a packet that is asked about once more.
+/// The same for packets that are asked about once more.
 const VERY_QUIET: Duration = Duration::from_millis(25);
 
 /// What becomes of a packet.
@@ -32,6 +32,20 @@ pub(super) enum Fate {
     Answered,
     /// It is dropped or delivered.
     Gone,
+    /// It cannot arrive: its port hears nothing.
+    Unsent,
+}
+
+/// The Ethernet header of a tunnel's outer packets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum Header {
+    /// The tunnel's packets do not leave with it.
+    #[default]
+    OfNoConcern,
+    /// The kernel does not know the next hop's address.
+    Unresolved,
+    /// Destination, source and type.
+    Known(Vec<u8>),
 }
 
 /// Where a tunnel's outer packets would go.
@@ -41,9 +55,7 @@ pub(super) struct Outer {
     pub(super) device: Option<Device>,
     /// The longest packet.
     pub(super) mtu: u32,
-    /// The Ethernet header that they would get, destination, source and type, if they leave at all; `None` if that was
-    /// not asked.
-    pub(super) header: Option<Option<Vec<u8>>>,
+    pub(super) header: Header,
 }
 
 /// The kernel of a world. Used on a thread that is on its gateway.
@@ -92,20 +104,20 @@ impl Kernel {
         self.judge_patiently(packets, QUIET)
     }
 
-    /// The same for a packet alone.
-    pub(super) fn judge_again(&mut self, packet: &Packet) -> anyhow::Result<Fate> {
-        let fates = self.judge_patiently(std::slice::from_ref(packet), VERY_QUIET)?;
-        fates.into_iter().next().context("one packet has one fate")
+    /// The same, with more time.
+    pub(super) fn judge_again(&mut self, packets: &[Packet]) -> anyhow::Result<Vec<Fate>> {
+        self.judge_patiently(packets, VERY_QUIET)
     }
 
     fn judge_patiently(&mut self, packets: &[Packet], patience: Duration) -> anyhow::Result<Vec<Fate>> {
         let Some((first, _)) = packets.first().and_then(|packet| number_in(&packet.frame)) else {
             return Ok(Vec::new());
         };
+        let mut fates = Vec::new();
         for packet in packets {
-            self.wires.send(packet.port, &packet.frame)?;
+            let is_sent = self.wires.send(packet.port, &packet.frame)?;
+            fates.push(if is_sent { Fate::Gone } else { Fate::Unsent });
         }
-        let mut fates = vec![Fate::Gone; packets.len()];
         for seen in self.wires.listen(patience)? {
             let Some((number, at)) = number_in(&seen.frame) else { continue };
             let Some(index) =
@@ -140,7 +152,7 @@ impl Kernel {
         let Some(device) = self.indices.get(&ifindex).copied() else { return Ok(Outer::default()) };
         let of_device = mtu_of(device, tunnel.is_v6())?;
         let mtu = mtu.map_or(of_device, |mtu| mtu.min(of_device));
-        let header = if tunnel.by_neighbour && tos == 0 { self.header(tunnel)? } else { None };
+        let header = if tunnel.by_neighbour && tos == 0 { self.header(tunnel)? } else { Header::OfNoConcern };
         Ok(Outer { device: Some(device), mtu, header })
     }
 
@@ -153,18 +165,18 @@ impl Kernel {
     }
 
     /// The Ethernet header of a packet that the host itself sends from the tunnel's source to its destination.
-    fn header(&mut self, tunnel: &Tunnel) -> anyhow::Result<Option<Option<Vec<u8>>>> {
+    fn header(&mut self, tunnel: &Tunnel) -> anyhow::Result<Header> {
         const NOBODYS_PORT: u16 = 9;
         // An address that is no longer the host's.
-        let Ok(socket) = UdpSocket::bind((tunnel.local, 0)) else { return Ok(None) };
+        let Ok(socket) = UdpSocket::bind((tunnel.local, 0)) else { return Ok(Header::OfNoConcern) };
         let number = self.next;
         self.next = self.next.wrapping_add(1);
         if socket.send_to(&mark(number), (tunnel.peer, NOBODYS_PORT)).is_err() {
-            return Ok(Some(None));
+            return Ok(Header::Unresolved);
         }
         let seen = self.wires.listen(QUIET)?;
         let own = seen.iter().find(|seen| number_in(&seen.frame).is_some_and(|(found, _)| found == number));
-        Ok(Some(own.map(|seen| seen.frame[..ETHERNET].to_vec())))
+        Ok(own.map_or(Header::Unresolved, |seen| Header::Known(seen.frame[..ETHERNET].to_vec())))
     }
 
     /// Whether IPv4 packets that leave by a device bypass IPsec (`IN_DEV_ORCONF` of `disable_xfrm`).

@@ -30,13 +30,22 @@ mod trial;
 mod tunnels;
 mod world;
 
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use anyhow::Context as _;
-use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
+use rand::{
+    RngExt as _, SeedableRng as _,
+    rngs::StdRng,
+    seq::{IndexedRandom as _, SliceRandom as _},
+};
 
 use self::{
     draw::Draw,
-    kinds::{KINDS, Kind},
-    stories::STORIES,
+    kinds::{KINDS, KNOWN_WRONG, Kind},
+    stories::{KNOWN_GAPS, STORIES, Story},
     trial::Trial,
     tunnels::{everything, sites},
     world::World,
@@ -44,9 +53,10 @@ use self::{
 pub use self::{
     mutant::HostMutant,
     report::{FactsReport, KindReport, StoryReport},
-    stories::KNOWN_GAPS,
 };
 
+/// Worlds that are there at a time.
+const WORLDS: usize = 4;
 /// Packets that are judged after each step of a change.
 const PACKETS: usize = 140;
 /// The same when the change was taken back.
@@ -58,7 +68,7 @@ const CHANGES: usize = 10;
 /// Changes that are there at once in a world of several.
 const AT_ONCE: usize = 4;
 /// Packets that a source that lies is judged by at a time.
-const PART: u64 = 5000;
+const PART: u64 = 1500;
 /// One world in so many is of several changes at once.
 const MIXED: u32 = 5;
 
@@ -103,54 +113,50 @@ impl FactsOracle {
         Self { mutant: Some(mutant), ..self }
     }
 
-    /// Judges at random. `progress` hears of the number of decisions. Needs root.
+    /// Judges at random, in several worlds at a time. Needs root.
     ///
     /// # Errors
     ///
     /// If a world cannot be made, or the kernel or the mirror does not do what it is told.
-    pub fn run(&self, mut progress: impl FnMut(u64)) -> anyhow::Result<FactsReport> {
-        let mut rng = StdRng::seed_from_u64(self.seed);
+    pub fn run(&self) -> anyhow::Result<FactsReport> {
+        let row = |name, is_hook| KindReport::new(name, is_hook, KNOWN_WRONG.contains(&name));
         let mut report = FactsReport::empty(self.seed);
-        report.kinds.extend(self.kinds.iter().map(|kind| KindReport::new(kind.name, kind.is_hook)));
-        report.kinds.push(KindReport::new("mixed", false));
-        let mut waiting: Vec<&'static Kind> = Vec::new();
-        let alone = self.kinds.len() < AT_ONCE;
-        while report.decisions() < self.decisions {
-            let is_mixed = !alone && rng.random_range(0..MIXED) == 0;
-            let mut chosen = Vec::new();
-            while chosen.len() < if is_mixed { AT_ONCE } else { CHANGES } {
-                if waiting.is_empty() {
-                    waiting.clone_from(&self.kinds);
-                    waiting.shuffle(&mut rng);
-                }
-                let Some(kind) = waiting.pop() else { break };
-                if is_mixed && kind.is_hook {
-                    continue;
-                }
-                chosen.push(kind);
-                // There is nothing to be had of this world any longer.
-                if kind.is_final {
-                    break;
+        report.kinds.extend(self.kinds.iter().map(|kind| row(kind.name, kind.is_hook)));
+        report.kinds.push(row("mixed", false));
+        let shared = Mutex::new((Plans::new(self), report));
+        let work = || -> anyhow::Result<()> {
+            loop {
+                let plan = {
+                    let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    if shared.1.decisions() >= self.decisions {
+                        return Ok(());
+                    }
+                    shared.0.next_plan()
+                };
+                let rows = self.judge(&plan).with_context(|| format!("seed {}", self.seed))?;
+                let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                for found in rows {
+                    let row = shared.1.kinds.iter_mut().find(|row| row.name == found.name);
+                    row.context("a row of the kind")?.merge(found);
                 }
             }
-            let seed = rng.random();
-            self.judge(&chosen, is_mixed, seed, &mut report)
-                .with_context(|| format!("seed {}", self.seed))?;
-            progress(report.decisions());
-        }
-        Ok(report)
+        };
+        at_a_time(work)?;
+        Ok(shared.into_inner().unwrap_or_else(PoisonError::into_inner).1)
     }
 
-    /// Judges until a packet is wrong. Returns whether one was.
+    /// Judges a host source that lies, by the kinds that it lies about, until a packet is wrong. Returns whether one was.
     ///
     /// # Errors
     ///
     /// As above.
-    pub fn convict(&self) -> anyhow::Result<bool> {
+    pub fn convict(&self, mutant: HostMutant) -> anyhow::Result<bool> {
+        let names: Vec<String> = mutant.kinds().iter().map(|name| (*name).to_owned()).collect();
+        let oracle = self.clone().mutant(mutant).only(&names);
         let mut decisions = 0;
         let mut seed = self.seed;
         while decisions < self.decisions {
-            let part = Self { seed, decisions: PART, ..self.clone() }.run(|_| {})?;
+            let part = Self { seed, decisions: PART, ..oracle.clone() }.run()?;
             if part.wrong() > 0 {
                 return Ok(true);
             }
@@ -166,56 +172,120 @@ impl FactsOracle {
     ///
     /// As above.
     pub fn tell_stories(&self) -> anyhow::Result<Vec<StoryReport>> {
-        let mut reports = Vec::new();
-        for story in STORIES {
-            let mut rng = StdRng::seed_from_u64(self.seed);
-            let (world, tunnels) = (World::new()?, sites());
-            let mut packets = KindReport::new(story.name, false);
-            world
-                .gateway
-                .enter(|| {
-                    let mut trial = Trial::new(&world, &tunnels, self.mutant)?;
-                    trial.change(&(story.change)(), story.is_silent, PACKETS_OF_STORY, &mut rng, &mut packets)
-                })
-                .with_context(|| format!("{} {}", story.case, story.name))?;
-            reports.push(StoryReport {
-                case: story.case,
-                holds: story.holds(&packets),
-                is_known_gap: KNOWN_GAPS.contains(&story.name),
-                packets,
-            });
-        }
-        Ok(reports)
+        let next = AtomicUsize::new(0);
+        let reports = Mutex::new(Vec::new());
+        at_a_time(|| {
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(story) = STORIES.get(at) else { return Ok(()) };
+                let told = self.tell(story).with_context(|| format!("{} {}", story.case, story.name))?;
+                reports.lock().unwrap_or_else(PoisonError::into_inner).push((at, told));
+            }
+        })?;
+        let mut reports = reports.into_inner().unwrap_or_else(PoisonError::into_inner);
+        reports.sort_by_key(|(at, _)| *at);
+        Ok(reports.into_iter().map(|(_, report)| report).collect())
+    }
+
+    fn tell(&self, story: &Story) -> anyhow::Result<StoryReport> {
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let (world, tunnels) = (World::new()?, sites());
+        let mut packets = KindReport::new(story.name, false, false);
+        world.gateway.enter(|| {
+            let mut trial = Trial::new(&world, &tunnels, self.mutant)?;
+            trial.change(&(story.change)(), story.is_silent, PACKETS_OF_STORY, &mut rng, &mut packets)
+        })?;
+        Ok(StoryReport {
+            case: story.case,
+            holds: story.holds(&packets),
+            is_known_gap: KNOWN_GAPS.contains(&story.name),
+            packets,
+        })
     }
 
     /// Changes one world in some ways, one after the other or all at once.
-    fn judge(
-        &self,
-        kinds: &[&'static Kind],
-        is_mixed: bool,
-        seed: u64,
-        report: &mut FactsReport,
-    ) -> anyhow::Result<()> {
-        let mut rng = StdRng::seed_from_u64(seed);
+    fn judge(&self, plan: &Plan) -> anyhow::Result<Vec<KindReport>> {
+        let mut rng = StdRng::seed_from_u64(plan.seed);
         let world = World::new()?;
         let tunnels = if rng.random_range(0..4) == 0 { everything() } else { sites() };
         world.gateway.enter(|| {
+            let mut rows = Vec::new();
             let mut trial = Trial::new(&world, &tunnels, self.mutant)?;
-            for kind in kinds {
+            for kind in &plan.kinds {
                 let change = (kind.change)(&mut Draw { rng: &mut rng, tunnels: &tunnels });
-                let name = if is_mixed { "mixed" } else { kind.name };
-                let row =
-                    report.kinds.iter_mut().find(|row| row.name == name).context("a row of the kind")?;
-                trial
-                    .change(&change, kind.is_silent, PACKETS, &mut rng, row)
-                    .with_context(|| kind.name.to_owned())?;
-                if !is_mixed && !kind.is_final {
-                    trial
-                        .undo(&change, kind.is_silent, PACKETS_AFTER, &mut rng, row)
-                        .with_context(|| kind.name.to_owned())?;
-                }
+                let name = if plan.is_mixed { "mixed" } else { kind.name };
+                let mut row = KindReport::new(name, kind.is_hook, false);
+                let mut step = || {
+                    trial.change(&change, kind.is_silent, PACKETS, &mut rng, &mut row)?;
+                    if !plan.is_mixed && !kind.is_final {
+                        trial.undo(&change, kind.is_silent, PACKETS_AFTER, &mut rng, &mut row)?;
+                    }
+                    anyhow::Ok(())
+                };
+                step().with_context(|| kind.name.to_owned())?;
+                rows.push(row);
             }
-            Ok(())
+            Ok(rows)
         })
     }
+}
+
+/// What is to be done to a world.
+#[derive(Debug)]
+struct Plan {
+    kinds: Vec<&'static Kind>,
+    /// All of it is there at once.
+    is_mixed: bool,
+    seed: u64,
+}
+
+/// Plans without end, in which all kinds have the same part.
+struct Plans {
+    kinds: Vec<&'static Kind>,
+    /// Those of this round that have had no part so far.
+    waiting: Vec<&'static Kind>,
+    rng: StdRng,
+}
+
+impl Plans {
+    fn new(oracle: &FactsOracle) -> Self {
+        let rng = StdRng::seed_from_u64(oracle.seed);
+        Self { kinds: oracle.kinds.clone(), waiting: Vec::new(), rng }
+    }
+
+    fn next_plan(&mut self) -> Plan {
+        let is_mixed = self.kinds.len() >= AT_ONCE && self.rng.random_range(0..MIXED) == 0;
+        let mut kinds: Vec<&'static Kind> = Vec::new();
+        while kinds.len() < if is_mixed { AT_ONCE } else { CHANGES } {
+            let kind = if is_mixed { self.kinds.choose(&mut self.rng).copied() } else { self.next_kind() };
+            let Some(kind) = kind else { break };
+            if is_mixed && (kind.is_hook || kinds.iter().any(|other| other.name == kind.name)) {
+                continue;
+            }
+            kinds.push(kind);
+            // There is nothing to be had of this world any longer.
+            if kind.is_final {
+                break;
+            }
+        }
+        Plan { kinds, is_mixed, seed: self.rng.random() }
+    }
+
+    fn next_kind(&mut self) -> Option<&'static Kind> {
+        if self.waiting.is_empty() {
+            self.waiting.clone_from(&self.kinds);
+            self.waiting.shuffle(&mut self.rng);
+        }
+        self.waiting.pop()
+    }
+}
+
+/// Does something on several threads, most of whose time is waiting.
+fn at_a_time(work: impl Fn() -> anyhow::Result<()> + Sync) -> anyhow::Result<()> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..WORLDS).map(|_| scope.spawn(&work)).collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }

@@ -41,6 +41,19 @@ impl HostMutant {
         Self::RuleOrder,
     ];
 
+    /// The kinds of change that it lies about.
+    pub(super) fn kinds(self) -> &'static [&'static str] {
+        match self {
+            Self::Routes => &["route-denied", "route-elsewhere", "nexthop"],
+            Self::Rules => &["rule-denies", "rule-to"],
+            Self::Links => &["link-mtu", "forwarding-v4", "forwarding-v6"],
+            Self::Neighbours => &["neighbour"],
+            Self::Tos => &["route-tos", "route-tos-outer"],
+            Self::Lifetime => &["v6-expires"],
+            Self::RuleOrder => &["rule-order", "rule-table"],
+        }
+    }
+
     /// Its name on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -100,7 +113,7 @@ impl<S> Lying<S> {
                 );
             }
             HostMutant::RuleOrder => {
-                facts.rules = [Family::V4, Family::V6].map(|f| turned(&facts.rules, f)).concat()
+                facts.rules = [Family::V4, Family::V6].map(|family| turned(&facts.rules, family)).concat();
             }
         }
         facts

@@ -16,6 +16,8 @@ pub struct KindReport {
     pub name: &'static str,
     /// It is about what can change a packet's fate behind routing.
     pub is_hook: bool,
+    /// Packets of it are wrong so far, from a known cause.
+    pub is_known_gap: bool,
     /// Times that the host was changed in this way.
     pub changes: u64,
     /// Times that this kernel refused.
@@ -45,8 +47,8 @@ pub struct KindReport {
 }
 
 impl KindReport {
-    pub(super) fn new(name: &'static str, is_hook: bool) -> Self {
-        Self { name, is_hook, ..Self::default() }
+    pub(super) fn new(name: &'static str, is_hook: bool, is_known_gap: bool) -> Self {
+        Self { name, is_hook, is_known_gap, ..Self::default() }
     }
 
     /// The share of eligible packets that were fast.
@@ -54,6 +56,30 @@ impl KindReport {
     #[allow(clippy::cast_precision_loss)]
     pub fn fast_share(&self) -> f64 {
         self.eligible_fast as f64 / self.eligible.max(1) as f64
+    }
+
+    /// Adds what another run found of the same kind.
+    pub(super) fn merge(&mut self, other: Self) {
+        self.changes += other.changes;
+        self.refused += other.refused;
+        self.stuck += other.stuck;
+        self.decisions += other.decisions;
+        self.fast += other.fast;
+        self.wrong += other.wrong;
+        self.late += other.late;
+        self.eligible += other.eligible;
+        self.eligible_fast += other.eligible_fast;
+        for (reason, packets) in other.eligible_passes {
+            *self.eligible_passes.entry(reason).or_default() += packets;
+        }
+        self.examples.extend(other.examples);
+        self.examples.truncate(EXAMPLES);
+        for (reason, examples) in other.slow_examples {
+            let own = self.slow_examples.entry(reason).or_default();
+            own.extend(examples);
+            own.truncate(EXAMPLES / 2);
+        }
+        self.refusal = self.refusal.take().or(other.refusal);
     }
 
     pub(super) fn example(&mut self, text: impl FnOnce() -> String) {
@@ -81,6 +107,7 @@ impl KindReport {
             self.slow_examples.iter().map(|(reason, examples)| (reason.name(), examples)).collect();
         json!({
             "hook": self.is_hook,
+            "known_gap": self.is_known_gap,
             "changes": self.changes,
             "refused": self.refused,
             "refusal": self.refusal,
@@ -164,6 +191,13 @@ impl FactsReport {
     #[must_use]
     pub fn wrong(&self) -> u64 {
         self.sum(|kind| kind.wrong)
+    }
+
+    /// Kinds that packets were wrong in, without those where that is known.
+    #[must_use]
+    pub fn unexpectedly_wrong(&self) -> Vec<&'static str> {
+        let wrong = self.kinds.iter().filter(|kind| kind.wrong > 0 && !kind.is_known_gap);
+        wrong.map(|kind| kind.name).collect()
     }
 
     /// The share of eligible packets that were fast, over configurations without hooks.

@@ -6,7 +6,7 @@ use fastswan::policy::MacAddr;
 use ipnet::IpNet;
 
 use super::{
-    command::{Command, ip, ip_of, sysctl},
+    command::{Command, carrier, ip, ip_of, sysctl},
     draw::Change,
     icmp,
     report::KindReport,
@@ -49,7 +49,15 @@ const fn fast(case: &'static str, name: &'static str, change: fn() -> Change) ->
 }
 
 /// Stories that do not end right so far.
-pub const KNOWN_GAPS: &[&str] = &[];
+pub(super) const KNOWN_GAPS: &[&str] = &[
+    "a-path-mtu-is-learnt",
+    "a-path-mtu-is-learnt-and-forwarding-uses-it",
+    "source-specific-routes",
+    "a-route-with-an-mtu",
+    "two-next-hops-behind-one-device",
+    "a-linkdown-route-that-is-skipped",
+    "a-macvlan-on-the-port",
+];
 
 /// All of them. Cases 39 and 15b need hooks and a million routes, and are told elsewhere.
 pub(super) const STORIES: &[Story] = &[
@@ -225,7 +233,7 @@ pub(super) const STORIES: &[Story] = &[
     }),
     fast("33", "source-specific-routes", || {
         Change::once([ip("route add 2001:db8:2:5::/64 from 2001:db8:7::/48 via 2001:db8:e::2 dev out1")])
-            .to(nets(&["2001:db8:2::/60"]))
+            .to(nets(&["2001:db8:2:5::/64"]))
     }),
     fast("D", "a-route-with-an-mtu", || {
         Change::once([ip("route replace 10.2.0.0/16 via 192.0.2.2 mtu 1400")]).lengths(1400)
@@ -243,8 +251,8 @@ pub(super) const STORIES: &[Story] = &[
             sysctl("ipv4/conf/all/ignore_routes_with_linkdown", "1"),
             sysctl("ipv4/conf/out1/ignore_routes_with_linkdown", "1"),
             ip("route add 10.2.5.0/24 via 198.51.100.2 dev out1 metric 1"),
-            Command::Far("link set exit1 down".to_owned()),
         ])
+        .then(carrier(Device::Out1, false))
         .to(nets(&["10.2.5.0/24"]))
     }),
     fast("D", "blackholed-sources-without-a-filter", || {

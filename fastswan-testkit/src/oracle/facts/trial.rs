@@ -8,13 +8,13 @@ use super::{
     aims::Aims,
     command::{self, Command},
     draw::Change,
-    kernel::{Fate, Kernel, Outer},
+    kernel::{Fate, Header, Kernel, Outer},
     mirror::{Follower, Verdict},
     mutant::HostMutant,
     packet::{ETHERNET, Packet},
     report::KindReport,
     tunnels::Tunnel,
-    world::{World, base},
+    world::{World, base, is_own},
 };
 use crate::oracle::packets::is_special;
 
@@ -118,6 +118,9 @@ impl<'a> Trial<'a> {
         let fates = self.kernel.judge(&packets)?;
         let mut suspects = Vec::new();
         for ((packet, verdict), fate) in packets.into_iter().zip(verdicts).zip(fates) {
+            if fate == Fate::Unsent {
+                continue;
+            }
             report.decisions += 1;
             let eligible = self.is_eligible(&packet, &fate)?;
             report.eligible += u64::from(eligible);
@@ -149,25 +152,24 @@ impl<'a> Trial<'a> {
     ) -> anyhow::Result<()> {
         report.stuck += u64::from(!self.follower.follow(POLLED)?);
         self.kernel.forget()?;
-        for (mut packet, first) in suspects {
-            self.kernel.number(std::slice::from_mut(&mut packet));
-            let verdict = self.follower.run(&packet)?;
-            let fate = self.kernel.judge_again(&packet)?;
+        let (mut packets, firsts): (Vec<Packet>, Vec<String>) = suspects.into_iter().unzip();
+        self.kernel.number(&mut packets);
+        let verdicts: Vec<Verdict> =
+            packets.iter().map(|packet| self.follower.run(packet)).collect::<anyhow::Result<_>>()?;
+        let fates = self.kernel.judge_again(&packets)?;
+        for (((packet, first), verdict), fate) in packets.iter().zip(firsts).zip(verdicts).zip(&fates) {
             let objection = match verdict {
-                Verdict::Fast(frame) => self.objection(&packet, &frame, &fate)?,
+                Verdict::Fast(frame) => self.objection(packet, &frame, fate)?,
                 Verdict::Passed(_) => None,
             };
-            let (name, objection) = match objection {
-                Some(objection) => {
-                    report.wrong += 1;
-                    ("WRONG", objection)
-                }
-                None => {
-                    report.late += 1;
-                    ("late", first)
-                }
+            let (name, objection) = if let Some(objection) = objection {
+                report.wrong += 1;
+                ("WRONG", objection)
+            } else {
+                report.late += 1;
+                ("late", first)
             };
-            report.example(|| format!("{name}: {objection}: {}", self.describe(&packet, &fate)));
+            report.example(|| format!("{name}: {objection}: {}", self.describe(packet, fate)));
         }
         Ok(())
     }
@@ -181,8 +183,7 @@ impl<'a> Trial<'a> {
         let Some(tunnel) = self.tunnel(packet) else { return Ok(Some("no policy is about it".to_owned())) };
         let device = tunnel.device.name();
         match fate {
-            Fate::Forwarded(by, sent) if *by != tunnel.device => {
-                let _ = sent;
+            Fate::Forwarded(by, _) if *by != tunnel.device => {
                 return Ok(Some(format!("the kernel sends it by {} instead of {device}", by.name())));
             }
             Fate::Forwarded(_, sent) if frame.get(ETHERNET..) != Some(&sent[..]) => {
@@ -190,6 +191,7 @@ impl<'a> Trial<'a> {
             }
             Fate::Forwarded(..) => {}
             Fate::Answered => return Ok(Some("the kernel answers it".to_owned())),
+            Fate::Unsent => return Ok(None),
             Fate::Gone => return Ok(Some("the kernel drops or delivers it".to_owned())),
         }
         let outer = self.kernel.outer(tunnel, packet.tos)?;
@@ -203,8 +205,10 @@ impl<'a> Trial<'a> {
             return Ok(Some(format!("{device} bypasses IPsec")));
         }
         match &outer.header {
-            Some(None) => Ok(Some("the kernel does not know the outer next hop's address".to_owned())),
-            Some(Some(header)) if frame.get(..12) != header.get(..12) => {
+            Header::Unresolved => {
+                Ok(Some("the kernel does not know the outer next hop's address".to_owned()))
+            }
+            Header::Known(header) if frame.get(..12) != header.get(..12) => {
                 Ok(Some(format!("the kernel sends the outer packet to {:02x?}", &header[..6])))
             }
             _ => Ok(None),
@@ -214,14 +218,23 @@ impl<'a> Trial<'a> {
     /// Whether nothing keeps a packet from being fast: the kernel sends it where the tunnel is.
     fn is_eligible(&mut self, packet: &Packet, fate: &Fate) -> anyhow::Result<bool> {
         let Some(tunnel) = self.tunnel(packet) else { return Ok(false) };
-        let is_odd = !packet.is_plain || is_special(packet.source) || is_special(packet.destination);
+        let is_odd = !packet.is_plain
+            || is_special(packet.source)
+            || is_own(packet.source)
+            || is_special(packet.destination);
         if is_odd || !matches!(fate, Fate::Forwarded(by, _) if *by == tunnel.device) {
             return Ok(false);
         }
         let Outer { device, mtu, header } = self.kernel.outer(tunnel, packet.tos)?;
         let fits = packet.length <= tunnel.longest(mtu);
         let bypasses = !tunnel.is_v6() && Kernel::bypasses_xfrm(tunnel.device);
-        Ok(device == Some(tunnel.device) && fits && !bypasses && header != Some(None))
+        // The address of a neighbour that nobody has told, since the device asks for none, is the device's own.
+        let has_next_hop = match header {
+            Header::OfNoConcern => true,
+            Header::Unresolved => false,
+            Header::Known(header) => !header.starts_with(&tunnel.device.mac().0),
+        };
+        Ok(device == Some(tunnel.device) && fits && !bypasses && has_next_hop)
     }
 
     fn describe(&self, packet: &Packet, fate: &Fate) -> String {
@@ -230,6 +243,7 @@ impl<'a> Trial<'a> {
             Fate::Forwarded(device, _) => format!("sent by {}", device.name()),
             Fate::Answered => "answered".to_owned(),
             Fate::Gone => "gone".to_owned(),
+            Fate::Unsent => "unsent".to_owned(),
         };
         let protocol = packet.protocol();
         format!(

@@ -14,12 +14,14 @@
 use std::{
     fs::File,
     io::{self, IoSliceMut, Write as _},
+    net::IpAddr,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use fastswan::policy::MacAddr;
+use ipnet::IpNet;
 use nix::{
     errno::Errno,
     net::if_::if_nametoindex,
@@ -28,7 +30,7 @@ use nix::{
 };
 
 use crate::{
-    lab::{self, End, LabError, Namespace, join},
+    lab::{self, LabError, Namespace, batch},
     oracle::addresses::{PORT, SENDER},
     sys::packet_socket,
 };
@@ -92,10 +94,6 @@ impl Device {
             Self::Out1 => &["198.51.100.1/24", "2001:db8:e::1/48"],
         }
     }
-
-    fn end(self, namespace: &Namespace) -> End<'_> {
-        End { namespace, device: self.name(), mac: self.mac(), addresses: self.addresses() }
-    }
 }
 
 /// Neighbours of the gateway, with the last byte of their Ethernet addresses.
@@ -120,6 +118,15 @@ const ROUTES: [&str; 8] = [
     "2001:db8:4::/48 via 2001:db8:e::2",
 ];
 
+/// Whether an address is the gateway's own, or the first or last of a network of its own.
+pub(super) fn is_own(address: IpAddr) -> bool {
+    let networks = Device::ALL.into_iter().flat_map(Device::addresses);
+    networks.filter_map(|text| text.parse::<IpNet>().ok()).any(|own| {
+        let v4 = own.addr().is_ipv4();
+        [own.addr(), own.network()].contains(&address) || v4 && own.broadcast() == address
+    })
+}
+
 /// The gateway and its wires.
 #[derive(Debug)]
 pub(super) struct World {
@@ -141,15 +148,41 @@ impl World {
         // Whether a packet was answered is told by its answer.
         gateway.sysctl("net.ipv4.icmp_ratelimit", "0")?;
         gateway.sysctl("net.ipv6.icmp.ratelimit", "0")?;
-        for device in Device::ALL {
-            let far_end =
-                End { namespace: &far, device: device.far_end(), mac: device.far_mac(), addresses: &[] };
-            join(device.end(&gateway), far_end, 1500)?;
-            gateway.ip(&format!("link set {} arp off", device.name()))?;
-        }
+        join(&gateway, &far)?;
         gateway.forward()?;
         Ok(Self { gateway, far })
     }
+}
+
+/// Joins the two by veth pairs, as [`lab::join`] does one, in few processes: worlds are made all the time.
+fn join(gateway: &Namespace, far: &Namespace) -> Result<(), LabError> {
+    let pair = |device: Device| {
+        let (name, mac, in_gateway) = (device.name(), device.mac(), gateway.name());
+        let (far_name, far_mac, in_far) = (device.far_end(), device.far_mac(), far.name());
+        format!(
+            "link add {name} address {mac} mtu 1500 netns {in_gateway} type veth \
+             peer name {far_name} address {far_mac} mtu 1500 netns {in_far}\n"
+        )
+    };
+    batch(&[], &Device::ALL.map(pair).concat())?;
+    for (namespace, name) in [(gateway, Device::name as fn(Device) -> &'static str), (far, Device::far_end)] {
+        namespace
+            .enter(|| Device::ALL.into_iter().try_for_each(|device| lab::complete_frames(name(device))))?;
+        // Nothing that is merged may be longer than a byte.
+        let merge_nothing =
+            Device::ALL.map(|device| format!("link set {} gro_max_size 1\n", name(device))).concat();
+        batch(&["-n", namespace.name()], &merge_nothing)?;
+    }
+    let addresses = Device::ALL.into_iter().flat_map(|device| {
+        device.addresses().iter().map(move |address| {
+            let detection = if address.contains(':') { "nodad" } else { "" };
+            format!("address add {address} dev {} {detection}\n", device.name())
+        })
+    });
+    let up = Device::ALL.map(|device| format!("link set {} up arp off\n", device.name()));
+    batch(&["-n", gateway.name()], &addresses.chain(up).collect::<String>())?;
+    let up = Device::ALL.map(|device| format!("link set {} up\n", device.far_end()));
+    batch(&["-n", far.name()], &up.concat())
 }
 
 /// What gives the gateway neighbours and routes, as arguments of `ip`.
@@ -199,15 +232,15 @@ impl Wires {
         })
     }
 
-    /// Sends a frame to a device of the gateway. One whose wire is down hears nothing.
-    pub(super) fn send(&mut self, device: Device, frame: &[u8]) -> anyhow::Result<()> {
+    /// Sends a frame to a device of the gateway. Returns whether it was sent: not if the wire is down.
+    pub(super) fn send(&mut self, device: Device, frame: &[u8]) -> anyhow::Result<bool> {
         match self.senders[device as usize].write_all(frame) {
             Err(error)
                 if matches!(error.raw_os_error(), Some(libc::ENETDOWN | libc::ENXIO | libc::ENOBUFS)) =>
             {
-                Ok(())
+                Ok(false)
             }
-            result => Ok(result.with_context(|| format!("sending to {}", device.name()))?),
+            result => result.map(|()| true).with_context(|| format!("sending to {}", device.name())),
         }
     }
 

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::super::{
-    command::{Command, ip, ip_of, sysctl},
+    command::{self, Command, ip, ip_of, sysctl},
     draw::{Change, Draw},
     icmp,
     world::Device,
@@ -83,10 +83,12 @@ pub(super) fn anycast(draw: &mut Draw<'_>) -> Change {
         .to([network, network.network().into()])
 }
 
-/// A next hop moves, or is lost.
+/// The next hop of a tunnel that asks for it moves, or is lost. For the others the kernel of the judge, which
+/// encrypts nothing, needs one where IPsec does not.
 pub(super) fn neighbour(draw: &mut Draw<'_>) -> Change {
-    let v6 = draw.flip();
-    let next_hop = draw.gateway(v6);
+    let asking: Vec<_> =
+        draw.tunnels.iter().filter(|tunnel| tunnel.by_neighbour).map(|tunnel| tunnel.peer).collect();
+    let next_hop = draw.one(&asking);
     let replace = |how: &str| ip(format!("neighbour replace {next_hop} dev out0 {how}"));
     let second = match draw.below(3) {
         0 => replace("nud failed"),
@@ -141,12 +143,11 @@ pub(super) fn flap(draw: &mut Draw<'_>) -> Change {
 /// The other end of a wire goes, and comes back.
 pub(super) fn carrier(draw: &mut Draw<'_>) -> Change {
     let device = draw.one(&Device::ALL);
-    Change::once([Command::Far(format!("link set {} down", device.far_end()))])
-        .then([Command::Far(format!("link set {} up", device.far_end()))])
+    Change::once(command::carrier(device, false)).then(command::carrier(device, true))
 }
 
 pub(super) fn mtu(draw: &mut Draw<'_>) -> Change {
-    let (device, mtu) = (draw.one(&["out0", "out0", "out1", "lan0"]), draw.one(&[1280, 1300, 1400, 1499]));
+    let (device, mtu) = (draw.one(&["out0", "out0", "out1"]), draw.one(&[1280, 1300, 1400, 1499]));
     Change::once([ip(format!("link set {device} mtu {mtu}"))])
         .undone_by([ip(format!("link set {device} mtu 1500"))])
         .lengths(mtu)
@@ -346,4 +347,143 @@ pub(super) fn path_mtu(draw: &mut Draw<'_>) -> Change {
         .to([to.into()])
         .lengths(1300)
         .lengths(1246)
+}
+
+/// An address with a lifetime, which ends.
+pub(super) fn address_lifetime(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let own = draw.address(to);
+    let length = if v6 { draw.one(&[64_u8, 128]) } else { draw.one(&[24_u8, 32]) };
+    let network = IpNet::new(own, length).expect("a length of the family").trunc();
+    let nodad = if v6 { "nodad" } else { "" };
+    Change::once([ip(format!("address add {own}/{length} dev lan1 valid_lft 1 preferred_lft 1 {nodad}"))])
+        // The kernel looks a second later at the latest.
+        .then([Command::Wait(Duration::from_millis(2600))])
+        .undone_by([ip(format!("address del {own}/{length} dev lan1"))])
+        .to([network, own.into()])
+}
+
+/// An address whose network is another one's.
+pub(super) fn address_peer(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(false);
+    let peer = draw.address(to);
+    let (device, length) = (draw.one(&["lan0", "out0", "out1"]), draw.one(&[24_u8, 32]));
+    let network = IpNet::new(peer, length).expect("a length of the family").trunc();
+    let address = format!("10.99.1.1 peer {peer}/{length} dev {device}");
+    Change::once([ip(format!("address add {address}"))])
+        .then([ip(format!("address del {address}"))])
+        .undone_by([ip(format!("address del {address}"))])
+        .to([network, peer.into()])
+}
+
+/// An address with a broadcast address of its own, or none, or without a route.
+pub(super) fn address_broadcast(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(false);
+    let (own, other) = (draw.address(to), draw.address(to));
+    let with = draw.one(&["brd +", "noprefixroute", "scope link", "metric 5"]);
+    let with = if draw.flip() { format!("brd {other}") } else { with.to_owned() };
+    let network = IpNet::new(own, 24).expect("a length of the family").trunc();
+    Change::once([ip(format!("address add {own}/24 {with} dev lan1"))])
+        .then([ip(format!("address del {own}/24 dev lan1"))])
+        .undone_by([ip(format!("address del {own}/24 dev lan1"))])
+        .to([network, own.into(), other.into()])
+}
+
+/// Secondary addresses, which go with the first.
+pub(super) fn address_secondaries(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(false);
+    let network = IpNet::new(to.network(), 24).expect("a length of the family").trunc();
+    let (first, second) = (draw.address(network), draw.address(network));
+    let promoted = draw.one(&["0", "1"]);
+    Change::once([
+        sysctl("ipv4/conf/lan1/promote_secondaries", promoted),
+        ip(format!("address add {first}/24 dev lan1")),
+        ip(format!("address replace {second}/24 dev lan1")),
+    ])
+    .then([ip(format!("address del {first}/24 dev lan1"))])
+    .undone_by([
+        ip(format!("address del {first}/24 dev lan1")),
+        ip(format!("address del {second}/24 dev lan1")),
+        sysctl("ipv4/conf/lan1/promote_secondaries", "0"),
+    ])
+    .to([network, first.into(), second.into()])
+}
+
+/// An IPv6 address that is not the host's before nobody else claims it.
+pub(super) fn address_tentative(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(true);
+    let own = draw.address(to);
+    Change::once([
+        ip("link set lan1 arp on"),
+        sysctl("ipv6/conf/lan1/accept_dad", "1"),
+        sysctl("ipv6/conf/lan1/dad_transmits", "2"),
+        ip(format!("address add {own}/64 dev lan1")),
+    ])
+    .then([Command::Wait(Duration::from_millis(3500))])
+    .undone_by([
+        ip(format!("address del {own}/64 dev lan1")),
+        sysctl("ipv6/conf/lan1/accept_dad", "0"),
+        ip("link set lan1 arp off"),
+    ])
+    .to([own.into()])
+}
+
+/// A device goes down, and the kernel does not tell of the IPv6 routes that go with it; or addresses stay.
+pub(super) fn flap_unsaid(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["out0", "out1", "lan0"]);
+    let key = draw.one(&["ipv6/route/skip_notify_on_dev_down", "ipv6/conf/all/keep_addr_on_down"]);
+    let change = flap(draw);
+    Change::once([sysctl(key, "1"), ip(format!("link set {device} down"))])
+        .then([ip(format!("link set {device} up"))])
+        .then(change.steps.concat())
+}
+
+/// The port gets another name, so that it is none any longer, and its own one again.
+pub(super) fn renamed(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["lan0", "lan1"]);
+    Change::once([
+        ip(format!("rule add priority 95 iif {device} lookup 170")),
+        ip("route add blackhole 10.2.0.0/17 table 170"),
+    ])
+    .then([
+        ip(format!("link set {device} down")),
+        ip(format!("link set {device} name other0")),
+        ip("link set other0 up"),
+    ])
+    .then([
+        ip("link set other0 down"),
+        ip(format!("link set other0 name {device}")),
+        ip(format!("link set {device} up")),
+    ])
+    .to(["10.2.0.0/16".parse().expect("a prefix")])
+}
+
+/// A device is replaced by another one of the same name.
+pub(super) fn replaced(draw: &mut Draw<'_>) -> Change {
+    let device = draw.one(&["out1", "lan1"]);
+    Change::once([ip(format!("link del {device}"))]).then([
+        ip(format!("link add {device} type veth peer name rehto")),
+        ip(format!("link set {device} up")),
+    ])
+}
+
+/// Settings that are no concern of packets that are forwarded.
+pub(super) fn harmless(draw: &mut Draw<'_>) -> Change {
+    let (key, value, before) = draw.one(&[
+        ("ipv4/conf/lan0/accept_local", "1", "0"),
+        ("ipv4/conf/lan0/log_martians", "1", "0"),
+        ("ipv4/conf/all/src_valid_mark", "1", "0"),
+        ("ipv4/conf/lan0/route_localnet", "1", "0"),
+        ("ipv4/conf/lan0/bc_forwarding", "1", "0"),
+        ("ipv4/conf/lan0/arp_filter", "1", "0"),
+        ("ipv4/conf/lan0/accept_source_route", "0", "1"),
+        ("ipv4/fib_multipath_hash_policy", "1", "0"),
+        ("ipv4/fwmark_reflect", "1", "0"),
+        ("ipv6/conf/lan0/accept_redirects", "1", "0"),
+        ("ipv6/conf/lan0/hop_limit", "3", "64"),
+        ("ipv4/ip_default_ttl", "3", "64"),
+        ("ipv4/ip_nonlocal_bind", "1", "0"),
+    ]);
+    Change::once([sysctl(key, value)]).undone_by([sysctl(key, before)])
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::{
-    command::{Command, ip, ip_of, sysctl},
+    command::{Command, carrier, ip, ip_of, sysctl},
     draw::{Change, Draw},
     world::Device,
 };
@@ -77,10 +77,11 @@ pub(super) fn outer(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
     let tunnel = draw.tunnel(v6);
     let (to, length) = (tunnel.peer, if v6 { 128 } else { 32 });
-    let how = match draw.below(4) {
+    let how = match draw.below(5) {
         0 => format!("{} {to}/{length}", draw.denial()),
-        1 => format!("{to}/{length} {} onlink", draw.via(v6).replace("dev lan1", "dev out0")),
-        2 => format!("{to}/{length} dev {} mtu {}", tunnel.device.name(), draw.one(&[1280, 1400])),
+        1 => format!("{to}/{length} via {} dev out0 onlink", draw.gateway(v6)),
+        2 => format!("{to}/{length} via {} dev out1", if v6 { "2001:db8:e::2" } else { "198.51.100.2" }),
+        3 => format!("{to}/{length} dev {} mtu {}", tunnel.device.name(), draw.one(&[1280, 1400])),
         _ => format!("{to}/{length} dev {}", tunnel.device.name()),
     };
     Change::once([ip(format!("route add {how}"))]).undone_by([ip(format!("route del {how}"))]).lengths(1346)
@@ -149,8 +150,8 @@ pub(super) fn linkdown(draw: &mut Draw<'_>) -> Change {
         sysctl(format!("{family}/conf/out1/ignore_routes_with_linkdown"), ignore),
         ip(format!("route add {to} via {via} dev out1 metric 5")),
     ])
-    .then([Command::Far(format!("link set {} down", Device::Out1.far_end()))])
-    .then([Command::Far(format!("link set {} up", Device::Out1.far_end()))])
+    .then(carrier(Device::Out1, false))
+    .then(carrier(Device::Out1, true))
     .to([to])
 }
 
@@ -359,11 +360,10 @@ pub(super) fn unreachable_default(draw: &mut Draw<'_>) -> Change {
         .to([to])
 }
 
-/// A better IPv6 route whose router does not answer.
+/// A better IPv6 route, by another device, whose router does not answer.
 pub(super) fn router_fails(draw: &mut Draw<'_>) -> Change {
     let to = draw.destination(true);
-    let elsewhere = draw.one(&["out0", "out1"]);
-    let router = if elsewhere == "out0" { "2001:db8:f::77" } else { "2001:db8:e::77" };
+    let (elsewhere, router) = ("out1", "2001:db8:e::77");
     Change::once([
         ip(format!("neighbour replace {router} dev {elsewhere} lladdr 02:00:00:00:00:c7")),
         ip(format!("route add {to} via {router} dev {elsewhere} metric 15")),
@@ -385,4 +385,102 @@ pub(super) fn source_denied(draw: &mut Draw<'_>) -> Change {
     Change::once([ip(format!("route add {how} {from} metric 1"))])
         .undone_by([ip(format!("route del {how} {from} metric 1"))])
         .from([from])
+}
+
+/// The default route, and another one that is better.
+pub(super) fn default(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let (to, via, how) = (draw.destination(v6), draw.via(v6), draw.denial());
+    let everything = if v6 { "::/0" } else { "0.0.0.0/0" };
+    let metric = draw.one(&["metric 1", "metric 5000"]);
+    let route = if draw.flip() {
+        format!("{everything} {via} {metric}")
+    } else {
+        format!("{how} {everything} {metric}")
+    };
+    Change::once([ip(format!("route add {route}"))]).undone_by([ip(format!("route del {route}"))]).to([to])
+}
+
+/// All addresses in two routes, as VPN clients add them.
+pub(super) fn halves(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let (to, via) = (draw.destination(v6), draw.via(v6));
+    let halves = if v6 { ["::/1", "8000::/1"] } else { ["0.0.0.0/1", "128.0.0.0/1"] };
+    Change::once(halves.map(|half| ip(format!("route add {half} {via} metric 11"))))
+        .undone_by(halves.map(|half| ip(format!("route del {half} {via} metric 11"))))
+        .to([to])
+}
+
+/// Metrics that are no concern of forwarded packets.
+pub(super) fn harmless(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let (to, gateway) = (draw.destination(v6), draw.gateway(v6));
+    let with =
+        draw.one(&["advmss 1300", "initcwnd 20", "rtt 30ms", "hoplimit 7", "quickack 1", "proto bird"]);
+    Change::once([ip(format!("route add {to} via {gateway} dev out0 metric 8 {with}"))])
+        .undone_by([ip(format!("route del {to} metric 8"))])
+        .to([to])
+}
+
+/// An IPv4 route by an IPv6 next hop.
+pub(super) fn via_v6(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(false);
+    let hop = draw.one(&["2001:db8:f::2 dev out0", "2001:db8:f::3 dev out0", "2001:db8:e::2 dev out1"]);
+    let route = format!("{to} via inet6 {hop} metric 13");
+    Change::once([ip(format!("route add {route}"))]).undone_by([ip(format!("route del {route}"))]).to([to])
+}
+
+/// All routes of a family go at once.
+pub(super) fn flush(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let (to, via) = (draw.destination(v6), draw.via(v6));
+    let what = draw.one(&["flush table main", "flush table all", "flush proto boot"]);
+    Change::once([ip_of(v6, format!("route {what}"))]).then([ip(format!("route add {to} {via}"))]).to([to])
+}
+
+/// A resilient group, whose buckets move.
+pub(super) fn nexthop_resilient(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let [one, other] = if v6 { ["2001:db8:f::2", "2001:db8:f::3"] } else { ["192.0.2.2", "192.0.2.3"] };
+    let elsewhere = if v6 { "2001:db8:e::2" } else { "198.51.100.2" };
+    Change::once([
+        ip(format!("nexthop add id 301 via {one} dev out0")),
+        ip(format!("nexthop add id 302 via {other} dev out0")),
+        ip(format!("nexthop add id 304 via {elsewhere} dev out1")),
+        ip("nexthop add id 303 group 301/302 type resilient buckets 8"),
+        ip(format!("route add {to} metric 2 nhid 303")),
+    ])
+    .then([ip("nexthop replace id 303 group 301/304 type resilient")])
+    .then([ip("nexthop del id 301")])
+    .undone_by(["303", "301", "302", "304"].map(|id| ip(format!("nexthop del id {id}"))))
+    .to([to])
+}
+
+/// Routes that are told by the number of their next hop object alone.
+pub(super) fn nexthop_compat(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let gateway = draw.gateway(v6);
+    let elsewhere = if v6 { "2001:db8:e::2" } else { "198.51.100.2" };
+    Change::once([
+        sysctl("ipv4/nexthop_compat_mode", "0"),
+        ip(format!("nexthop add id 401 via {gateway} dev out0")),
+        ip(format!("route add {to} metric 2 nhid 401")),
+    ])
+    .then([ip(format!("nexthop replace id 401 via {elsewhere} dev out1"))])
+    .then([ip("nexthop del id 401")])
+    .undone_by([ip("nexthop del id 401"), sysctl("ipv4/nexthop_compat_mode", "1")])
+    .to([to])
+}
+
+/// Routers of different preference.
+pub(super) fn preference(draw: &mut Draw<'_>) -> Change {
+    let to = draw.destination(true);
+    let routes = ["2001:db8:f::2 dev out0", "2001:db8:e::2 dev out1"];
+    let pref = draw.one(&[["high", "low"], ["low", "high"], ["medium", "medium"]]);
+    let route = |at: usize| format!("{to} via {} metric {} pref {}", routes[at], 40 + at, pref[at]);
+    Change::once([0, 1].map(|at| ip(format!("route add {}", route(at)))))
+        .undone_by([0, 1].map(|at| ip(format!("route del {}", route(at)))))
+        .to([to])
 }

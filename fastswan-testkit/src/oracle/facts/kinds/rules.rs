@@ -246,3 +246,36 @@ pub(super) fn uid(draw: &mut Draw<'_>) -> Change {
     let selector = draw.one(&["uidrange 1000-2000", "uidrange 0-0"]);
     rule(draw, v6, to, selector)
 }
+
+/// A table whose routes by devices of a group do not count.
+pub(super) fn group(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let (device, group) = (draw.one(&["out0", "out1"]), draw.one(&[0, 7]));
+    let rules =
+        [format!("priority 210 lookup main suppress_ifgroup {group}"), "priority 211 lookup 160".to_owned()];
+    let route = format!("{to} {} table 160", draw.via(v6));
+    Change::once([ip(format!("link set {device} group {group}")), ip(format!("route add {route}"))])
+        .then(rules.clone().map(|rule| ip_of(v6, format!("rule add {rule}"))))
+        .then([ip(format!("link set {device} group {}", 7 - group))])
+        .undone_by(rules.map(|rule| ip_of(v6, format!("rule del {rule}"))))
+        .undone_by([ip(format!("link set {device} group 0")), ip(format!("route del {route}"))])
+        .to([to])
+}
+
+/// A rule for packets of a tunnel, which received ones on these ports are not.
+pub(super) fn tunnel(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    rule(draw, v6, to, "tun_id 5")
+}
+
+/// No rule but the first is left, and then there are others.
+pub(super) fn flush(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    Change::once([ip_of(v6, "rule flush")])
+        .then([ip_of(v6, "rule add priority 500 lookup main")])
+        .then([ip_of(v6, format!("rule add priority 400 to {to} lookup default"))])
+        .to([to])
+}

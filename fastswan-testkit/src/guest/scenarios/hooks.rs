@@ -1,0 +1,72 @@
+//! Firewalls, filters and load balancers that the fast path must not skip, on kernels that have all of them.
+
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+
+use super::scene::{Plan, Scene};
+use crate::{guest::Story, lab::Namespace};
+
+/// What comes in the way, how it comes, and how it goes. None of it has to do with the packets under way.
+const HOOKS: [(&str, &str, &str); 6] = [
+    (
+        "a rule of nf_tables",
+        "nft add table inet fw\n\
+         nft add chain inet fw forward { type filter hook forward priority 0 ; }\n\
+         nft add rule inet fw forward ip daddr 203.0.113.9 drop",
+        "nft delete table inet fw",
+    ),
+    (
+        "connection tracking",
+        "nft add table ip track\n\
+         nft add chain ip track out { type filter hook output priority 0 ; }\n\
+         nft add rule ip track out ct state new counter",
+        "nft delete table ip track",
+    ),
+    ("a service of IPVS", "ipvsadm -A -t 203.0.113.1:80 -s rr", "ipvsadm -D -t 203.0.113.1:80"),
+    (
+        "a flower filter on the port",
+        "tc qdisc add dev lan0 clsact\n\
+         tc filter add dev lan0 ingress protocol ip flower dst_ip 203.0.113.9 action drop",
+        "tc qdisc del dev lan0 clsact",
+    ),
+    (
+        "a flower filter on the egress device",
+        "tc qdisc add dev nic0 clsact\n\
+         tc filter add dev nic0 egress protocol ip flower dst_ip 203.0.113.9 action drop",
+        "tc qdisc del dev nic0 clsact",
+    ),
+    (
+        "a chain at the ingress of the port",
+        "nft add table netdev fw\n\
+         nft add chain netdev fw in { type filter hook ingress device lan0 priority 0 ; }\n\
+         nft add rule netdev fw in ip daddr 203.0.113.9 drop",
+        "nft delete table netdev fw",
+    ),
+];
+
+pub(super) fn hooks(story: &mut Story) -> anyhow::Result<()> {
+    let mut scene = Scene::established(story, Plan::default())?;
+    for (what, add, remove) in HOOKS {
+        run(&scene.gateways.a, add)?;
+        let is_slow = Scene::is_slow_within_a_second();
+        story.expect(is_slow, format!("{what}: packets are still fast one second after it came"));
+        run(&scene.gateways.a, remove)?;
+        scene.wait_until_fast().with_context(|| format!("after {what} has gone"))?;
+    }
+    story.figure("hooks", HOOKS.len() as u64);
+    scene.finish(story)
+}
+
+/// Runs commands in a namespace.
+fn run(namespace: &Namespace, commands: &str) -> anyhow::Result<()> {
+    for command in commands.lines() {
+        let mut words = command.split_whitespace();
+        let program = words.next().context("an empty command")?;
+        let output = namespace.enter(|| Command::new(program).args(words).output());
+        let output = output.with_context(|| format!("running {program}"))?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "{command}: {error}");
+    }
+    Ok(())
+}
