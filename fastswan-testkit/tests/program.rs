@@ -149,7 +149,7 @@ fn fill(mut program: ProgRun, egress: u32) -> ProgRun {
 }
 
 /// The reasons that the compiler gives whole cells.
-const CELL_REASONS: [PassReason; 9] = [
+const CELL_REASONS: [PassReason; 10] = [
     PassReason::NotOffloaded,
     PassReason::Shadowed,
     PassReason::ForwardOrSubPolicy,
@@ -159,6 +159,7 @@ const CELL_REASONS: [PassReason; 9] = [
     PassReason::NoPath,
     PassReason::Capacity,
     PassReason::NoPolicy,
+    PassReason::Hook,
 ];
 
 fn v4() -> Frame {
