@@ -10,6 +10,8 @@ use crate::PassReason;
 pub const BUCKET_ENTRIES: usize = 4;
 /// Longest list of tuples.
 pub const MAX_TUPLES: usize = 64;
+/// [`Control::ask_mask`] when the kernel is asked about no packet.
+pub const ASK_NEVER: u64 = u64::MAX;
 /// Ports that a table holds, whatever their interfaces and VLANs.
 pub const MAX_PORTS: usize = 4096;
 /// Buckets of the hash that finds them: two entries for each bucket of four, so that there is always room in one of two.
@@ -86,6 +88,9 @@ pub struct Control {
     pub removals: Word,
     /// The removals whose consequences are in the maps: everything passes unless it is all of them.
     pub acknowledged: Word,
+    /// The kernel's routes are asked about a packet that would be forwarded if these bits of the number of those that its
+    /// slot has forwarded on its CPU are 0. [`ASK_NEVER`] asks about none.
+    pub ask_mask: Word,
     /// Cells, facts and guards of IPv4, by [`List`].
     pub v4: SpaceControl<LISTS>,
     /// Those of IPv6.
@@ -420,12 +425,16 @@ pub struct Losses {
     pub frames: Word,
 }
 
-/// What one CPU has passed, by reason.
+/// What one CPU has passed, by reason, and what it has asked the kernel.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Passes {
     /// Packets, by [`PassReason`].
     pub packets: [Word; PassReason::COUNT],
+    /// Packets that the kernel's routes were asked about.
+    pub asked: Word,
+    /// When user space was last woken because they did not agree, in nanoseconds of `bpf_ktime_get_coarse_ns`.
+    pub woken: Word,
     /// Written by the program's fence; its value means nothing.
     pub scratch: Word,
 }
@@ -458,7 +467,7 @@ shared! {
 const _: () = {
     assert!(size_of::<Word>() == 8 && align_of::<Word>() == 8);
     assert!(size_of::<SpaceControl<LISTS>>() == 48 && size_of::<SpaceControl<EXCEPTION_LISTS>>() == 32);
-    assert!(size_of::<SpaceControl<1>>() == 24 && size_of::<Control>() == 232);
+    assert!(size_of::<SpaceControl<1>>() == 24 && size_of::<Control>() == 240);
     assert!(size_of::<TupleList<1>>() == MAX_TUPLES * 16 && size_of::<TupleList<4>>() == MAX_TUPLES * 40);
     assert!(size_of::<TupleList<2>>() == MAX_TUPLES * 24 && size_of::<TupleList<5>>() == MAX_TUPLES * 48);
     assert!(size_of::<Bucket<1>>() == 64 && size_of::<Bucket<4>>() == 160);
@@ -469,5 +478,5 @@ const _: () = {
     assert!(size_of::<Port>() == 16);
     assert!(size_of::<Losses>() == 32);
     assert!(size_of::<Traffic>() == 16);
-    assert!(size_of::<Passes>() == (PassReason::COUNT + 1) * 8);
+    assert!(size_of::<Passes>() == (PassReason::COUNT + 3) * 8);
 };

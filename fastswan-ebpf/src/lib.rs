@@ -34,9 +34,9 @@ mod reason;
 mod special;
 
 pub use layout::{
-    BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarding, LISTS, List, Losses,
-    MAX_PORTS, MAX_TUPLES, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SpaceControl, Traffic, Tuple,
-    TupleList, UPPER_LAYER_BITS, Value, Word, packed_mac, port_key, unpacked_mac, upper_layer,
+    ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarding, LISTS, List,
+    Losses, MAX_PORTS, MAX_TUPLES, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SpaceControl, Traffic,
+    Tuple, TupleList, UPPER_LAYER_BITS, Value, Word, packed_mac, port_key, unpacked_mac, upper_layer,
 };
 pub use lookup::{Buckets, Hashed, find, first_hit, hash};
 pub use reason::PassReason;

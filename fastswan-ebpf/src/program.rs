@@ -1,8 +1,8 @@
 //! The programs: the XDP program, the one that tells the time, the guard's, and those that count losses.
 //!
 //! One room each: the [maps](maps), VLAN [tags](tags), where a frame [came in](arrival), the checks of each
-//! [family](families), the [lookups](lookup), reads that must not meet a [change](sequence), what is
-//! [rewritten](rewriting) and [counted](counters); beside them the [guard] and the [losses].
+//! [family](families), the [lookups](lookup), reads that must not meet a [change](sequence), what the kernel is
+//! [asked](asking), what is [rewritten](rewriting) and [counted](counters); beside them the [guard] and the [losses].
 
 use aya_ebpf::{
     bindings::xdp_action::{XDP_PASS, XDP_TX},
@@ -14,7 +14,8 @@ use fastswan_ebpf::{PassReason, packed_mac};
 
 use self::{
     arrival::port,
-    counters::{count, cpu, passes},
+    asking::{ask, is_due},
+    counters::{count, cpu, passes, traffic_of},
     families::{packet_v4, packet_v6},
     maps::{CLOCK, CONTROL, DEVICES, FORWARDINGS},
     rewriting::{decrement_ttl, strip, write_ethernet},
@@ -24,6 +25,7 @@ use self::{
 };
 
 mod arrival;
+mod asking;
 mod counters;
 mod families;
 mod guard;
@@ -105,6 +107,10 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     sequence.still_holds()?;
 
     let cpu = cpu();
+    let traffic = traffic_of(cpu, packet.slot).ok_or(PassReason::EgressUnavailable)?;
+    if is_due(control, traffic) {
+        ask(context, network, ether_type, port.receiver, packet.device)?;
+    }
     let action = if packet.device == port.ifindex {
         XDP_TX
     } else if cpu >= packet.cpus {
@@ -120,7 +126,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     let frame = Frame::of(context);
     write_ethernet(frame, addresses, ether_type)?;
     decrement_ttl(frame, ether_type)?;
-    count(cpu, packet.slot, packet.length);
+    count(traffic, packet.length);
     Ok(action)
 }
 

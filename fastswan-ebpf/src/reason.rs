@@ -108,6 +108,8 @@ reasons! {
     Held = "held",
     /// A hook may change the packet's fate on its way, such as a firewall's.
     Hook = "hook",
+    /// The kernel's own routes, which are asked about one packet in many, do not lead to the policy's device.
+    FibDiffers = "fib_differs",
 }
 
 impl PassReason {

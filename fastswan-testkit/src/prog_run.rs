@@ -9,7 +9,7 @@ use aya::{
 };
 use fastswan::{
     BpfTable, OffloadTable as _, PassReason, XdpForwarder,
-    forwarder::{ForwarderError, RunAction},
+    forwarder::{ForwarderError, LoadConfig, RunAction},
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
 use fastswan_ebpf::{Control, Forwarding, LISTS, SpaceControl};
@@ -40,7 +40,17 @@ impl ProgRun {
     ///
     /// Those of [`XdpForwarder::load`].
     pub fn new(config: &TableConfig) -> Result<Self, ForwarderError> {
+        Self::load(LoadConfig::from(config).ask_back(0))
+    }
+
+    /// The same, and the kernel's routes are asked as often as the configuration says.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`XdpForwarder::load`].
+    pub fn load(config: LoadConfig) -> Result<Self, ForwarderError> {
         let (forwarder, mut table) = XdpForwarder::load(config)?;
+        table.set_asking(true);
         table.set_enabled(true);
         table.renew_lease(Duration::from_secs(3600));
         Ok(Self { forwarder, table })

@@ -60,13 +60,14 @@ struct Running<'s> {
     handle: GatewayHandle,
 }
 
+/// Stories are told one after the other: BPF programs at hooks of netfilter are not told apart by namespace.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// Runs a story while a gateway follows a site, whose kernel is prepared before it starts.
 fn story(what: &str, allowed: Hooks, prepare: impl FnOnce(&Site), tell: impl FnOnce(&Running<'_>) + Send) {
     if !lab::require_root(what) {
         return;
     }
-    // One after the other: BPF programs at hooks of netfilter are not told apart by namespace.
-    static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let site = Site::new().unwrap();
     site.route().unwrap();
@@ -94,9 +95,9 @@ fn story(what: &str, allowed: Hooks, prepare: impl FnOnce(&Site), tell: impl FnO
         });
         let handle = handle.recv_timeout(PATIENCE).unwrap();
         // Dropped when this panics too, so that the gateway ends.
-        let _stop = stop;
+        let stop = stop;
         tell(&Running { site: &site, forwarder, lan, handle });
-        drop(_stop);
+        drop(stop);
         gateway.join().unwrap();
     });
 }
@@ -404,6 +405,9 @@ fn nothing_is_fast_past_a_hook_that_comes_while_it_is_running() {
     );
 }
 
+/// Attaches a program until its link is closed.
+type Attach = fn() -> Result<OwnedFd, LabError>;
+
 #[test]
 fn nothing_is_fast_past_a_program_that_is_polled_for() {
     story(
@@ -411,7 +415,7 @@ fn nothing_is_fast_past_a_program_that_is_polled_for() {
         Hooks::none(),
         |_| {},
         |running| {
-            let attach: [(&str, &[Of], HookKind, fn() -> Result<OwnedFd, LabError>); 3] = [
+            let attach: [(&str, &[Of], HookKind, Attach); 3] = [
                 ("tcx on the port", &[V4, V6], HookKind::Tc, || lab::drop_at_tcx("lan0", false)),
                 ("tcx on the egress device", &[V4, V6], HookKind::Tc, || lab::drop_at_tcx("out0", true)),
                 ("a program at the forward hook", &[V4], HookKind::Netfilter, lab::drop_at_forward_hook),

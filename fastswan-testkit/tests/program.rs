@@ -8,7 +8,7 @@ use std::{
 
 use fastswan::{
     OffloadTable as _, PassReason,
-    forwarder::RunAction,
+    forwarder::{LoadConfig, RunAction},
     policy::{MacAddr, PortMatch},
     table::{
         Cell, Change, Contents, Devices as _, Exception, Fact, Forwarding, Forwards, Port, Ports as _,
@@ -66,7 +66,10 @@ fn port() -> Port {
 /// A site-to-site tunnel of each family out of the ingress port, one out of another device, and one of each
 /// thing that keeps packets in the kernel.
 fn with_policies(egress: u32) -> ProgRun {
-    let mut program = ProgRun::new(&config()).unwrap();
+    fill(ProgRun::new(&config()).unwrap(), egress)
+}
+
+fn fill(mut program: ProgRun, egress: u32) -> ProgRun {
     let forwarding = |ifindex| Forwarding { ifindex, max_length: 1400, rewrite: Some((OWN, PEER)) };
     let probes = Probes { destination: true, source: true, guards: false };
     let probing = Verdict::Fast { slot: TRANSMIT, probes };
@@ -656,6 +659,9 @@ fn every_reason_is_reached_and_leaves_the_frame_untouched() {
         check(program, v4_to("10.1.0.5", "10.3.0.1"), PassReason::NoChannel);
         program.table.apply(&Change::Slot(TRANSMIT, Some(Err(PassReason::Held))).into()).unwrap();
         check(program, v4(), PassReason::Held);
+        // It would not forward to loopback.
+        let asking = ProgRun::load(LoadConfig::new(config()).ask_back(1)).unwrap();
+        check(&fill(asking, namespace.ifindex("out0").unwrap()), v4(), PassReason::FibDiffers);
         // The kernel takes a device that goes away out of the device map.
         namespace.ip("link del out0").unwrap();
         check(program, v4_to("10.1.0.5", "10.4.0.1"), PassReason::EgressUnavailable);

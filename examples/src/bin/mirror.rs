@@ -54,8 +54,8 @@ struct Arguments {
     #[arg(long, value_enum, default_value_t = Guarding::Auto)]
     guard: Guarding,
     /// Kinds of hooks that packets may skip although these may change their fate: you answer for it that they do not.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    allow_hooks: Vec<AllowedHook>,
+    #[arg(long, value_delimiter = ',')]
+    allow_hooks: Vec<HookKind>,
     /// Run on a kernel on which fastswan's rules have not been judged.
     #[arg(long)]
     allow_unjudged_kernel: bool,
@@ -88,31 +88,6 @@ enum Guarding {
     Auto,
     On,
     Off,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum AllowedHook {
-    NfTables,
-    IpTables,
-    Conntrack,
-    Ipvs,
-    Tc,
-    Xdp,
-    Netfilter,
-}
-
-impl From<AllowedHook> for HookKind {
-    fn from(hook: AllowedHook) -> Self {
-        match hook {
-            AllowedHook::NfTables => Self::NfTables,
-            AllowedHook::IpTables => Self::IpTables,
-            AllowedHook::Conntrack => Self::Conntrack,
-            AllowedHook::Ipvs => Self::Ipvs,
-            AllowedHook::Tc => Self::Tc,
-            AllowedHook::Xdp => Self::Xdp,
-            AllowedHook::Netfilter => Self::Netfilter,
-        }
-    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -153,8 +128,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         .interfaces
         .iter()
         .map(|name| AttachConfig::new(name.as_str()).mode(mode).complete_frames(arguments.complete_frames));
-    let kinds = arguments.allow_hooks.iter().map(|kind| HookKind::from(*kind));
-    let allowed = kinds.fold(Hooks::none(), Hooks::allow);
+    let allowed = arguments.allow_hooks.iter().copied().fold(Hooks::none(), Hooks::allow);
     let mut gateway = Gateway::new(NetlinkSource::open()?, NetlinkHost::open()?, table)
         .with_lease(Duration::from_millis(arguments.lease))
         .with_allowed_hooks(allowed)

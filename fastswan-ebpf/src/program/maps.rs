@@ -49,7 +49,7 @@ pub(super) static PASSES: Array<Passes> = Array::with_max_entries(1, MMAPABLE);
 pub(super) static DEVICES: DevMapHash = DevMapHash::with_max_entries(256, 0);
 #[map]
 pub(super) static CLOCK: Array<Word> = Array::with_max_entries(1, MMAPABLE);
-/// Wakes whoever waits for removals; what is in it means nothing.
+/// Wakes whoever waits for removals, or for routes that do not agree; what is in it means nothing.
 #[map]
 pub(super) static REMOVALS: RingBuf = RingBuf::with_byte_size(4096, 0);
 #[map]

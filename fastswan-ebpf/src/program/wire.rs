@@ -134,6 +134,20 @@ pub(super) enum Ports {
     Unknown,
 }
 
+/// Source and destination port as routing rules see them, in network order; 0 and 0 for protocols that have none
+/// (`proto_ports_offset`).
+#[inline(always)]
+pub(super) fn ports_for_rules(frame: Frame, transport: usize, protocol: u8) -> [u16; 2] {
+    if !matches!(protocol, TCP | UDP | UDP_LITE | SCTP | DCCP) {
+        return [0, 0];
+    }
+    match frame.header::<[u16; 2]>(transport) {
+        // SAFETY: bounds-checked.
+        Ok(ports) => unsafe { ports.read_unaligned() },
+        Err(_) => [0, 0],
+    }
+}
+
 #[inline(always)]
 pub(super) fn ports_of(protocol: u8) -> Ports {
     match protocol {

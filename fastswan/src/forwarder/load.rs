@@ -8,6 +8,7 @@ use aya::{
     programs::{ProgramError, Xdp},
     util::{KernelVersion, nr_cpus},
 };
+use fastswan_ebpf::ASK_NEVER;
 
 use super::{
     ForwarderError, XdpForwarder,
@@ -41,6 +42,10 @@ const MOST_CELLS: u32 = 1 << 26;
 const MOST_EXCEPTIONS: u32 = 1 << 22;
 const MOST_SLOTS: u32 = 1 << 24;
 
+/// One packet in so many is one that the kernel is asked about.
+const DEFAULT_ASK_BACK: u32 = 1024;
+const MOST_ASK_BACK: u32 = 1 << 31;
+
 /// How to load the program.
 ///
 /// Needs Linux 6.12, or [`allow_unjudged_kernel`](Self::allow_unjudged_kernel).
@@ -52,17 +57,24 @@ const MOST_SLOTS: u32 = 1 << 24;
 /// let (forwarder, table) = XdpForwarder::load(config)?;
 /// # Ok::<(), fastswan::forwarder::ForwarderError>(())
 /// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadConfig {
     table: TableConfig,
     allow_unjudged_kernel: bool,
+    ask_back: u32,
+}
+
+impl Default for LoadConfig {
+    fn default() -> Self {
+        Self::new(TableConfig::default())
+    }
 }
 
 impl LoadConfig {
     /// Loads with a table of this size.
     #[must_use]
     pub fn new(table: TableConfig) -> Self {
-        Self { table, allow_unjudged_kernel: false }
+        Self { table, allow_unjudged_kernel: false, ask_back: DEFAULT_ASK_BACK }
     }
 
     /// Loads also on kernels before 6.12. No test has compared this library's decisions with theirs: a packet that is
@@ -71,6 +83,41 @@ impl LoadConfig {
     pub fn allow_unjudged_kernel(mut self, allow: bool) -> Self {
         self.allow_unjudged_kernel = allow;
         self
+    }
+
+    /// Has the kernel's own rules and routes (`bpf_fib_lookup`) asked about one in this many packets that would be fast:
+    /// the first of each policy on each CPU, and then every so many. 1,024 unless set; 0 asks never, 1 about each; other
+    /// numbers are rounded up to a power of two, at most 2³¹.
+    ///
+    /// A packet that they do not lead to its policy's device, or that is longer than their path takes, passes
+    /// ([`PassReason::FibDiffers`]), and so do those after it until one agrees. The host is then read again, at most once a
+    /// second, and nothing is fast meanwhile. A [`Gateway`](crate::Gateway) asks nothing while the embedder
+    /// [vouches](crate::HostFacts::vouched) for the host. Routes by a firewall mark are not seen: the mark is taken to be 0.
+    ///
+    /// An answer takes some hundred nanoseconds: with 1,024, less than a nanosecond a packet.
+    ///
+    /// Needs no later kernel than the program does.
+    ///
+    /// [`PassReason::FibDiffers`]: crate::PassReason::FibDiffers
+    ///
+    /// ```
+    /// use fastswan::{forwarder::LoadConfig, table::TableConfig};
+    ///
+    /// // Four times as often.
+    /// let config = LoadConfig::new(TableConfig::default()).ask_back(256);
+    /// # drop(config);
+    /// ```
+    #[must_use]
+    pub fn ask_back(mut self, packets: u32) -> Self {
+        self.ask_back = packets;
+        self
+    }
+
+    fn ask_mask(&self) -> u64 {
+        match self.ask_back {
+            0 => ASK_NEVER,
+            packets => u64::from(packets.min(MOST_ASK_BACK).next_power_of_two()) - 1,
+        }
     }
 }
 
@@ -88,7 +135,8 @@ impl From<&TableConfig> for LoadConfig {
 
 /// Loads the program with a new table.
 pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), ForwarderError> {
-    let LoadConfig { table: config, allow_unjudged_kernel } = config;
+    let ask_mask = config.ask_mask();
+    let LoadConfig { table: config, allow_unjudged_kernel, .. } = config;
     check_size(config)?;
     if !allow_unjudged_kernel {
         check_judged(kernel()?)?;
@@ -110,7 +158,7 @@ pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), Forw
             .map_err(|error| refused(format!("loading the XDP program {name}"), needs, error))?;
     }
     let clock_offset = learn_clock_offset(&mut ebpf)?;
-    let table = BpfTable::take(&mut ebpf, config, cpus, clock_offset)
+    let table = BpfTable::take(&mut ebpf, config, cpus, clock_offset, ask_mask)
         .map_err(|error| ForwarderError::new("mapping the BPF maps", error))?;
     let program =
         loaded(&ebpf).map_err(|error| ForwarderError::new("reading about the XDP program", error))?;
@@ -205,6 +253,13 @@ fn learn_clock_offset(ebpf: &mut Ebpf) -> Result<i64, ForwarderError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kernel_is_asked_about_one_packet_in_a_power_of_two() {
+        let mask = |packets| LoadConfig::default().ask_back(packets).ask_mask();
+        assert_eq!([1, 2, 3, 1000, u32::MAX].map(mask), [0, 1, 3, 1023, (1 << 31) - 1]);
+        assert_eq!((mask(0), LoadConfig::default().ask_mask()), (ASK_NEVER, 1023));
+    }
 
     #[test]
     fn a_kernel_is_judged_from_the_first_that_the_tests_have_held_it_against() {

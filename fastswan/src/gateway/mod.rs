@@ -391,6 +391,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     fn turn(&mut self) -> Result<(), GatewayError> {
         self.mirror.handle_time(now(), SystemTime::now());
         self.mirror.handle_removals(self.table.removals(), now());
+        self.mirror.handle_differences(self.table.asked().differs, now());
         for _ in 0..BATCH {
             // Without a budget: that would make it wait although there is something to read.
             let next = unconstrained(self.source.source.next_event());
@@ -520,6 +521,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.meters.lease_expired(self.mirror.statistics().lease_expiries - expiries);
             match action {
                 Action::Disable => self.table.set_enabled(false),
+                Action::ResyncHost => self.resync_host(),
+                Action::AskBack(asks) => self.table.set_asking(asks),
                 Action::Write(update) => {
                     self.meters.compiled(began.elapsed());
                     self.write(&update)?;
@@ -552,6 +555,18 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         Ok(())
     }
 
+    /// Has the host read again, which the kernel has contradicted.
+    fn resync_host(&mut self) {
+        if let InputState::Stale { cause } = self.mirror.input(Input::Host) {
+            self.meters.lost_track(Input::Host.name(), cause);
+        }
+        tracing::warn!(
+            differences = self.table.asked().differs,
+            "the kernel routes packets otherwise than the host source says: everything passes until it has told again"
+        );
+        self.host.source.resync();
+    }
+
     /// Writes an update, a little at a time unless everything passes anyway, as it does while something is being written.
     fn write(&mut self, update: &TableUpdate) -> Result<(), GatewayError> {
         let departed = self.mirror.take_departed();
@@ -567,6 +582,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             .map(|(slot, id)| (RemovedPolicy { id, traffic: self.table.traffic(slot) }, slot))
             .collect();
         let written = self.write_parts(update);
+        // Those that this explains.
+        self.mirror.handle_differences(self.table.asked().differs, now());
         self.mirror.handle_written(written.is_ok());
         written?;
         // Packets that were counted meanwhile, unless the slot is another policy's by now.
@@ -680,6 +697,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         self.meters.look(&crate::metrics::Moment {
             policies: policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
             passes: self.table.passes(),
+            asked: self.table.asked(),
             associations: self.mirror.database().sas().count(),
             queued: self.source.source.queued(),
         });
@@ -694,6 +712,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             removed: self.removed.drain(..).collect(),
             removed_unnamed: std::mem::take(&mut self.removed_unnamed),
             lost: self.table.lost(),
+            asked: self.table.asked(),
             passes: self.table.passes().into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
             interfaces: self.mirror.interfaces().map(interface).collect(),
             holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),

@@ -9,7 +9,7 @@ use crate::{
     compiler::PolicyState,
     mirror::{HoldId, HoldTarget, InterfaceState, Statistics},
     policy::PolicyId,
-    table::Traffic,
+    table::{Asked, Traffic},
 };
 
 /// What a gateway does, and why: [`GatewayHandle::status`](super::GatewayHandle::status).
@@ -31,6 +31,8 @@ pub struct Status {
     pub totals: BTreeMap<&'static str, u64>,
     /// Packets that are counted as forwarded and did not leave all the same; `None` if that is not counted.
     pub lost: Option<u64>,
+    /// What the kernel's own routes were asked, and how often they disagreed.
+    pub asked: Asked,
     /// Packets that were passed to the kernel, by the name of the reason.
     pub passes: BTreeMap<&'static str, u64>,
     /// The interfaces that are followed, by name.
@@ -154,6 +156,10 @@ impl fmt::Display for Status {
         }
         if let Some(lost) = self.lost.filter(|lost| *lost > 0) {
             writeln!(f, "lost on the way to their device: {lost} packets")?;
+        }
+        let Asked { asked, differs } = self.asked;
+        if asked > 0 {
+            writeln!(f, "the kernel's routes were asked about {asked} packets: {differs} differ")?;
         }
         for (_, target) in &self.holds {
             writeln!(f, "held: {target}")?;

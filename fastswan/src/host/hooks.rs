@@ -31,7 +31,7 @@
 //! No chain of type `nat` may match these packets either; untracked ones skip those. Then
 //! `Hooks::none().allow(HookKind::NfTables).allow(HookKind::Conntrack)` is right.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use crate::policy::Family;
 
@@ -98,6 +98,23 @@ impl HookKind {
     }
 }
 
+impl FromStr for HookKind {
+    type Err = ParseHookKindError;
+
+    /// By its [name](Self::name), or with hyphens for underscores.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_named = |kind: &Self| kind.name() == text.replace('-', "_");
+        Self::ALL.into_iter().find(is_named).ok_or_else(|| ParseHookKindError(text.to_owned()))
+    }
+}
+
+/// There is no kind of hook of this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no kind of hook is called {0:?}: write one of nf_tables, ip_tables, conntrack, ipvs, tc, xdp, netfilter"
+)]
+pub struct ParseHookKindError(String);
+
 impl fmt::Display for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.kind.name(), self.name)
@@ -157,8 +174,12 @@ mod tests {
     }
 
     #[test]
-    fn names_are_all_different() {
-        let names: std::collections::BTreeSet<_> = HookKind::ALL.iter().map(|kind| kind.name()).collect();
-        assert_eq!(names.len(), HookKind::ALL.len());
+    fn kinds_are_read_by_their_names_and_an_error_names_all() {
+        for kind in HookKind::ALL {
+            assert_eq!(kind.name().parse(), Ok(kind));
+            assert_eq!(kind.name().replace('_', "-").parse(), Ok(kind));
+        }
+        let error = "ebtables".parse::<HookKind>().unwrap_err().to_string();
+        assert!(HookKind::ALL.iter().all(|kind| error.contains(kind.name())), "{error}");
     }
 }

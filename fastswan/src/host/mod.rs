@@ -20,12 +20,12 @@ use std::net::IpAddr;
 
 #[cfg(feature = "broken-rules")]
 pub use self::broken::BrokenHostRule;
-#[cfg(not(feature = "broken-rules"))]
+#[cfg(all(feature = "netlink", not(feature = "broken-rules")))]
 pub(crate) use self::broken::BrokenHostRule;
 pub use self::{
     error::HostError,
     event::{HostChange, HostEvent, HostStaleCause},
-    hooks::{Hook, HookKind, HookPlace, Hooks},
+    hooks::{Hook, HookKind, HookPlace, Hooks, ParseHookKindError},
     port::{Forwards, Port, ReversePath},
     route::{Route, RouteKind},
     rule::{Rule, RuleAction, RuleSelector},

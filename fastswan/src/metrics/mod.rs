@@ -17,6 +17,8 @@
 //! | `fastswan_fast_packets_total` | counter | | Packets that were forwarded at XDP. |
 //! | `fastswan_fast_bytes_total` | counter | | Their bytes, from the IP header on. |
 //! | `fastswan_passed_packets_total` | counter | `reason` | Packets that were passed to the kernel. |
+//! | `fastswan_fib_asked_total` | counter | | Packets that the kernel's own routes were asked about (`LoadConfig::ask_back`). |
+//! | `fastswan_fib_differs_total` | counter | | Those of them that they lead elsewhere or nowhere: they passed, and the host is read again unless it was just changing. |
 //! | `fastswan_events_total` | counter | | Events that were applied. |
 //! | `fastswan_stale_total` | counter | `input`, `cause` | Times that a source lost track: the one of `policies`, or of the `host`. |
 //! | `fastswan_resyncs_total` | counter | `input`, `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that was not announced. |

@@ -12,7 +12,7 @@ use fastswan_ebpf::PassReason;
 use crate::{
     compiler::PolicyState,
     host::{Hook, HookKind},
-    table::Traffic,
+    table::{Asked, Traffic},
 };
 
 /// What a gateway has counted that nobody else remembers.
@@ -32,6 +32,7 @@ pub(crate) struct Moment {
     /// What became of each packet-offloaded outbound policy, and what it has forwarded.
     pub(crate) policies: Vec<(PolicyState, Traffic)>,
     pub(crate) passes: Vec<(PassReason, u64)>,
+    pub(crate) asked: Asked,
     pub(crate) associations: usize,
     pub(crate) queued: usize,
 }
@@ -128,6 +129,8 @@ impl Meters {
         gauge!("fastswan_queued_events").set(float(moment.queued as u64));
         counter!("fastswan_fast_packets_total").absolute(total.packets);
         counter!("fastswan_fast_bytes_total").absolute(total.bytes);
+        counter!("fastswan_fib_asked_total").absolute(moment.asked.asked);
+        counter!("fastswan_fib_differs_total").absolute(moment.asked.differs);
         for (reason, packets) in &moment.passes {
             counter!("fastswan_passed_packets_total", "reason" => reason.name()).absolute(*packets);
         }
@@ -158,6 +161,8 @@ fn describe() {
         "bytes forwarded at XDP, from the IP header on"
     );
     describe_counter!("fastswan_passed_packets_total", "packets passed to the kernel by reason");
+    describe_counter!("fastswan_fib_asked_total", "packets that the kernel's own routes were asked about");
+    describe_counter!("fastswan_fib_differs_total", "packets that the kernel's own routes disagreed about");
     describe_counter!("fastswan_events_total", "events applied");
     describe_counter!("fastswan_stale_total", "times that a source lost track by input and cause");
     describe_counter!("fastswan_resyncs_total", "snapshots applied by input and what made them necessary");
@@ -398,6 +403,7 @@ mod tests {
         let moment = |policies| Moment {
             policies,
             passes: vec![(PassReason::Fragment, 9)],
+            asked: Asked { asked: 4, differs: 1 },
             associations: 0,
             queued: 0,
         };
@@ -409,6 +415,7 @@ mod tests {
         let scrape = Scrape::take(&recorder);
         scrape.expect(&[("fast_packets_total", 7), ("fast_bytes_total", 1000)]);
         scrape.expect(&[("passed_packets_total reason=fragment", 9)]);
+        scrape.expect(&[("fib_asked_total", 4), ("fib_differs_total", 1)]);
     }
 
     #[test]

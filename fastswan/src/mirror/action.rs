@@ -11,6 +11,9 @@ use crate::table::{Port, TableUpdate};
 pub enum Action {
     /// Turn the fast path off at once.
     Disable,
+    /// Ask the host source for everything ([`HostSource::resync`](crate::HostSource::resync)): the kernel has contradicted it,
+    /// and nothing is fast before it has told.
+    ResyncHost,
     /// Write the table, then call [`Mirror::handle_written`](super::Mirror::handle_written). Until then there is nothing
     /// else to do but [`Action::Disable`].
     Write(TableUpdate),
@@ -29,6 +32,10 @@ pub enum Action {
         /// The end of the lease.
         until: Instant,
     },
+    /// Have the program ask the kernel's routes about one packet in many, or about none
+    /// ([`OffloadTable::set_asking`](crate::OffloadTable::set_asking)), and report the differences with
+    /// [`Mirror::handle_differences`](super::Mirror::handle_differences). Optional: without, nothing is asked.
+    AskBack(bool),
     /// Turn the fast path on.
     Enable,
     /// Attach the program to these interfaces, all of which exist and have their ports in the table; then call

@@ -64,6 +64,7 @@ use std::{
 };
 
 mod action;
+mod asking;
 mod holds;
 mod input;
 mod interfaces;
@@ -81,6 +82,7 @@ pub use self::{
 use fastswan_ebpf::PassReason;
 
 use self::{
+    asking::{ASKED_BACK, Asking},
     holds::Holds,
     input::{Revision, Track},
     interfaces::Interfaces,
@@ -91,7 +93,7 @@ use crate::{
     compiler::{Cause, Compiler, Explanation, Flow},
     database::{Database, Freshness},
     event::PolicyEvent,
-    host::{Hook, Hooks, HostChange, HostEvent, HostFacts},
+    host::{Hook, Hooks, HostChange, HostEvent, HostFacts, HostStaleCause},
     policy::PolicyId,
     table::{Capacity, Removals, Slot, TableUpdate},
 };
@@ -136,6 +138,13 @@ pub struct Mirror {
     /// The latest time that was told.
     now: Option<Instant>,
     removals: Pending,
+    asking: Asking,
+    /// The embedder answers for the host: the kernel's routes need not lead where packets go.
+    is_vouched: bool,
+    /// The program was told to ask the kernel.
+    asks: bool,
+    /// The host source is to be asked for everything.
+    resync_is_due: bool,
     holds: Holds,
     interfaces: Interfaces,
     /// Policies that were removed, and the slots that they have in the table until the next write.
@@ -193,6 +202,10 @@ impl Mirror {
             until: None,
             now: None,
             removals: Pending::default(),
+            asking: Asking::default(),
+            is_vouched: false,
+            asks: false,
+            resync_is_due: false,
             holds: Holds::default(),
             interfaces: Interfaces::default(),
             departed: Vec::new(),
@@ -236,7 +249,11 @@ impl Mirror {
     /// Takes up what a host source says.
     pub fn handle_host_event(&mut self, event: HostEvent, now: Instant) {
         self.tick(now);
+        self.asking.change(now);
         match event {
+            // What this mirror has asked for.
+            HostEvent::Stale(HostStaleCause::Requested)
+                if self.host.state() == (InputState::Stale { cause: ASKED_BACK }) => {}
             HostEvent::Stale(cause) => self.host.lose_track(cause.name()),
             HostEvent::Changes(changes) => {
                 let mut links_changed = false;
@@ -265,6 +282,7 @@ impl Mirror {
                 *self.statistics.host_resyncs.entry(cause).or_default() += 1;
                 self.skipped = facts.allow(self.allowed);
                 self.compiler.set_host(&facts);
+                self.is_vouched = facts.vouched;
                 self.links = HostFacts { links: facts.links, hooks: facts.hooks, ..HostFacts::default() };
                 self.interfaces.resolve(&self.links);
                 self.host.tell_everything();
@@ -294,7 +312,11 @@ impl Mirror {
     pub fn handle_caught_up(&mut self, input: Input, asked: Instant) {
         match input {
             Input::Policies => self.policies.catch_up(asked),
-            Input::Host => self.host.catch_up(asked),
+            Input::Host => {
+                self.host.catch_up(asked);
+                self.asking.catch_up(asked);
+                self.doubt_host();
+            }
             Input::Clock => self.clock.catch_up(asked),
         }
     }
@@ -308,6 +330,7 @@ impl Mirror {
         }
         self.clock.tell_everything();
         self.clock.catch_up(now);
+        self.doubt_host();
     }
 
     /// Takes up what came of [`Action::Write`]. After a failure everything passes for good: what the table holds is not
@@ -316,6 +339,7 @@ impl Mirror {
         if std::mem::take(&mut self.is_writing) {
             if is_written {
                 self.written = self.compiled;
+                self.now.into_iter().for_each(|now| self.asking.change(now));
             } else {
                 self.has_failed = !self.is_broken(Mutation::IgnoresFailures);
             }
@@ -326,6 +350,18 @@ impl Mirror {
     pub fn handle_removals(&mut self, removals: Removals, now: Instant) {
         self.tick(now);
         self.removals.look(removals.begun, removals.acknowledged);
+    }
+
+    /// Takes up how many packets the kernel's own routes disagreed about ([`Asked::differs`](crate::table::Asked)), as the
+    /// table says. Call it before the host source is asked whether it has caught up.
+    ///
+    /// If the source had nothing to tell, the host is stale at once, for the cause `asked_back`, and the source is asked for
+    /// everything ([`Action::ResyncHost`]), at most once a second. If it was just telling changes, a second difference that
+    /// comes 50 ms to 1 s after the first counts. Of a host that is [vouched](HostFacts::vouched) for nothing is asked.
+    pub fn handle_differences(&mut self, differs: u64, now: Instant) {
+        self.tick(now);
+        self.asking.look(differs, self.is_written(), now);
+        self.doubt_host();
     }
 
     /// Notes that at this moment all that the kernel had begun to remove was to be read: the end of [`Action::Settle`].
@@ -393,6 +429,9 @@ impl Mirror {
             self.until = None;
             return Some(Action::Disable);
         }
+        if std::mem::take(&mut self.resync_is_due) {
+            return Some(Action::ResyncHost);
+        }
         if self.is_writing {
             return None;
         }
@@ -416,6 +455,10 @@ impl Mirror {
         }
         if let Some(port) = self.interfaces.next_to_set() {
             return Some(Action::SetPort(port));
+        }
+        let asks = self.host.is_known() && !self.is_vouched;
+        if asks != std::mem::replace(&mut self.asks, asks) {
+            return Some(Action::AskBack(asks));
         }
         if let Some(action) = self.enabling() {
             return Some(action);
@@ -612,6 +655,16 @@ impl Mirror {
         }
         self.until = Some(until);
         Some(until)
+    }
+
+    /// Loses track of the host if the kernel has contradicted it.
+    fn doubt_host(&mut self) {
+        if !self.host.is_known() || self.is_vouched {
+            self.asking.forget();
+        } else if self.now.is_some_and(|now| self.asking.convict(now)) {
+            self.host.lose_track(ASKED_BACK);
+            self.resync_is_due = true;
+        }
     }
 
     fn asked_for_removals(&self) -> Option<Instant> {

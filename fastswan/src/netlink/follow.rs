@@ -194,6 +194,7 @@ impl Follower {
     }
 
     /// Breaks a rule on purpose.
+    #[cfg(feature = "broken-rules")]
     pub(crate) fn set_broken(&mut self, broken: Option<BrokenHostRule>) {
         self.broken = broken;
     }

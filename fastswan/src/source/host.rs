@@ -27,6 +27,12 @@ pub trait HostSource: Send {
     ///
     /// [`HostError`], as above.
     fn caught_up(&mut self) -> Result<bool, HostError>;
+
+    /// Asks for everything again: the kernel has contradicted what the source said. [`Self::next_event`] then yields a
+    /// [`HostEvent::Snapshot`] that was read after this call, and may yield a [`HostEvent::Stale`] before it. Until that
+    /// snapshot nothing is fast; a source that cannot be asked, as by default, ends all fast forwarding until it tells one of
+    /// itself.
+    fn resync(&mut self) {}
 }
 
 #[async_trait]
@@ -37,6 +43,10 @@ impl<S: HostSource + ?Sized> HostSource for Box<S> {
 
     fn caught_up(&mut self) -> Result<bool, HostError> {
         (**self).caught_up()
+    }
+
+    fn resync(&mut self) {
+        (**self).resync();
     }
 }
 

@@ -588,6 +588,10 @@ impl HostSource for NetlinkHost {
             _ => Ok(false),
         }
     }
+
+    fn resync(&mut self) {
+        self.lose_track(HostStaleCause::Requested);
+    }
 }
 
 const FOLLOWING_HOOKS: &str = "following netfilter, tc and other hooks";

@@ -11,11 +11,11 @@ use aya::{
     Ebpf,
     maps::{Map, MapData, RingBuf},
 };
-use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason};
+use fastswan_ebpf::{ASK_NEVER, EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason};
 
 use super::{
-    Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters, TableError,
-    TableUpdate, Traffic,
+    Asked, Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters,
+    TableError, TableUpdate, Traffic,
     devices::DeviceMap,
     losses::Losses,
     maps::{MapsError, map},
@@ -55,6 +55,8 @@ pub struct BpfTable {
     /// What to add to `CLOCK_MONOTONIC_COARSE` here to get the program's time: a time namespace shifts the
     /// one and not the other.
     clock_offset: i64,
+    /// When the kernel is asked, as [`Control::ask_mask`](fastswan_ebpf::Control::ask_mask).
+    ask_mask: u64,
 }
 
 impl fmt::Debug for BpfTable {
@@ -85,6 +87,7 @@ impl BpfTable {
         config: &TableConfig,
         cpus: u32,
         clock_offset: i64,
+        ask_mask: u64,
     ) -> Result<Self, MapsError> {
         let buckets = |family| config.cell_buckets(family) as usize;
         let exception_buckets = config.exception_buckets() as usize;
@@ -123,6 +126,7 @@ impl BpfTable {
             ports_on: BTreeMap::new(),
             removals: removals.try_into()?,
             clock_offset,
+            ask_mask,
         })
     }
 }
@@ -154,6 +158,10 @@ impl OffloadTable for BpfTable {
 
     fn acknowledge(&mut self, removals: u64) {
         self.store.acknowledge(removals);
+    }
+
+    fn set_asking(&mut self, asking: bool) {
+        self.store.set_ask_mask(if asking { self.ask_mask } else { ASK_NEVER });
     }
 
     fn removal_signal(&self) -> Option<BorrowedFd<'_>> {
@@ -215,6 +223,10 @@ impl TableCounters for BpfTable {
 
     fn lost(&self) -> Option<u64> {
         self.losses.as_ref().map(Losses::count)
+    }
+
+    fn asked(&self) -> Asked {
+        self.store.asked()
     }
 }
 

@@ -57,6 +57,7 @@ impl Counters {
         }
         if let Some(inherited) = self.passes.last() {
             for column in earlier.passes.iter() {
+                inherited.asked.add(column.asked.load());
                 for (sum, packets) in inherited.packets.iter().zip(&column.packets) {
                     sum.add(packets.load());
                 }

@@ -90,6 +90,18 @@ pub struct Removals {
     pub acknowledged: u64,
 }
 
+/// What the kernel's own routes said of packets that the table makes fast: the program asks about one packet in many
+/// (`LoadConfig::ask_back`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct Asked {
+    /// Packets that they were asked about.
+    pub asked: u64,
+    /// Those of them that they lead elsewhere, or nowhere: they passed ([`PassReason::FibDiffers`]).
+    pub differs: u64,
+}
+
 /// What the data path reads, as it is written.
 ///
 /// Methods that change something take effect for packets that arrive after they return.
@@ -124,8 +136,15 @@ pub trait OffloadTable: Send {
         let _ = removals;
     }
 
-    /// What becomes readable when a guard has counted a removal, so that a driver need not look at [`Self::removals`] all the
-    /// time: [drain](Self::drain_removal_signal) it, then look. `None` if there is no such thing.
+    /// Has the kernel's own routes asked about one packet in many that would be fast, or about none, as it is with a new
+    /// table. A packet for which they do not lead to its policy's device passes: see [`TableCounters::asked`].
+    fn set_asking(&mut self, asking: bool) {
+        let _ = asking;
+    }
+
+    /// What becomes readable when a guard has counted a removal, or the kernel's routes have disagreed, so that a driver need
+    /// not look at [`Self::removals`] and [`TableCounters::asked`] all the time: [drain](Self::drain_removal_signal) it, then
+    /// look. `None` if there is no such thing.
     #[cfg(unix)]
     fn removal_signal(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         None
@@ -163,6 +182,11 @@ pub trait TableCounters {
     /// driver did not take, since its queue was full, for instance. `None` if that is not counted.
     fn lost(&self) -> Option<u64> {
         None
+    }
+
+    /// What the kernel's own routes were asked, and how often they disagreed.
+    fn asked(&self) -> Asked {
+        Asked::default()
     }
 }
 

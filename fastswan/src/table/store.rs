@@ -15,7 +15,7 @@ use std::{
 };
 
 use fastswan_ebpf::{
-    Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
+    ASK_NEVER, Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
     Forwarding as ForwardingRecord, KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_PORTS, MAX_TUPLES,
     PORT_WORDS, PassReason, Passes, Port as PortRecord, Traffic as TrafficRecord, TupleList, Value,
     packed_mac, port_key, unpacked_mac, upper_layer,
@@ -23,8 +23,8 @@ use fastswan_ebpf::{
 use ipnet::IpNet;
 
 use super::{
-    Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Side, Slot,
-    Standing, TableConfig, TableError, TableUpdate, Traffic, Verdict,
+    Asked, Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Side,
+    Slot, Standing, TableConfig, TableError, TableUpdate, Traffic, Verdict,
     mmap::Region,
     space::{NoRoom, Pattern, TupleSpace},
 };
@@ -97,6 +97,7 @@ impl Store {
             retired: HashSet::new(),
             cpus: BTreeMap::new(),
         };
+        store.set_ask_mask(ASK_NEVER);
         store.publish();
         store
     }
@@ -391,6 +392,10 @@ impl Store {
         control.deadline.atomic().store(now.saturating_add(lease), Ordering::Release);
     }
 
+    pub(super) fn set_ask_mask(&self, mask: u64) {
+        self.control[0].ask_mask.store(mask);
+    }
+
     pub(super) fn removals(&self) -> Removals {
         let control = &self.control[0];
         Removals {
@@ -490,6 +495,15 @@ impl Store {
             self.passes.iter().map(|passes| passes.packets[reason as usize].load()).sum()
         };
         PassReason::ALL.iter().map(|&reason| (reason, count(reason))).filter(|&(_, n)| n > 0).collect()
+    }
+
+    pub(super) fn asked(&self) -> Asked {
+        let mut sum = Asked::default();
+        for passes in self.passes.iter() {
+            sum.asked += passes.asked.load();
+            sum.differs += passes.packets[PassReason::FibDiffers as usize].load();
+        }
+        sum
     }
 
     fn begin(&self) {

@@ -164,7 +164,7 @@ fn follow(
         sender.send_if_modified(is_new);
         *looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(began);
         std::thread::sleep(began.elapsed().max(PAUSE));
-        ears.wait(LOOK);
+        ears.wait(LOOK.saturating_sub(began.elapsed()));
     }
 }
 
