@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Kernel modules that guests load, each with those that it needs.
-const MODULES: [&str; 33] = [
+const MODULES: [&str; 35] = [
     "8021q",
     "9p",
     "9pnet_virtio",
@@ -37,10 +37,12 @@ const MODULES: [&str; 33] = [
     "ip_vs_rr",
     "ipvlan",
     "macvlan",
+    "nf_flow_table_inet",
     "nf_tables",
     "nfnetlink_hook",
     "nft_chain_nat",
     "nft_ct",
+    "nft_flow_offload",
     "nft_masq",
     "nft_reject_inet",
     "sch_ingress",

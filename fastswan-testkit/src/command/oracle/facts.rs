@@ -45,6 +45,13 @@ pub(crate) struct Options {
     stories: bool,
 }
 
+impl Options {
+    /// The kinds of change that were named.
+    pub(crate) fn kinds(&self) -> &[String] {
+        &self.kinds
+    }
+}
+
 fn lie(name: &str) -> Result<HostMutant, String> {
     let names = || HostMutant::ALL.map(HostMutant::name).join(", ");
     HostMutant::ALL
@@ -107,6 +114,9 @@ pub(crate) struct InGuest {
     /// Where chance begins.
     #[arg(long)]
     seed: u64,
+    /// Only these kinds of change.
+    #[arg(long = "kind", value_parser = kind)]
+    kinds: Vec<String>,
     /// Where a JSON object is appended.
     #[arg(long)]
     results: PathBuf,
@@ -114,7 +124,11 @@ pub(crate) struct InGuest {
 
 /// Judges inside a guest.
 pub(crate) fn judge_in_guest(arguments: &InGuest) -> anyhow::Result<()> {
-    let report = FactsOracle::new(arguments.seed, arguments.decisions).run()?;
+    let mut oracle = FactsOracle::new(arguments.seed, arguments.decisions).in_guest();
+    if !arguments.kinds.is_empty() {
+        oracle = oracle.only(&arguments.kinds);
+    }
+    let report = oracle.run()?;
     let mut object = report.json();
     object["failure"] = acquit(&report).err().map(|error| format!("{error:#}")).into();
     append_line(&arguments.results, &object.to_string())?;
@@ -122,11 +136,17 @@ pub(crate) fn judge_in_guest(arguments: &InGuest) -> anyhow::Result<()> {
 }
 
 /// Judges in guests, whose kernels have devices and hooks that this one need not have.
-pub(crate) fn run_in_guests(kernels: &[Kernel], seed: u64, decisions: u64, json: bool) -> anyhow::Result<()> {
+pub(crate) fn run_in_guests(
+    kinds: &[String],
+    kernels: &[Kernel],
+    seed: u64,
+    decisions: u64,
+    json: bool,
+) -> anyhow::Result<()> {
     println!("seed {seed}");
     let store = store()?;
     let images = kernels.iter().map(|kernel| store.image(*kernel)).collect::<Result<Vec<_>, _>>()?;
-    let judged = side_by_side(&images, |image| in_guest(&store, image, seed, decisions));
+    let judged = side_by_side(&images, |image| in_guest(&store, image, kinds, seed, decisions));
     let mut failures = Vec::new();
     let mut runs = Vec::new();
     for (image, judged) in images.iter().zip(judged) {
@@ -150,14 +170,22 @@ pub(crate) fn run_in_guests(kernels: &[Kernel], seed: u64, decisions: u64, json:
 
 /// For `cargo testkit ci`: on all kernels.
 pub(crate) fn check_in_guests() -> anyhow::Result<Count> {
-    run_in_guests(&Kernel::ALL, rand::random(), GUEST_DECISIONS, false)?;
+    run_in_guests(&[], &Kernel::ALL, rand::random(), GUEST_DECISIONS, false)?;
     Ok(Count { passed: Kernel::ALL.len() as u64, failed: 0 })
 }
 
-fn in_guest(store: &Store, image: &Image, seed: u64, decisions: u64) -> anyhow::Result<Value> {
+fn in_guest(
+    store: &Store,
+    image: &Image,
+    kinds: &[String],
+    seed: u64,
+    decisions: u64,
+) -> anyhow::Result<Value> {
     let program = std::env::current_exe()?;
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let command = format!("./{name} guest facts --decisions {decisions} --seed {seed} --results results");
+    let kinds: String = kinds.iter().map(|kind| format!(" --kind {kind}")).collect();
+    let command =
+        format!("./{name} guest facts --decisions {decisions} --seed {seed} --results results{kinds}");
     let limit =
         Duration::from_secs(300) + Duration::from_millis(60) * u32::try_from(decisions).unwrap_or(u32::MAX);
     let mut report = None;
@@ -176,7 +204,8 @@ fn in_guest(store: &Store, image: &Image, seed: u64, decisions: u64) -> anyhow::
 fn print_rows(report: &Value) {
     let number = |row: &Value, name: &str| row[name].as_u64().unwrap_or(0);
     print_head();
-    for (name, row) in report["kinds"].as_object().into_iter().flatten() {
+    let rows = report["kinds"].as_object().into_iter().flatten();
+    for (name, row) in rows.filter(|(_, row)| number(row, "decisions") + number(row, "refused") > 0) {
         let [changes, decisions, fast, wrong, late, eligible] =
             ["changes", "decisions", "fast", "wrong", "late", "eligible"].map(|name| number(row, name));
         let share = row["fast_share"].as_f64().unwrap_or(0.0);

@@ -70,7 +70,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let seed = arguments.seed.unwrap_or_else(rand::random);
     if arguments.facts && arguments.guest {
         let kernels = arguments.kernels.all();
-        return facts::run_in_guests(&kernels, seed, arguments.decisions, arguments.json);
+        return facts::run_in_guests(
+            arguments.of_facts.kinds(),
+            &kernels,
+            seed,
+            arguments.decisions,
+            arguments.json,
+        );
     }
     if arguments.facts {
         return facts::run(&arguments.of_facts, seed, arguments.decisions, arguments.json);

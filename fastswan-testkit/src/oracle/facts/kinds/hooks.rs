@@ -107,6 +107,22 @@ pub(super) fn nft_translation(draw: &mut Draw<'_>) -> Change {
     .to([to])
 }
 
+/// Connections that bypass all of IP once they are known.
+pub(super) fn nft_flowtable(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let word = if v6 { "ip6" } else { "ip" };
+    Change::once([
+        nft("add table inet judge"),
+        nft("add flowtable inet judge f { hook ingress priority 0; devices = { lan0, out0 }; }"),
+        nft("add chain inet judge c { type filter hook forward priority 0; policy accept; }"),
+        nft(format!("add rule inet judge c {word} daddr {to} meta l4proto {{ tcp, udp }} flow add @f")),
+    ])
+    .then([nft("delete table inet judge")])
+    .undone_by([nft("delete table inet judge")])
+    .to([to])
+}
+
 /// Chains that packets under way never meet.
 pub(super) fn nft_elsewhere(draw: &mut Draw<'_>) -> Change {
     let hook = draw.one(&["input", "output"]);

@@ -149,9 +149,14 @@ pub(super) const KINDS: &[Kind] = &[
     kind("nft-netdev", hooks::nft_netdev).hook(),
     kind("nft-translation", hooks::nft_translation).hook(),
     kind("nft-elsewhere", hooks::nft_elsewhere).hook(),
+    kind("nft-flowtable", hooks::nft_flowtable).hook(),
     kind("iptables", hooks::iptables).hook(),
     kind("ipvs", hooks::ipvs).hook(),
 ];
+
+/// Kinds that need devices and hooks that most test hosts do not have.
+pub(super) const OF_GUESTS: &[&str] =
+    &["vlan", "vrf", "bond", "ipvlan", "dummy", "xfrm-interface", "tc-flower", "nft-flowtable", "ipvs"];
 
 /// Kinds that packets are wrong in so far, from known causes.
 pub(super) const KNOWN_WRONG: &[&str] = &["mixed", "path-mtu"];
@@ -171,6 +176,8 @@ mod tests {
     fn every_kind_has_a_name_of_its_own_and_what_it_does_can_be_repeated() {
         let names: BTreeSet<_> = KINDS.iter().map(|kind| kind.name).collect();
         assert_eq!(names.len(), KINDS.len());
+        let lists = OF_GUESTS.iter().chain(KNOWN_WRONG);
+        assert!(lists.clone().all(|name| *name == "mixed" || names.contains(name)));
         for tunnels in [sites(), everything()] {
             for kind in KINDS {
                 let draw = |seed| {
