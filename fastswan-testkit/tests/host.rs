@@ -763,11 +763,10 @@ fn resident() -> u64 {
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
-/// Prints what a large table costs: `FASTSWAN_ROUTES=1000000 cargo test --release … -- --ignored --nocapture large_table`.
+/// And prints what it costs: `FASTSWAN_ROUTES=1000000 cargo test --release … -- --nocapture large_table`.
 #[test]
-#[ignore = "it measures"]
-fn what_a_large_table_costs() {
-    let count: u32 = std::env::var("FASTSWAN_ROUTES").map_or(10_000, |count| count.parse().unwrap());
+fn a_large_table_is_followed_while_it_is_read_again() {
+    let count: u32 = std::env::var("FASTSWAN_ROUTES").map_or(5000, |count| count.parse().unwrap());
     following("a large table", async |gateway, followed| {
         drop(followed);
         let batch = |verb: &str, shift: u32, numbers: std::ops::Range<u32>| {
@@ -785,10 +784,10 @@ fn what_a_large_table_costs() {
         let (before, began) = (resident(), Instant::now());
         let mut host = NetlinkHost::open().unwrap();
         let Some(HostEvent::Snapshot(facts)) = host.next_event().await.unwrap() else { panic!() };
-        let (read, with_facts) = (began.elapsed(), resident() - before);
+        let (read, with_facts) = (began.elapsed(), resident().saturating_sub(before));
         let routes = facts.routes.len();
         drop(facts);
-        let store = resident() - before;
+        let store = resident().saturating_sub(before);
         println!(
             "{routes} routes read in {read:?}; {} bytes each, {} with the facts",
             store / routes as u64,
@@ -813,7 +812,7 @@ fn what_a_large_table_costs() {
         followed.look();
         gateway.ip("address del 192.0.2.9/24 dev out0").unwrap();
         let (began, mut longest) = (Instant::now(), Duration::ZERO);
-        while began.elapsed() < Duration::from_secs(8) {
+        while began.elapsed() < Duration::from_secs(3) {
             let turn = Instant::now();
             followed.look();
             longest = longest.max(turn.elapsed());
