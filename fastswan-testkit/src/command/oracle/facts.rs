@@ -175,7 +175,8 @@ fn in_guest(
 ) -> anyhow::Result<Value> {
     let program = std::env::current_exe()?;
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let kinds: String = kinds.iter().map(|kind| format!(" --kind {kind}")).collect();
+    let kinds: Vec<String> = kinds.iter().map(|kind| format!(" --kind {kind}")).collect();
+    let kinds = kinds.concat();
     let command =
         format!("./{name} guest facts --decisions {decisions} --seed {seed} --results results{kinds}");
     let limit =
