@@ -131,8 +131,12 @@ fn a_mirror_that_cannot_read_what_the_host_does_tries_again() {
             let arguments = [format!("--pid={process}"), format!("--nofile={files}:")];
             assert!(Command::new("prlimit").args(arguments).status().unwrap().success());
         };
+        // With its address the route goes in silence, so all are read again.
+        site.gateway.ip("address add 192.0.2.77/24 dev out0").unwrap();
+        site.gateway.ip("route add 10.9.0.0/16 via 192.0.2.2 src 192.0.2.77").unwrap();
+        sleep(Duration::from_secs(1));
         may_open(3);
-        site.gateway.ip("route add 10.9.0.0/16 via 192.0.2.2").unwrap();
+        site.gateway.ip("address delete 192.0.2.77/24 dev out0").unwrap();
         let mut said = BufReader::new(mirror.0.stderr.take().unwrap()).lines();
         assert!(said.any(|line| line.unwrap().contains("cannot read what the host does")));
         may_open(1024);

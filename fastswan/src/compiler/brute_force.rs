@@ -473,7 +473,11 @@ impl Judge<'_> {
             let (destination, source) = (pivot.id.selector.destination, pivot.id.selector.source);
             let is_odd = |prefix: IpNet| prefix.addr().is_unspecified() && prefix.prefix_len() > 0;
             let beats = |other: &&Policy| {
-                same.iter().all(|policy| policy.priority < other.priority)
+                let is_behind = |policy: &&Policy| age(policy) < age(pivot);
+                pivot.priority < other.priority
+                    && same.iter().all(|policy| {
+                        policy.id == pivot.id || policy.priority < other.priority || is_behind(policy)
+                    })
                     && age(pivot) > age(other)
                     && other.id.selector.destination.prefix_len() <= destination.prefix_len()
                     && other.id.selector.source.prefix_len() <= source.prefix_len()

@@ -25,7 +25,8 @@
 //!
 //! **R6, order.** Offloaded candidates that lead another way are not the choice if one of the best priority's way, the
 //! *pivot*,
-//! - (a) and all of its way have lower numbers than they,
+//! - (a) has a lower number than they, and so have all of its way that are not older: of a chain the first that matches is
+//!   taken, and one with a worse number in front of it would lose to them in the end,
 //! - (b) was added or changed after them: so it comes first in a chain that it shares with one of them,
 //! - (c) has prefixes at least as long: so they are in the hash of exact prefixes, whose offloaded matches hide all others,
 //!   only if it is there too, whatever the thresholds; and none of them is in a chain that is asked before its own (both
@@ -255,23 +256,22 @@ fn first_way(all: &[Candidate], database: &Database, terms: Terms) -> Option<(Po
     if software.is_some_and(|software| !terms.loses(software, best.priority)) {
         return None;
     }
-    let mut last_there = best.priority;
     let mut others: Option<Others> = None;
-    for (candidate, policy) in offloaded() {
-        if leads_there(policy) {
-            last_there = last_there.max(candidate.priority);
-        } else {
-            let other = Others::of(candidate, policy, database);
-            others = Some(others.map_or(other, |others| others.and(other)));
-        }
+    for (candidate, policy) in offloaded().filter(|(_, policy)| !leads_there(policy)) {
+        let other = Others::of(candidate, policy, database);
+        others = Some(others.map_or(other, |others| others.and(other)));
     }
-    if others.is_some_and(|others| others.first <= last_there) {
-        return None;
-    }
+    // The age of the newest of its way that does not have a better number than the others.
+    let worse = others.and_then(|others| {
+        let worse = offloaded()
+            .filter(|(candidate, policy)| candidate.priority >= others.first && leads_there(policy));
+        worse.map(|(candidate, _)| database.age(candidate.policy)).max()
+    });
     let is_pivot = |(candidate, policy): (&Candidate, &Policy)| {
         leads_there(policy)
             && (software.is_none() || is_told(candidate.policy, database, terms))
             && others.is_none_or(|others| others.lose_to(candidate, policy, database, terms))
+            && worse.is_none_or(|worse| worse < database.age(candidate.policy))
     };
     let depends_on_highest = software.is_some();
     offloaded().any(is_pivot).then_some((best.policy, depends_on_highest))
@@ -324,7 +324,11 @@ impl Others {
             || is_broken(BrokenRule::ExactFirst);
         // The kernel takes prefixes of the unspecified address for short ones, however long they are.
         let is_odd = |prefix: IpNet| prefix.addr().is_unspecified() && prefix.prefix_len() > 0;
-        is_newer && is_longer && !is_odd(selector.source) && !is_odd(selector.destination)
+        pivot.priority < self.first
+            && is_newer
+            && is_longer
+            && !is_odd(selector.source)
+            && !is_odd(selector.destination)
     }
 }
 

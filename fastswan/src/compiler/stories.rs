@@ -363,13 +363,14 @@ fn r6a_the_newest_with_the_worse_number_or_an_equal_one_is_not_certain() {
         let mut scene = Scene::new().has(default_tunnel(priority)).has(with_priority(100, site()));
         assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
     }
-    // One of its own way with a worse number may stop the search for it.
-    let mut scene = Scene::new()
-        .has(default_tunnel(200))
-        .has(with_priority(300, offloaded("10.1.0.0/16", "10.2.0.0/24")))
-        .has(with_priority(100, site()));
-    assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
-    assert_eq!(scene.fate("10.1.0.1", "10.2.1.1"), Ok(site().id));
+    // One of its own way with a worse number is taken instead of it if it is in front, and loses to the default tunnel then.
+    let worse = || with_priority(300, offloaded("10.1.0.0/16", "10.2.0.0/24"));
+    let site = || with_priority(100, site());
+    let mut in_front = Scene::new().has(default_tunnel(200)).has(site()).has(worse());
+    assert_eq!(in_front.reason("10.1.0.1", "10.2.0.1"), PassReason::Shadowed);
+    assert_eq!(in_front.fate("10.1.0.1", "10.2.1.1"), Ok(site().id));
+    let mut behind = Scene::new().has(default_tunnel(200)).has(worse()).has(site());
+    assert_eq!(behind.fate("10.1.0.1", "10.2.0.1"), Ok(site().id));
 }
 
 #[test]

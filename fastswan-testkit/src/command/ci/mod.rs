@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
 type Step = fn(&Arguments) -> anyhow::Result<Count>;
 
 /// All steps, in the order in which they run: what fails soonest comes first.
-const STEPS: [(&str, Step); 18] = [
+const STEPS: [(&str, Step); 17] = [
     ("install", |_| install::install()),
     ("format", |_| source::format()),
     ("lint", |_| source::lint()),
@@ -47,7 +47,6 @@ const STEPS: [(&str, Step); 18] = [
     ("chaos", |_| chaos::check()),
     ("guests", |_| vm::check()),
     ("guest-oracle", |_| oracle::guest::check()),
-    ("guest-facts", |_| oracle::facts::check_in_guests()),
     ("fuzz", |arguments| fuzz::run(arguments.fuzz_seconds)),
 ];
 

@@ -20,8 +20,6 @@ use crate::command::{
 
 /// Packets that `cargo testkit ci` has judged.
 const CI_DECISIONS: u64 = 60_000;
-/// Packets that it has judged on each kernel of guests.
-const GUEST_DECISIONS: u64 = 20_000;
 /// The same for each host source that lies, until it is noticed.
 const CI_MUTANT_DECISIONS: u64 = 15_000;
 /// The share of eligible packets that must be fast, over all kinds without hooks.
@@ -166,12 +164,6 @@ pub(crate) fn run_in_guests(
     }
     ensure!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
-}
-
-/// For `cargo testkit ci`: on all kernels.
-pub(crate) fn check_in_guests() -> anyhow::Result<Count> {
-    run_in_guests(&[], &Kernel::ALL, rand::random(), GUEST_DECISIONS, false)?;
-    Ok(Count { passed: Kernel::ALL.len() as u64, failed: 0 })
 }
 
 fn in_guest(

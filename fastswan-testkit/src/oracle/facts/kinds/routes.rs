@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::super::{
     command::{Command, carrier, ip, ip_of, sysctl},
     draw::{Change, Draw},
+    tunnels::Tunnel,
     world::Device,
 };
 
@@ -360,9 +361,17 @@ pub(super) fn unreachable_default(draw: &mut Draw<'_>) -> Change {
         .to([to])
 }
 
-/// A better IPv6 route, by another device, whose router does not answer.
+/// A better IPv6 route, by another device than the tunnel's, whose router does not answer. If it were the tunnel's, the
+/// kernel of the judge would need the router, and IPsec would not.
 pub(super) fn router_fails(draw: &mut Draw<'_>) -> Change {
-    let to = draw.destination(true);
+    let is_out1 = |tunnel: &&Tunnel| tunnel.device == Device::Out1;
+    let elsewhere: Vec<_> = draw.tunnels.iter().filter(is_out1).map(|tunnel| tunnel.destination).collect();
+    let to = loop {
+        let to = draw.destination(true);
+        if !elsewhere.iter().any(|destination| destination.contains(&to)) {
+            break to;
+        }
+    };
     let (elsewhere, router) = ("out1", "2001:db8:e::77");
     Change::once([
         ip(format!("neighbour replace {router} dev {elsewhere} lladdr 02:00:00:00:00:c7")),
