@@ -1,6 +1,6 @@
 //! Firewalls, filters and load balancers that the fast path must not skip, on kernels that have all of them.
 
-use std::process::Command;
+use std::{fs, process::Command};
 
 use anyhow::{Context as _, ensure};
 
@@ -47,6 +47,8 @@ const HOOKS: [(&str, &str, &str); 6] = [
 
 pub(super) fn hooks(story: &mut Story) -> anyhow::Result<()> {
     let mut scene = Scene::established(story, Plan::default())?;
+    // The kernel drops what cannot be confirmed when connection tracking begins in the midst of a connection.
+    scene.traffic()?.may_lose(true);
     for (what, add, remove) in HOOKS {
         run(&scene.gateways.a, add)?;
         let is_slow = Scene::is_slow_within_a_second();
@@ -54,8 +56,23 @@ pub(super) fn hooks(story: &mut Story) -> anyhow::Result<()> {
         run(&scene.gateways.a, remove)?;
         scene.wait_until_fast().with_context(|| format!("after {what} has gone"))?;
     }
+    scene.traffic()?.may_lose(false);
+    scene.traffic()?.wait_for_arrivals(200)?;
     story.figure("hooks", HOOKS.len() as u64);
+    let untracked = scene.gateways.a.enter(|| fs::read_to_string("/proc/thread-self/net/stat/nf_conntrack"));
+    story.figure("conntrack_drops", untracked.map_or(0, |statistics| drops(&statistics)));
     scene.finish(story)
+}
+
+/// What connection tracking has dropped on all processors, or could not insert, which it drops too.
+fn drops(statistics: &str) -> u64 {
+    let mut lines = statistics.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let names = lines.next().unwrap_or_default();
+    let wanted = |name: &str| matches!(name, "insert_failed" | "drop" | "early_drop");
+    let number = |(name, number): (&&str, &str)| {
+        u64::from_str_radix(number, 16).ok().filter(|_| wanted(name)).unwrap_or(0)
+    };
+    lines.flat_map(|numbers| names.iter().zip(numbers).map(number).collect::<Vec<_>>()).sum()
 }
 
 /// Runs commands in a namespace.

@@ -33,10 +33,12 @@ const OF_NF_TABLES: u32 = 1;
 /// Connection tracking.
 const TRACKING: [&str; 5] =
     ["ipv4_conntrack_in", "ipv4_conntrack_local", "ipv6_conntrack_in", "ipv6_conntrack_local", "nf_confirm"];
-/// How the names of functions begin whose rules are read elsewhere, or that let forwarded packets alone: chains and legacy
-/// tables, and NAT, which asks these; IPVS; the assembling of fragments, which pass anyway; bridges; and security modules,
-/// which judge packets with labels and those of the host's own sockets.
-const KNOWN: [&str; 16] = [
+/// How the names of functions begin whose rules are read elsewhere, or that let forwarded packets alone: what the kernel puts
+/// in the place of a function that has gone (`accept_all`); chains and legacy tables, and NAT, which asks these; IPVS; the
+/// assembling of fragments, which pass anyway; bridges; and security modules, which judge packets with labels and those of
+/// the host's own sockets.
+const KNOWN: [&str; 17] = [
+    "accept_all",
     "apparmor_ip_",
     "arpt_do_table",
     "br_nf_",
@@ -217,6 +219,7 @@ mod tests {
         assert_eq!(listed("nft_do_chain_inet", Some(OF_NF_TABLES)), (0, 0));
         assert_eq!(listed("nf_nat_ipv4_pre_routing", None), (0, 0));
         assert_eq!(listed("ipt_do_table", None), (0, 0));
+        assert_eq!(listed("accept_all", None), (0, 0), "one that has gone");
         assert_eq!(listed("nf_hook_run_bpf", Some(2)), (0, 1));
         assert_eq!(listed("their_firewall", None), (0, 1));
     }
