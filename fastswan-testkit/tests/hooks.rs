@@ -123,7 +123,9 @@ impl Running<'_> {
             V6 => Frame::v6(source, destination),
         };
         let frame = frame.macs(CLIENT, LAN).payload(100).ttl(64).build();
-        self.forwarder.run(&frame, self.lan).unwrap().action == RunAction::Redirect
+        // The program asks the kernel in the namespace of whoever runs it.
+        let outcome = self.site.gateway.enter(|| self.forwarder.run(&frame, self.lan).unwrap());
+        outcome.action == RunAction::Redirect
     }
 
     /// Waits until packets are fast, or pass.

@@ -154,7 +154,7 @@ pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), Forw
         loader.load(BYTECODE).map_err(|error| refused("creating the BPF maps", MAPS_NEED, error))?;
     for (name, needs) in [(CLOCK_PROGRAM, CLOCK_NEEDS), (PROGRAM, PROGRAM_NEEDS)] {
         program_mut(&mut ebpf, name)
-            .and_then(Xdp::load)
+            .and_then(verify)
             .map_err(|error| refused(format!("loading the XDP program {name}"), needs, error))?;
     }
     let clock_offset = learn_clock_offset(&mut ebpf)?;
@@ -163,6 +163,22 @@ pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), Forw
     let program =
         loaded(&ebpf).map_err(|error| ForwarderError::new("reading about the XDP program", error))?;
     Ok((XdpForwarder { ebpf, program, attached: Vec::new(), pinned_in: None }, table))
+}
+
+/// Has the kernel verify a program. A signal interrupts the verifier (`EAGAIN`), and then it is to be asked again.
+fn verify(program: &mut Xdp) -> Result<(), ProgramError> {
+    const ATTEMPTS: u32 = 10;
+    let mut attempt = 1;
+    loop {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if attempt < ATTEMPTS && io_error.raw_os_error() == Some(libc::EAGAIN) =>
+            {
+                attempt += 1;
+            }
+            result => return result,
+        }
+    }
 }
 
 fn loaded(ebpf: &Ebpf) -> Result<Program, Box<dyn Error + Send + Sync>> {

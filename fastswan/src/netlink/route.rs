@@ -12,7 +12,6 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::time::Instant;
 
 use super::{
-    follow::Follower,
     link_state::{ConfTold, Everywhere, LinkState, LinkTold},
     links::settle as settle_links,
     remedy,
@@ -22,7 +21,7 @@ use super::{
     wire::{CutOff, address, attributes, ethernet_address, u16_at, u32_at},
 };
 use crate::{
-    host::{self, HostError, HostFacts, Rule, RuleSelector},
+    host::{self, HostError, Rule, RuleSelector},
     policy::{Family, MacAddr},
 };
 
@@ -173,14 +172,6 @@ pub(crate) struct RoutesRead {
 pub(crate) struct Sysctls {
     pub(crate) links: Vec<LinkState>,
     pub(crate) everywhere: Everywhere,
-}
-
-/// Reads the facts from the kernel, in the network namespace of this thread.
-///
-/// The kernel answers at once, so this waits for nothing but what is being done to links; it takes about a microsecond for
-/// each route and neighbour. A change while it reads may be seen in part: read again after a change.
-pub(crate) fn read_host() -> Result<HostFacts, HostError> {
-    Ok(Follower::new(read_all()?, Instant::now()).1)
 }
 
 /// Reads everything.
@@ -491,27 +482,5 @@ fn address_family(family: Family) -> AddressFamily {
     match family {
         Family::V4 => AddressFamily::Inet,
         Family::V6 => AddressFamily::Inet6,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::host::{Route, RouteKind};
-
-    #[test]
-    fn the_kernel_tells_about_loopback_without_any_privilege() {
-        let host = read_host().unwrap();
-        let lo = host.ifindex("lo").and_then(|ifindex| host.link(ifindex)).unwrap();
-        assert_eq!(lo.address, None);
-        assert!(lo.mtu > 1280, "{lo:?}");
-        assert_eq!(host.port(lo.ifindex, 0), None);
-        if lo.up {
-            let own: IpNet = "127.0.0.1/32".parse().unwrap();
-            let is_own = |route: &Route| route.destination == own && route.kind == RouteKind::Local;
-            assert!(host.routes.iter().any(is_own), "{:?}", host.routes);
-            let local = Rule::lookup(Family::V4, 0, 255);
-            assert!(host.rules.contains(&local), "{:?}", host.rules);
-        }
     }
 }

@@ -57,7 +57,7 @@ impl Follower {
                 None => Box::new(host),
             }
         };
-        let program = load()?;
+        let program = ProgRun::new(&TABLE)?;
         let mut mirror = Mirror::new(program.table.capacity(), LEASE);
         let policies = (1..)
             .zip(tunnels)
@@ -122,18 +122,6 @@ impl Follower {
             (RunAction::Pass, Some(reason)) => Ok(Verdict::Passed(reason)),
             (RunAction::Redirect, None) => Ok(Verdict::Fast(outcome.frame)),
             (action, reason) => bail!("the program does {action:?}, and counts {reason:?}"),
-        }
-    }
-}
-
-/// Loads the program. Under load, the verifier may be interrupted (`EAGAIN`), and is to be asked again.
-fn load() -> anyhow::Result<ProgRun> {
-    const ATTEMPTS: u32 = 10;
-    let mut attempt = 1;
-    loop {
-        match ProgRun::new(&TABLE) {
-            Err(error) if attempt < ATTEMPTS && error.to_string().contains("os error 11") => attempt += 1,
-            result => return Ok(result?),
         }
     }
 }
