@@ -46,6 +46,7 @@ use crate::policy::{Family, MacAddr};
 ///     name: "lan0".to_owned(),
 ///     address: Some("02:00:5e:10:00:01".parse()?),
 ///     up: true,
+///     carrier: true,
 ///     forwards: Forwards { v4: true, v6: false },
 ///     ..Link::default()
 /// };
