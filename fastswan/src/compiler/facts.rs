@@ -154,6 +154,11 @@ impl<'p> AddressFacts<'p> {
         self.routes.special_sources().filter(move |_| side == Side::Source)
     }
 
+    /// Whether a route of a table may decide about addresses for which a longer prefix counts.
+    pub(super) fn reaches_inside(&self, table: u32, prefix: IpNet) -> bool {
+        self.routes.reaches_inside(table, prefix)
+    }
+
     /// What holds for the addresses of a prefix as destinations and as sources.
     pub(super) fn both(&self, prefix: IpNet) -> Option<[Fact; 2]> {
         let is_known = !self.routes.is_vouched() && !self.routes.is_unknown();

@@ -81,7 +81,7 @@ impl<A: Address> FamilyCompiler<A> {
         }
     }
 
-    /// Takes up that it has changed. `is_other` if that makes a difference for addresses that no longer prefix is about.
+    /// Takes up that it has changed. `is_other` if that may make a difference for packets.
     pub(super) fn learn_addresses(&mut self, prefix: IpNet, facts: AddressFacts<'_>, is_other: bool) {
         if !self.restart {
             for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {

@@ -200,7 +200,7 @@ impl Compiler {
 
     /// Takes up a change of that. It costs what it concerns: for a route, the cells whose addresses its prefix has.
     pub fn change_host(&mut self, change: &HostChange) {
-        let HostChange::Routes { destination, .. } = change else {
+        let HostChange::Routes { table, destination, .. } = change else {
             let concerns = self.paths.change(change);
             return self.take_up(concerns);
         };
@@ -213,7 +213,7 @@ impl Compiler {
         }
         let concerns = self.paths.change(change);
         let facts = AddressFacts::new(&self.paths, family);
-        let is_other = facts.both(*destination) != before;
+        let is_other = facts.both(*destination) != before || facts.reaches_inside(*table, *destination);
         match family {
             Family::V4 => self.v4.learn_addresses(*destination, facts, is_other),
             Family::V6 => self.v6.learn_addresses(*destination, facts, is_other),

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     database::Database,
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
-    host::{HostFacts, Link, Neighbour, Route, RouteKind, Rule, RuleAction, RuleSelector},
+    host::{HostChange, HostFacts, Link, Neighbour, Route, RouteKind, Rule, RuleAction, RuleSelector},
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
         PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
@@ -1109,6 +1109,27 @@ fn an_explanation_names_the_address_that_the_host_keeps_for_itself() {
     );
     assert_eq!(explanation(&mut scene, "10.1.0.1", "172.16.0.1"), "kernel (no_policy): no policy matches");
     assert!(explanation(&mut scene, "127.0.0.1", "10.2.0.1").starts_with("kernel (martian_source)"));
+}
+
+/// The change decides nothing about its own prefix, for which the other table has a route, but about what that one throws.
+#[test]
+fn a_route_counts_for_what_another_table_throws_inside_its_prefix() {
+    let mut scene = Scene::new().has(offloaded("10.1.0.0/16", "10.2.3.0/24"));
+    scene.host.rules.push(Rule::lookup(Family::V4, 91, 91));
+    for (destination, kind) in [("10.2.0.0/16", via(NIC)), ("10.2.3.0/24", RouteKind::Throw)] {
+        scene.host.routes.push(Route { table: 91, ..route(destination, kind) });
+    }
+    scene.compile();
+    let mut is_fast = |kind: RouteKind| {
+        let route = route("10.2.0.0/16", kind);
+        let Route { table, destination, .. } = route;
+        scene.compiler.change_host(&HostChange::Routes { table, destination, routes: vec![route] });
+        scene.table.apply(&scene.compiler.compile(&scene.database));
+        scene.table.decide(&packet("10.1.0.1", "10.2.3.1"))
+    };
+    assert!(is_fast(via(NIC)).is_ok());
+    assert_eq!(is_fast(RouteKind::Blackhole), Err(PassReason::DeniedDestination));
+    assert!(is_fast(via(NIC)).is_ok());
 }
 
 #[test]

@@ -422,6 +422,15 @@ impl Routes {
         found
     }
 
+    /// Whether a route of a table may decide about prefixes inside its own of which another table, or a rule, knows more: what
+    /// another table throws, for one.
+    pub(crate) fn reaches_inside(&self, table: u32, prefix: IpNet) -> bool {
+        let others = self.asked().filter(|other| *other != table).filter_map(|other| self.tables.get(&other));
+        let mut rules = self.destinations();
+        others.into_iter().any(|trie| trie.has_inside(prefix.into()))
+            || rules.any(|other| other != prefix && prefix.contains(&other))
+    }
+
     /// Whether routes of a table that say the same give the same answer, whatever their prefixes.
     fn is_plain(&self, table: u32) -> bool {
         let suppresses = |step: &Step| {

@@ -281,6 +281,14 @@ impl Trie {
         }
     }
 
+    /// Whether a prefix strictly inside one has a value.
+    pub(super) fn has_inside(&self, key: Key) -> bool {
+        let at = self.top(key);
+        let node = &self.nodes[at as usize];
+        // Every node that is no prefix's has two below it.
+        at != NONE && (node.key != key || node.children != [NONE; 2])
+    }
+
     /// The topmost node inside a prefix.
     fn top(&self, key: Key) -> u32 {
         let mut at = self.root;
@@ -339,6 +347,7 @@ mod tests {
             let covering = covering.map(|(prefix, value)| (prefix.prefix_len(), *value));
             prop_assert_eq!(trie.covering(asked.into()), covering);
             let inside: Vec<_> = list.iter().filter(|(prefix, _)| asked.contains(*prefix) && **prefix != asked).collect();
+            prop_assert_eq!(trie.has_inside(asked.into()), !inside.is_empty());
             let mut found = Vec::new();
             trie.each_inside(asked.into(), |_, _| false, |key, value| found.push((key.net(true), value)));
             prop_assert_eq!(found, inside.iter().map(|(prefix, value)| (**prefix, **value)).collect::<Vec<_>>());
