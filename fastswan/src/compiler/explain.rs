@@ -325,7 +325,7 @@ impl Compiler {
     fn of_address(&self, side: Side, flow: &Flow) -> Cause {
         let address = if side == Side::Source { flow.source } else { flow.destination };
         let facts = AddressFacts::new(&self.paths, Family::from(address));
-        let (prefix, fact) = facts.known(side, address).unzip();
+        let (prefix, fact) = facts.known(side, address.into()).unzip();
         Cause::Address { side, prefix, fact, rule: facts.rule(side, address) }
     }
 

@@ -57,18 +57,17 @@ impl<'p> AddressFacts<'p> {
 
     /// Whether packets from a prefix may be fast, and if so, whether each source must be looked up.
     pub(super) fn admit_source(&self, prefix: IpNet) -> Result<bool, PassReason> {
-        if self.routes.is_vouched() || self.routes.is_unknown() {
+        if !self.routes.are_known() {
             return Ok(false);
         }
         let mut others = self.others_inside(Side::Source, prefix);
-        match self.at(Side::Source, prefix) {
-            // The program lets packets from where no route leads pass if their port asks for one.
-            Fact::Denied if self.reverse_path && self.covering(Side::Source, prefix).is_none() => {
-                Ok(others.any(|(_, other)| other == Fact::Denied))
+        match self.fact(Side::Source, prefix) {
+            Some(Fact::Denied) if others.all(|(_, other)| other == Fact::Denied) => {
+                Err(PassReason::DeniedSource)
             }
-            Fact::Denied if others.all(|(_, other)| other == Fact::Denied) => Err(PassReason::DeniedSource),
-            Fact::Denied => Ok(true),
-            Fact::Via(_) => Ok(others.any(|(_, other)| other == Fact::Denied)),
+            Some(Fact::Denied) => Ok(true),
+            // Packets from where no route leads pass if their port asks for one.
+            None | Some(Fact::Via(_)) => Ok(others.any(|(_, other)| other == Fact::Denied)),
         }
     }
 
@@ -83,39 +82,31 @@ impl<'p> AddressFacts<'p> {
     /// What the program needs to know to look up the addresses of a prefix: what holds for the prefix, and what else holds
     /// inside it. Of what the program has no fact of, it knows what holds without one.
     pub(super) fn about(&self, side: Side, prefix: IpNet) -> Vec<(IpNet, Fact)> {
-        if self.routes.is_vouched() || self.routes.is_unknown() {
+        if !self.routes.are_known() {
             return Vec::new();
         }
-        let covering = self.covering(side, prefix).map(|covering| (covering, self.at(side, prefix)));
-        self.distinct(side, Vec::new(), covering.into_iter().chain(self.others_inside(side, prefix)))
+        let own = self.known(side, prefix);
+        self.distinct(side, None, own.into_iter().chain(self.others_inside(side, prefix)))
     }
 
     /// What of [`Self::about`] a prefix that contains this one lies inside this one, or is it.
     pub(super) fn part(&self, side: Side, prefix: IpNet) -> Vec<(IpNet, Fact)> {
-        if self.routes.is_vouched() || self.routes.is_unknown() {
+        if !self.routes.are_known() {
             return Vec::new();
         }
-        let above = prefix.prefix_len().checked_sub(1).and_then(|length| {
-            let shorter = IpNet::new(prefix.addr(), length).ok()?.trunc();
-            let covering = self.covering(side, shorter)?;
-            Some((covering, self.at(side, shorter)))
-        });
-        let own = self.covering(side, prefix).filter(|covering| *covering == prefix);
-        let own = own.map(|prefix| (prefix, self.at(side, prefix)));
-        self.distinct(
-            side,
-            above.into_iter().collect(),
-            own.into_iter().chain(self.others_inside(side, prefix)),
-        )
+        let above = prefix.supernet().and_then(|shorter| self.known(side, shorter));
+        let own = self.known(side, prefix).filter(|(covering, _)| *covering == prefix);
+        self.distinct(side, above, own.into_iter().chain(self.others_inside(side, prefix)))
     }
 
     /// Those that say something else than the next shorter prefix; the shortest is in `above`, if there is one.
     fn distinct(
         &self,
         side: Side,
-        mut above: Vec<(IpNet, Fact)>,
+        above: Option<(IpNet, Fact)>,
         facts: impl Iterator<Item = (IpNet, Fact)>,
     ) -> Vec<(IpNet, Fact)> {
+        let mut above = Vec::from_iter(above);
         let mut distinct = Vec::new();
         for (prefix, fact) in facts {
             while above.pop_if(|(last, _)| !last.contains(&prefix)).is_some() {}
@@ -160,13 +151,25 @@ impl<'p> AddressFacts<'p> {
     }
 
     /// What holds for the addresses of a prefix as destinations and as sources.
-    pub(super) fn both(&self, prefix: IpNet) -> Option<[Fact; 2]> {
-        let is_known = !self.routes.is_vouched() && !self.routes.is_unknown();
-        is_known.then(|| [Side::Destination, Side::Source].map(|side| self.at(side, prefix)))
+    pub(super) fn both(&self, prefix: IpNet) -> [Option<Fact>; 2] {
+        [Side::Destination, Side::Source].map(|side| self.fact(side, prefix))
     }
 
-    /// What holds for the addresses of a prefix that no longer prefix is about.
-    pub(super) fn at(&self, side: Side, prefix: IpNet) -> Fact {
+    /// What holds for the addresses of a prefix that no longer prefix is about; `None` if there is no fact of them.
+    fn fact(&self, side: Side, prefix: IpNet) -> Option<Fact> {
+        self.known(side, prefix).map(|(_, fact)| fact)
+    }
+
+    /// The same, and the prefix that it is known of.
+    pub(super) fn known(&self, side: Side, prefix: IpNet) -> Option<(IpNet, Fact)> {
+        if !self.routes.are_known() {
+            return None;
+        }
+        Some((self.covering(side, prefix)?, self.at(side, prefix)))
+    }
+
+    /// What follows for the addresses of a prefix that no longer prefix is about.
+    fn at(&self, side: Side, prefix: IpNet) -> Fact {
         match side {
             Side::Destination => self.of_destination(self.routes.answer(prefix, Purpose::Forward)),
             Side::Source => {
@@ -248,39 +251,30 @@ impl AddressFacts<'_> {
         device: u32,
         port: Option<&Port>,
     ) -> Result<(), Denial> {
-        if self.routes.is_vouched() || self.routes.is_unknown() {
+        if !self.routes.are_known() {
             return Ok(());
         }
         if probes.destination {
-            match self.known(Side::Destination, destination) {
-                Some((_, Fact::Via(ifindex))) if ifindex == device => {}
-                Some((_, Fact::Via(_))) => return Err((PassReason::RouteElsewhere, Side::Destination)),
+            match self.fact(Side::Destination, destination.into()) {
+                Some(Fact::Via(ifindex)) if ifindex == device => {}
+                Some(Fact::Via(_)) => return Err((PassReason::RouteElsewhere, Side::Destination)),
                 _ => return Err((PassReason::DeniedDestination, Side::Destination)),
             }
         }
         // The kernel has no reverse path filter for IPv6.
         let port = port.filter(|port| source.is_ipv4() && port.reverse_path != ReversePath::Off);
-        match (self.known(Side::Source, source), port) {
-            (Some((_, Fact::Denied)), port) if probes.source || port.is_some() => {
+        match (self.fact(Side::Source, source.into()), port) {
+            (Some(Fact::Denied), port) if probes.source || port.is_some() => {
                 Err((PassReason::DeniedSource, Side::Source))
             }
             (None, Some(_)) => Err((PassReason::ReversePath, Side::Source)),
-            (Some((_, Fact::Via(ifindex))), Some(port))
+            (Some(Fact::Via(ifindex)), Some(port))
                 if port.reverse_path == ReversePath::Strict && ifindex != port.receiver =>
             {
                 Err((PassReason::ReversePath, Side::Source))
             }
             _ => Ok(()),
         }
-    }
-
-    /// What is known about an address, and the prefix that it is known of.
-    pub(super) fn known(&self, side: Side, address: IpAddr) -> Option<(IpNet, Fact)> {
-        if self.routes.is_vouched() || self.routes.is_unknown() {
-            return None;
-        }
-        let prefix = self.covering(side, address.into())?;
-        Some((prefix, self.at(side, address.into())))
     }
 
     /// The priority of the rule by which that is known, or because of which it is not certain.

@@ -180,6 +180,11 @@ impl Routes {
         !self.is_vouched && (self.steps.is_empty() || self.obscure.is_some())
     }
 
+    /// They are, and not only that the embedder answers for them.
+    pub(crate) fn are_known(&self) -> bool {
+        !self.is_vouched && !self.is_unknown()
+    }
+
     /// The priority of a rule for which nothing is known.
     pub(crate) fn obscure_rule(&self) -> Option<u32> {
         self.obscure
