@@ -826,9 +826,21 @@ fn a_large_table_is_followed_while_it_is_read_again() {
     });
 }
 
+fn pick(random: &mut StdRng, words: &[&str]) -> String {
+    (*words.choose(random).unwrap()).to_owned()
+}
+
+/// What a route without a next hop does.
+fn kind_of(random: &mut StdRng, target: &str) -> String {
+    if target.is_empty() {
+        pick(random, &["blackhole", "unreachable", "prohibit", "throw"])
+    } else {
+        String::new()
+    }
+}
+
 /// A command for `ip`, made up; many are refused, and some fit.
 fn command(random: &mut StdRng) -> String {
-    let pick = |random: &mut StdRng, words: &[&str]| (*words.choose(random).unwrap()).to_owned();
     let verb =
         pick(random, &["add", "add", "append", "prepend", "replace", "replace", "del", "del", "change"]);
     let rest = match random.random_range(0..20) {
@@ -854,11 +866,7 @@ fn command(random: &mut StdRng) -> String {
                     "",
                 ],
             );
-            let kind = if target.is_empty() {
-                pick(random, &["blackhole", "unreachable", "prohibit", "throw"])
-            } else {
-                String::new()
-            };
+            let kind = kind_of(random, &target);
             let more = pick(
                 random,
                 &[
@@ -894,11 +902,7 @@ fn command(random: &mut StdRng) -> String {
                     "",
                 ],
             );
-            let kind = if target.is_empty() {
-                pick(random, &["blackhole", "unreachable", "prohibit", "throw"])
-            } else {
-                String::new()
-            };
+            let kind = kind_of(random, &target);
             let more = pick(
                 random,
                 &[

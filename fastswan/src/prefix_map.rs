@@ -1,8 +1,8 @@
 //! A map from prefixes to values that knows which prefixes lie inside which.
 //!
 //! Prefixes nest or are disjoint. Sorted by address, then length, each prefix comes right before all that lie
-//! inside it; so what is inside is a slice, and what covers is a chain of parents. Built once, then read: by
-//! the [`Compiler`](crate::Compiler) for policies, by the [host facts](crate::host) for routes.
+//! inside it; so what is inside is a slice, and what covers is a chain of parents. Built once, then read, by the
+//! [`Compiler`](crate::Compiler) when a table is too small.
 
 use std::net::IpAddr;
 

@@ -421,8 +421,10 @@ impl Judge<'_> {
                 && sa.reqid == best.templates[0].reqid
                 && sa.offload.is_some_and(|offload| offload.ifindex == device)
         };
-        let routed =
-            self.world.route(packet.destination) == Some(via(device)) && self.world.takes_from(packet.source);
+        let leads_there = |address| self.world.route(address) == Some(via(device));
+        let routed = leads_there(packet.destination)
+            && leads_there(best.templates[0].destination)
+            && self.world.takes_from(packet.source);
         let is_served = best.assumed.is_some() || self.sas.iter().any(is_live);
         (device == NIC && is_served && routed).then_some(best)
     }

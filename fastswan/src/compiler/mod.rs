@@ -22,8 +22,9 @@
 //!
 //! A change of a policy costs a few searches for each pair of prefix lengths that policies have, and as much
 //! for each cell inside the policy's region; a change of an association, as much for each policy that asks for
-//! its peer and reqid, and no cell is written. Three things look at every cell: another highest priority of
-//! packet-offloaded policies, other host facts, and every change while the table cannot hold all cells.
+//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix. Four things
+//! look at every cell: another highest priority of packet-offloaded policies, everything that is known of the host told
+//! anew, other rules of policy routing, and every change while the table cannot hold all cells.
 
 mod broken;
 #[cfg(any(test, fuzzing))]
@@ -258,6 +259,7 @@ impl Compiler {
         if !is_followed || self.v4.is_worth_rebuilding() || self.v6.is_worth_rebuilding() {
             self.rebuild(database, &mut pending);
         }
+        self.reliance.limit(self.slots.len());
         let concerned = self.slots.owners().filter(|_| self.reliance.has_changed());
         let concerned = concerned.filter(|key| {
             database.policy_with_key(*key).is_some_and(|policy| self.reliance.concerns(policy, &self.paths))

@@ -78,9 +78,9 @@ impl Paths {
                 }
             }
             HostChange::Rules(family, rules) => {
-                let links: Vec<Link> = self.links.values().cloned().collect();
-                let known = self.routes_mut(*family);
-                if !known.is_vouched() && known.set_rules(rules.clone(), &links) {
+                let Self { links, v4, v6, .. } = self;
+                let known = if *family == Family::V4 { v4 } else { v6 };
+                if !known.is_vouched() && known.set_rules(rules.clone(), |name| is_named(links, name)) {
                     Concerns::Everything
                 } else {
                     Concerns::Nothing
@@ -113,16 +113,18 @@ impl Paths {
         self.look_for_filters();
         let mut is_everything = self.filters_by_reverse_path != filtered;
         if is_renamed {
-            let links: Vec<Link> = self.links.values().cloned().collect();
-            is_everything |= self.v4.links_changed(&links) | self.v6.links_changed(&links);
+            let has_link = |name: &str| is_named(&self.links, name);
+            is_everything |= self.v4.links_changed(has_link) | self.v6.links_changed(has_link);
         }
         // Routes may be for shorter packets than the link takes.
         is_everything |= has_other_length && (self.v4.limits_on(ifindex) || self.v6.limits_on(ifindex));
-        match is_everything {
-            true => Concerns::Everything,
+        if is_everything {
+            Concerns::Everything
+        } else if self.hooks.are_on_devices() {
             // Packets may leave through a device with a hook now.
-            false if self.hooks.are_on_devices() => Concerns::Policies,
-            false => Concerns::Device(ifindex),
+            Concerns::Policies
+        } else {
+            Concerns::Device(ifindex)
         }
     }
 
@@ -283,6 +285,10 @@ pub(super) enum Concerns {
     Policies,
     /// All of it.
     Everything,
+}
+
+fn is_named(links: &HashMap<u32, Link>, name: &str) -> bool {
+    links.values().any(|link| link.name == name)
 }
 
 /// A length in bytes as IP writes it.

@@ -59,6 +59,14 @@ impl Reliance {
         }
     }
 
+    /// Has everything noted anew when there is far more than policies with this many slots depend on: of those that are gone.
+    pub(super) fn limit(&mut self, slots: usize) {
+        let most = 4 * slots + 1024;
+        if self.addresses.len() > most || self.neighbours.len() > most {
+            self.changed(Concerns::Policies);
+        }
+    }
+
     /// Whether something has changed that policies depend on.
     pub(super) fn has_changed(&self) -> bool {
         let Changed { is_everything, devices, addresses, neighbours } = &self.changed;

@@ -33,6 +33,11 @@ impl Slots {
         Some(self.assigned.get(policy.0 as usize)?.as_ref()?.slot)
     }
 
+    /// How many slots are, or were, in use.
+    pub(super) fn len(&self) -> usize {
+        self.holders.len()
+    }
+
     /// The policy's slot, perhaps a new one; `None` if all `limit` slots are in use.
     pub(super) fn allocate(&mut self, policy: PolicyKey, generation: u32, limit: usize) -> Option<Slot> {
         if let Some(slot) = self.get(policy) {

@@ -484,15 +484,13 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         };
         self.since.get_or_insert_with(Instant::now);
         let known = self.mirror.input(Input::Host);
-        let (stale, is_snapshot) = match &event {
-            HostEvent::Stale(cause) => (Some(cause.name()), false),
-            HostEvent::Snapshot(_) => (None, true),
-            HostEvent::Changes(_) => (None, false),
+        let stale = if let HostEvent::Stale(cause) = &event { Some(cause.name()) } else { None };
+        let is_snapshot = matches!(event, HostEvent::Snapshot(_));
+        let concerns = |concerns: fn(&HostChange) -> bool| match &event {
+            HostEvent::Changes(changes) => changes.iter().any(concerns),
+            _ => is_snapshot,
         };
-        let concerns_devices = match &event {
-            HostEvent::Changes(changes) => changes.iter().any(is_about_devices),
-            HostEvent::Snapshot(_) | HostEvent::Stale(_) => is_snapshot,
-        };
+        let (concerns_devices, may_obstruct) = (concerns(is_about_devices), concerns(may_obstruct));
         self.mirror.handle_host_event(event, now());
         if let Some(cause) = stale {
             self.meters.lost_track(Input::Host.name(), cause);
@@ -504,7 +502,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.meters.resynchronised(Input::Host.name(), cause);
             tracing::debug!(cause, "the host is known");
         }
-        self.may_be_obstructed = true;
+        self.may_be_obstructed |= may_obstruct;
         if concerns_devices {
             self.table.refresh_devices();
             self.attached.look_again(&mut self.mirror);
@@ -838,6 +836,17 @@ fn removal_signal(_: &impl OffloadTable) -> Option<std::convert::Infallible> {
 #[cfg(not(feature = "bpf"))]
 fn removal(_: Option<&std::convert::Infallible>) -> impl Future<Output = ()> {
     pending()
+}
+
+/// Whether all packets, or those of a family, may be kept from being fast after a change, or no longer.
+fn may_obstruct(change: &HostChange) -> bool {
+    !matches!(
+        change,
+        HostChange::Routes { .. }
+            | HostChange::Neighbour(_)
+            | HostChange::NeighbourGone { .. }
+            | HostChange::Device { .. }
+    )
 }
 
 /// Whether what a device can do, or whether it is there, may be different after a change.

@@ -42,17 +42,17 @@ pub enum HostChange {
     Rules(Family, Vec<Rule>),
     /// A neighbour has this Ethernet address now.
     Neighbour(Neighbour),
-    /// What a device can do may have changed, such as taking redirected frames.
-    Device {
-        /// Its interface index; `None` is any device.
-        ifindex: Option<u32>,
-    },
     /// The Ethernet address of a neighbour is not known any longer.
     NeighbourGone {
         /// Interface index of the device.
         ifindex: u32,
         /// Its address.
         destination: IpAddr,
+    },
+    /// What a device can do may have changed, such as taking redirected frames.
+    Device {
+        /// Its interface index; `None` is any device.
+        ifindex: Option<u32>,
     },
     /// These are all hooks now.
     Hooks(Vec<Hook>),

@@ -16,7 +16,7 @@ use ipnet::IpNet;
 
 pub(crate) use super::trie::Kinds;
 use super::{
-    HostFacts, Link, Route, RouteKind, Rule, RuleAction,
+    HostFacts, Route, RouteKind, Rule, RuleAction,
     trie::{Key, Trie, Value},
 };
 use crate::policy::Family;
@@ -156,7 +156,8 @@ impl Routes {
         if host.vouched {
             return new;
         }
-        new.set_rules(host.rules.iter().filter(|rule| rule.family == family).cloned().collect(), &host.links);
+        let rules = host.rules.iter().filter(|rule| rule.family == family).cloned().collect();
+        new.set_rules(rules, |name| host.ifindex(name).is_some());
         let mut routes: Vec<&Route> =
             host.routes.iter().filter(|route| Family::of(&route.destination) == family).collect();
         // Those of one prefix stay in the kernel's order.
@@ -205,14 +206,14 @@ impl Routes {
     /// As long as no rule of IPv4 was ever added or deleted, the kernel keeps the tables local and main in one, and the
     /// longest prefix of both counts. For IPv6 it asks local and main, whatever rule was deleted, until one is added. Neither
     /// is told, so both ways must lead to the same answer as long as either may be.
-    pub(crate) fn set_rules(&mut self, rules: Vec<Rule>, links: &[Link]) -> bool {
+    pub(crate) fn set_rules(&mut self, rules: Vec<Rule>, has_link: impl Fn(&str) -> bool) -> bool {
         let old = (std::mem::take(&mut self.steps), self.instead.take(), self.may_be_merged, self.obscure);
         let ordinary = Rule::ordinary(self.family);
         self.may_be_merged = self.family == Family::V4 && rules == ordinary;
         if self.family == Family::V6 && rules.iter().all(|rule| ordinary.contains(rule)) {
-            self.instead = Some(ordinary[..2].iter().map(|rule| Step::of(rule, links)).collect());
+            self.instead = Some(ordinary[..2].iter().map(|rule| Step::of(rule, &has_link)).collect());
         }
-        self.steps = rules.iter().map(|rule| Step::of(rule, links)).collect();
+        self.steps = rules.iter().map(|rule| Step::of(rule, &has_link)).collect();
         self.steps.sort_by_key(|step| step.priority);
         self.rules = rules;
         if self.instead.as_ref() == Some(&self.steps) {
@@ -223,16 +224,18 @@ impl Routes {
         let gotos = possible.by_ref().filter(|step| matches!(step.action, RuleAction::Goto(_)));
         let obscure = obscure.or_else(|| gotos.skip(MOST_GOTOS).last());
         self.obscure = obscure.map(|step| step.priority);
-        old != (self.steps.clone(), self.instead.clone(), self.may_be_merged, self.obscure)
+        let (steps, instead, may_be_merged, obscure) = old;
+        (&steps, &instead, may_be_merged, obscure)
+            != (&self.steps, &self.instead, self.may_be_merged, self.obscure)
     }
 
     /// Takes up that links have come or gone, which rules may name. Returns whether that may change an answer.
-    pub(crate) fn links_changed(&mut self, links: &[Link]) -> bool {
+    pub(crate) fn links_changed(&mut self, has_link: impl Fn(&str) -> bool) -> bool {
         if self.rules.iter().all(|rule| rule.selector.iif.is_none()) {
             return false;
         }
         let rules = std::mem::take(&mut self.rules);
-        self.set_rules(rules, links)
+        self.set_rules(rules, has_link)
     }
 
     /// Takes up all routes that a table has for a prefix. Returns which answers that may change.
@@ -298,7 +301,7 @@ impl Routes {
         };
         let mut steps = self.steps.iter().filter(|step| step.matches(prefix, purpose) != Truth::No);
         let step = steps.find(leads_on)?;
-        let is_ordinary = Rule::ordinary(self.family).iter().any(|rule| Step::of(rule, &[]) == *step);
+        let is_ordinary = Rule::ordinary(self.family).iter().any(|rule| Step::of(rule, |_| false) == *step);
         (!is_ordinary).then_some(step.priority)
     }
 
@@ -481,11 +484,11 @@ impl Step {
         matches!(self.action, RuleAction::Lookup { table: asked, .. } if asked == table)
     }
 
-    fn of(rule: &Rule, links: &[Link]) -> Self {
+    fn of(rule: &Rule, has_link: impl Fn(&str) -> bool) -> Self {
         let selector = &rule.selector;
         let iif = selector.iif.as_deref().map(|name| match name {
             "lo" => Interface::Loopback,
-            name if links.iter().any(|link| link.name == name) => Interface::There,
+            name if has_link(name) => Interface::There,
             _ => Interface::Missing,
         });
         // The mark of a packet that was received, and of one that IPsec sends, is 0.
@@ -615,7 +618,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::host::RuleSelector;
+    use crate::host::{Link, RuleSelector};
 
     fn via(ifindex: u32) -> RouteKind {
         RouteKind::Unicast { ifindex, gateway: None, mtu: None }

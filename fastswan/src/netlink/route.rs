@@ -18,7 +18,7 @@ use super::{
     request::{DUMP, RequestError, Requests},
     route_message::{RouteInfo, RouteKey, RouteMessage},
     route_store::{RouteAction, RouteStore, RouteTold},
-    wire::{CutOff, address, attributes, ethernet_address, u16_at, u32_at},
+    wire::{CutOff, address, attributes, ethernet_address, family, u16_at, u32_at},
 };
 use crate::{
     host::{self, HostError, Rule, RuleSelector},
@@ -385,7 +385,7 @@ fn neighbour(payload: &[u8]) -> Result<Option<NeighbourTold>, CutOff> {
     let (ifindex, state) = (u32_at(payload, 4).ok_or(cut_off)?, u16_at(payload, 8).ok_or(cut_off)?);
     let &flags = payload.get(10).ok_or(cut_off)?;
     // Others are what a bridge or a tunnel has learnt.
-    if super::wire::family(payload[0]).is_none() || flags & NTF_PROXY != 0 {
+    if family(payload[0]).is_none() || flags & NTF_PROXY != 0 {
         return Ok(None);
     }
     let find = |sought| attributes(payload, NEIGHBOUR_LENGTH).find(|(kind, _)| *kind == sought);
@@ -400,7 +400,7 @@ impl RuleState {
         if payload.len() < RULE_LENGTH {
             return Err(CutOff { object: "a rule" });
         }
-        let Some(family) = super::wire::family(payload[0]) else { return Ok(None) };
+        let Some(family) = family(payload[0]) else { return Ok(None) };
         let mut words = payload.to_vec();
         // The lowest byte of the flags, in the byte order of the host.
         let lowest = if cfg!(target_endian = "big") { 11 } else { 8 };

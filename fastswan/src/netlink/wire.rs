@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_core::NlasIterator;
+use netlink_packet_core::{NlaBuffer, NlasIterator};
 
 use crate::policy::{Family, MacAddr};
 
@@ -19,14 +19,15 @@ pub(crate) struct CutOff {
 /// Kind and value of each attribute after a fixed part of so many bytes. It ends early where the attributes are malformed.
 pub(super) fn attributes(payload: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
     let all = payload.get(fixed..).unwrap_or_default();
-    NlasIterator::new(all).map_while(Result::ok).map(|attribute| {
-        let value = attribute.into_inner().get(4..).unwrap_or_default();
-        (kind_of(attribute.into_inner()), value.get(..attribute.value_length()).unwrap_or_default())
-    })
+    NlasIterator::new(all).map_while(Result::ok).map(kind_and_value)
 }
 
-fn kind_of(attribute: &[u8]) -> u16 {
-    u16_at(attribute, 2).unwrap_or_default() & 0x3fff
+/// Kind and value of an attribute, without the flags that stand in its kind (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`).
+pub(super) fn kind_and_value(attribute: NlaBuffer<&[u8]>) -> (u16, &[u8]) {
+    let bytes = attribute.into_inner();
+    let value = bytes.get(4..).unwrap_or_default();
+    let kind = u16_at(bytes, 2).unwrap_or_default() & 0x3fff;
+    (kind, value.get(..attribute.value_length()).unwrap_or_default())
 }
 
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {

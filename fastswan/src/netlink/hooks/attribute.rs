@@ -1,26 +1,27 @@
 //! Attributes of netlink messages: type, length and value, one after the other. Every length is checked.
 
-use super::super::request::RequestError;
+use netlink_packet_core::NlasIterator;
+
+pub(super) use super::super::wire::text;
+use super::super::{request::RequestError, wire::kind_and_value};
 
 /// Length of an attribute's header in bytes.
 const HEADER: usize = 4;
-/// Flags in a type: nested, and in network byte order (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`).
-const FLAGS: u16 = 0xc000;
 
 /// Reads attributes one after the other; ends after the first error.
 #[derive(Clone, Debug)]
-pub(super) struct Attributes<'a>(&'a [u8]);
+pub(super) struct Attributes<'a>(NlasIterator<&'a [u8]>);
 
 impl<'a> Attributes<'a> {
     /// Those behind a fixed header of this length.
     pub(super) fn behind(payload: &'a [u8], header: usize) -> Result<Self, RequestError> {
         let rest = payload.get(header..);
-        rest.map(Self).ok_or_else(|| undecodable("a message is shorter than its header"))
+        rest.map(Self::inside).ok_or_else(|| undecodable("a message is shorter than its header"))
     }
 
     /// Those inside an attribute.
     pub(super) fn inside(value: &'a [u8]) -> Self {
-        Self(value)
+        Self(NlasIterator::new(value))
     }
 }
 
@@ -28,25 +29,9 @@ impl<'a> Iterator for Attributes<'a> {
     type Item = Result<(u16, &'a [u8]), RequestError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let rest = std::mem::take(&mut self.0);
-        let parse = || {
-            let [l0, l1, k0, k1] = *rest.first_chunk::<HEADER>()?;
-            let length = usize::from(u16::from_ne_bytes([l0, l1]));
-            let value = rest.get(HEADER..length)?;
-            // The last one need not be padded.
-            let next = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-            Some((u16::from_ne_bytes([k0, k1]) & !FLAGS, value, next))
-        };
-        match parse() {
-            Some((kind, value, next)) => {
-                self.0 = next;
-                Some(Ok((kind, value)))
-            }
-            None => Some(Err(undecodable("an attribute is longer than what it is in"))),
-        }
+        let attribute = self.0.next()?;
+        let too_long = |_| undecodable("an attribute is longer than what it is in");
+        Some(attribute.map(kind_and_value).map_err(too_long))
     }
 }
 
@@ -76,12 +61,6 @@ pub(super) fn network_u32(value: &[u8]) -> Result<u32, RequestError> {
 pub(super) fn host_u32(value: &[u8]) -> Result<u32, RequestError> {
     let bytes = <[u8; 4]>::try_from(value);
     bytes.map(u32::from_ne_bytes).map_err(|_| undecodable("a number does not have 4 bytes"))
-}
-
-/// A text, up to its terminating zero.
-pub(super) fn text(value: &[u8]) -> String {
-    let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
-    String::from_utf8_lossy(&value[..end]).into_owned()
 }
 
 pub(super) fn undecodable(what: &str) -> RequestError {
@@ -117,7 +96,7 @@ pub(super) mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let body = Body(vec![9; 4]).with(1, b"filter\0").with(2 | FLAGS, &[1, 2, 3, 4]);
+        let body = Body(vec![9; 4]).with(1, b"filter\0").with(2 | 0xc000, &[1, 2, 3, 4]);
         let read: Vec<_> = Attributes::behind(&body.0, 4).unwrap().map(Result::unwrap).collect();
         assert_eq!(read, [(1, &b"filter\0"[..]), (2, &[1, 2, 3, 4])]);
         assert_eq!(text(read[0].1), "filter");
