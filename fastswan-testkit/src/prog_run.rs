@@ -1,6 +1,9 @@
 //! Single frames through the XDP program (`BPF_PROG_TEST_RUN`): what it does with them, and what it counts.
 
-use std::{mem::offset_of, time::Duration};
+use std::{
+    mem::offset_of,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use aya::{
@@ -52,7 +55,7 @@ impl ProgRun {
         let (forwarder, mut table) = XdpForwarder::load(config)?;
         table.set_asking(true);
         table.set_enabled(true);
-        table.renew_lease(Duration::from_secs(3600));
+        table.renew_lease(Instant::now() + Duration::from_secs(3600));
         Ok(Self { forwarder, table })
     }
 

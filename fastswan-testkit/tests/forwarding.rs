@@ -85,7 +85,7 @@ fn fast_path_between(lan: u32, out: u32, mode: AttachMode) -> FastPath {
         ]))
         .unwrap();
     table.set_enabled(true);
-    table.renew_lease(Duration::from_secs(3600));
+    table.renew_lease(Instant::now() + Duration::from_secs(3600));
     for interface in ["lan0", "out0"] {
         let config = AttachConfig::new(interface).mode(mode).complete_frames(true);
         forwarder.attach(&config).unwrap();

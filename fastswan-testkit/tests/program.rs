@@ -584,9 +584,9 @@ fn every_reason_is_reached_and_leaves_the_frame_untouched() {
         program.table.set_enabled(false);
         check(program, v4(), PassReason::Disabled);
         program.table.set_enabled(true);
-        program.table.renew_lease(Duration::ZERO);
+        program.table.renew_lease(Instant::now());
         check(program, v4(), PassReason::LeaseExpired);
-        program.table.renew_lease(Duration::from_secs(3600));
+        program.table.renew_lease(Instant::now() + Duration::from_secs(3600));
         program.set_updating(true).unwrap();
         check(program, v4(), PassReason::Updating);
         program.set_updating(false).unwrap();

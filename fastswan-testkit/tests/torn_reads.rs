@@ -271,7 +271,7 @@ fn no_packet_sees_half_of_a_change_while_all_of_the_table_changes() {
         table.set_port(&port).unwrap();
         table.apply(&first).unwrap();
         table.set_enabled(true);
-        table.renew_lease(Duration::from_secs(3600));
+        table.renew_lease(Instant::now() + Duration::from_secs(3600));
 
         // Twice the number of changes that are done, and 1 more while one is being written.
         let progress = AtomicUsize::new(0);
@@ -383,7 +383,7 @@ fn what_passes_before_and_after_a_change_passes_during_it() {
         first.push(Change::Slot(Slot(0), Some(Ok(forwarding))));
         table.apply(&first).unwrap();
         table.set_enabled(true);
-        table.renew_lease(Duration::from_secs(3600));
+        table.renew_lease(Instant::now() + Duration::from_secs(3600));
 
         let forwarder = &forwarder;
         let done = &AtomicUsize::new(0);

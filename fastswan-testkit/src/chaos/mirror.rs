@@ -166,7 +166,7 @@ impl PolicySource for Noted {
 }
 
 /// Takes the processor away from the mirror from time to time, as other processes do, where it hurts most: when it
-/// knows that it has caught up and the table does not say so yet, and when it has just said so.
+/// knows that it has caught up and the table does not say so yet, when it is about to say so, and when it just has.
 struct Starvation {
     next: Instant,
 }
@@ -267,12 +267,13 @@ impl OffloadTable for Timed {
         }
     }
 
-    fn renew_lease(&mut self, lease: Duration) {
-        self.table.renew_lease(lease);
+    fn renew_lease(&mut self, until: Instant) {
+        self.starvation.strike();
+        self.table.renew_lease(until);
         {
             let mut passed = lock(&self.passed);
             passed.count();
-            passed.leased_until = passed.counted_until + lease;
+            passed.leased_until = until;
         }
         self.note_written();
         self.starvation.strike();

@@ -260,7 +260,7 @@ fn hairpin_on(device: &str, index: u32, slot: u32) -> (XdpForwarder, BpfTable) {
             Change::Owner(slot, index),
         ]))
         .unwrap();
-    table.renew_lease(Duration::from_secs(60));
+    table.renew_lease(Instant::now() + Duration::from_secs(60));
     table.set_enabled(true);
     (forwarder, table)
 }

@@ -532,7 +532,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                         self.mirror.handle_port_refused(port.ifindex, port.vlan);
                     }
                 }
-                Action::Renew { until } => self.table.renew_lease(until.saturating_duration_since(now())),
+                Action::Renew { until } => self.table.renew_lease(until),
                 Action::Enable => self.table.set_enabled(true),
                 Action::Attach { interfaces } => {
                     self.attached.attach(&interfaces, &mut self.mirror, now())?;

@@ -132,8 +132,8 @@ impl OffloadTable for Guarded {
         self.table.set_enabled(enabled);
     }
 
-    fn renew_lease(&mut self, lease: Duration) {
-        self.table.renew_lease(lease);
+    fn renew_lease(&mut self, until: Instant) {
+        self.table.renew_lease(until);
     }
 
     fn capacity(&self) -> Capacity {

@@ -47,7 +47,7 @@
 //!             table.apply(&update)?;
 //!             mirror.handle_written(true);
 //!         }
-//!         Action::Renew { until } => table.renew_lease(until.saturating_duration_since(Instant::now())),
+//!         Action::Renew { until } => table.renew_lease(until),
 //!         Action::Enable => table.set_enabled(true),
 //!         Action::Disable => table.set_enabled(false),
 //!         _ => {}

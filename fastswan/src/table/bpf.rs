@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     os::fd::{AsFd as _, BorrowedFd},
-    time::Duration,
+    time::Instant,
 };
 
 use aya::{
@@ -143,9 +143,10 @@ impl OffloadTable for BpfTable {
         self.store.set_enabled(enabled);
     }
 
-    fn renew_lease(&mut self, lease: Duration) {
+    fn renew_lease(&mut self, until: Instant) {
+        // In this order: while this thread is kept from running between the two, the lease gets shorter, not longer.
         let now = monotonic_coarse_nanoseconds().saturating_add_signed(self.clock_offset);
-        self.store.renew_lease(now, lease);
+        self.store.renew_lease(now, until.saturating_duration_since(Instant::now()));
     }
 
     fn capacity(&self) -> Capacity {

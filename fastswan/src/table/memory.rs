@@ -1,6 +1,6 @@
 //! A table in ordinary memory.
 
-use std::time::Duration;
+use std::time::Instant;
 
 use fastswan_ebpf::{EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, PassReason};
 
@@ -72,7 +72,7 @@ impl OffloadTable for MemoryTable {
         self.store.set_enabled(enabled);
     }
 
-    fn renew_lease(&mut self, _: Duration) {}
+    fn renew_lease(&mut self, _: Instant) {}
 
     fn capacity(&self) -> Capacity {
         self.store.capacity()

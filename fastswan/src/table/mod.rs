@@ -11,7 +11,7 @@
 //! A batch of changes is one [`TableUpdate`]. A packet sees all of a batch, nothing of it, or, if the batch
 //! is being written at that moment, it is passed to the kernel.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, time::Instant};
 
 use fastswan_ebpf::PassReason;
 
@@ -117,9 +117,11 @@ pub trait OffloadTable: Send {
     /// Turns the fast path on, or off: the kill switch. A new table is off.
     fn set_enabled(&mut self, enabled: bool);
 
-    /// Declares the mirror alive and caught up for the next `lease`. When no renewal comes in time, every
-    /// packet passes to the kernel.
-    fn renew_lease(&mut self, lease: Duration);
+    /// Declares that what is written may be forwarded by until then. When no renewal comes in time, every packet
+    /// passes to the kernel.
+    ///
+    /// A moment, not a duration: whoever computes how long it is until then may be kept from running afterwards.
+    fn renew_lease(&mut self, until: Instant);
 
     /// How much it holds.
     fn capacity(&self) -> Capacity;

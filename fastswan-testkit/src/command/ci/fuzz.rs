@@ -34,11 +34,8 @@ pub(super) fn run(seconds: u64) -> anyhow::Result<Count> {
         });
         for (target, result) in pair.iter().zip(results) {
             match result {
-                Ok(()) => count.passed += 1,
-                Err(error) => {
-                    println!("{target}: {error:#}");
-                    count.failed += 1;
-                }
+                Ok(()) => count.pass(),
+                Err(error) => count.fail(format_args!("{target}: {error:#}")),
             }
         }
     }

@@ -62,19 +62,26 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         println!("\n== {name}");
         let start = Instant::now();
         let count = step(arguments).unwrap_or_else(|error| {
-            println!("{name}: {error:#}");
-            Count::FAILED
+            let mut count = Count::default();
+            count.fail(format_args!("{error:#}"));
+            count
         });
         rows.push((name, count, start.elapsed()));
     }
 
     println!("\n{:<12} {:>8} {:>8} {:>8}", "step", "passed", "failed", "seconds");
-    for (name, Count { passed, failed }, took) in &rows {
-        println!("{name:<12} {passed:>8} {failed:>8} {:>8}", took.as_secs());
+    for (name, Count { passed, failures }, took) in &rows {
+        println!("{name:<12} {passed:>8} {:>8} {:>8}", failures.len(), took.as_secs());
+    }
+    println!();
+    for (name, Count { failures, .. }, _) in &rows {
+        for failure in failures {
+            println!("{name}: {failure}");
+        }
     }
     let passed: u64 = rows.iter().map(|(_, count, _)| count.passed).sum();
-    let failed: u64 = rows.iter().map(|(_, count, _)| count.failed).sum();
-    println!("\n{passed} passed, {failed} failed");
+    let failed: usize = rows.iter().map(|(_, count, _)| count.failures.len()).sum();
+    println!("{passed} passed, {failed} failed");
     ensure!(failed == 0, "not everything ran and passed");
     Ok(())
 }

@@ -12,7 +12,7 @@ pub(super) fn check() -> anyhow::Result<Count> {
     for features in ["--no-default-features", "--all-features"] {
         let arguments = ["check", "--locked", "--package", "fastswan", features, "--target-dir"];
         succeed(toolchain_cargo(TOOLCHAIN).args(arguments).arg(format!("target/rust-{TOOLCHAIN}")))?;
-        count.passed += 1;
+        count.pass();
     }
     Ok(count)
 }

@@ -124,12 +124,7 @@ pub(crate) fn check() -> anyhow::Result<Count> {
     let mut count = Count::default();
     for judged in in_guests(&trial, &Kernel::ALL)? {
         let failures = judged.failures(&trial);
-        if failures.is_empty() {
-            count.passed += 1;
-        } else {
-            println!("{}", failures.join("\n"));
-            count.failed += 1;
-        }
+        count.expect(failures.is_empty(), failures.join("\n"));
     }
     Ok(count)
 }

@@ -139,9 +139,7 @@ fn act(mirror: &mut Mirror, program: &mut ProgRun) -> anyhow::Result<()> {
             }
             Action::RemovePort { ifindex, vlan } => table.remove_port(ifindex, vlan),
             Action::SetPort(port) => table.set_port(&port)?,
-            Action::Renew { until } => {
-                table.renew_lease(until.saturating_duration_since(Instant::now()));
-            }
+            Action::Renew { until } => table.renew_lease(until),
             // Its frames are given to the program by hand.
             Action::Attach { interfaces } => {
                 for ifindex in interfaces {
