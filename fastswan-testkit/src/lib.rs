@@ -9,6 +9,7 @@
 //! - [`conformance`]: the program against the model, at random;
 //! - [`oracle`]: the kernel as judge of the whole mirror;
 //! - [`chaos`]: everything changes at once, as fast as the kernel takes it;
+//! - [`host_facts`]: what is followed of a host, compared with what is read;
 //! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
@@ -20,6 +21,7 @@ pub mod chaos;
 pub mod conformance;
 pub mod frames;
 pub mod guest;
+pub mod host_facts;
 pub mod lab;
 pub mod model;
 pub mod oracle;

@@ -1,7 +1,7 @@
 //! Host facts as the kernel tells them, in namespaces that were set up for it.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::BTreeSet,
     fmt::Write as _,
     fs,
     net::IpAddr,
@@ -10,11 +10,12 @@ use std::{
 
 use fastswan::{
     HostEvent, HostFacts, HostSource as _, NetlinkHost,
-    host::{BrokenHostRule, HostChange, Link, Neighbour, Route, RouteKind, Rule},
+    host::{BrokenHostRule, HostChange, Link, Neighbour, RouteKind, Rule},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
 use fastswan_testkit::{
+    host_facts::{difference, sorted},
     lab::{self, Namespace},
     site::{CLIENT, LAN, PEER, Site},
 };
@@ -319,41 +320,6 @@ impl Followed {
 
 /// Until a follower knows again what was doubtful.
 const SOON: Duration = Duration::from_secs(5);
-
-/// In an order of its own, which lets routes of one prefix be as they are.
-fn sorted(mut facts: HostFacts) -> HostFacts {
-    // Beside a route with several next hops, a dump of IPv6 leaves out others.
-    let is_unclear = |route: &Route| route.destination.addr().is_ipv6() && route.kind == RouteKind::Unclear;
-    let unclear: HashSet<_> =
-        facts.routes.iter().filter(|one| is_unclear(one)).map(|one| (one.table, one.destination)).collect();
-    facts.routes.retain(|route| !unclear.contains(&(route.table, route.destination)));
-    let unclear = unclear.into_iter().map(|(table, prefix)| Route::new(table, prefix, RouteKind::Unclear));
-    facts.routes.extend(unclear);
-    facts.links.sort_by_key(|link| link.ifindex);
-    // Source-specific routes are in tables of their own.
-    facts.routes.sort_by_key(|route| (route.table, route.destination, route.source));
-    facts.rules.sort_by_key(|rule| (rule.family == Family::V6, rule.priority));
-    facts.neighbours.sort_by_key(|neighbour| (neighbour.ifindex, neighbour.destination));
-    facts
-}
-
-fn difference(told: &HostFacts, read: &HostFacts) -> String {
-    fn lines<T: std::fmt::Debug + PartialEq>(what: &str, told: &[T], read: &[T]) -> String {
-        let only = |these: &[T], those: &[T]| {
-            let only: Vec<_> =
-                these.iter().filter(|one| !those.contains(one)).map(|one| format!("{one:?}")).collect();
-            only.join("\n    ")
-        };
-        if told == read {
-            return String::new();
-        }
-        format!("{what}:\n  told {}\n  read {}\n", only(told, read), only(read, told))
-    }
-    lines("links", &told.links, &read.links)
-        + &lines("routes", &told.routes, &read.routes)
-        + &lines("rules", &told.rules, &read.rules)
-        + &lines("neighbours", &told.neighbours, &read.neighbours)
-}
 
 /// Within a runtime, with a host source that was opened in the gateway's namespace and has told everything.
 fn following(what: &str, tell: impl AsyncFnOnce(&Namespace, Followed) + Send) {

@@ -19,7 +19,11 @@ use fastswan::{
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
 
-use super::offload::is_offered;
+use super::{
+    hindrance::{Hindrance, noise},
+    judge::{Packet, inside},
+    offload::is_offered,
+};
 use crate::requests::Change;
 
 /// Policies that are there at the same time, without those that expire.
@@ -39,6 +43,8 @@ const BURST_EVERY: u64 = 10;
 const CALM_EVERY: u64 = 40;
 const CALM_ROUND: usize = 400;
 const BURST: Range<usize> = 2000..4000;
+/// Packets that are looked at while something is in their way.
+const MOST_LOOKS: usize = 50;
 
 /// Something that happens.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,6 +75,12 @@ pub(super) enum Step {
     Port(u8),
     /// A device comes and goes.
     Device,
+    /// Something comes in the way of packets.
+    Hinder(Hindrance),
+    /// It goes, after these packets have been looked at: none of them may be fast.
+    Relent(Vec<Packet>),
+    /// Unrelated routes and neighbours come and go.
+    Noise(String),
 }
 
 /// A step, and the policies that may be fast until then and not any longer.
@@ -96,6 +108,9 @@ pub(super) struct World {
     /// The last two bytes of the latest destination that nothing else has to do with.
     hosts: u16,
     rounds: u64,
+    /// Whether the host changes too, and what is in the way of packets now.
+    changes_host: bool,
+    hindrance: Option<Hindrance>,
 }
 
 impl World {
@@ -111,7 +126,14 @@ impl World {
             spis: 0x100,
             hosts: 0,
             rounds: 0,
+            changes_host: false,
+            hindrance: None,
         }
+    }
+
+    /// Has the host change as well.
+    pub(super) fn change_host(self, changes: bool) -> Self {
+        Self { changes_host: changes, ..self }
     }
 
     /// What happens between two quiet points.
@@ -135,10 +157,11 @@ impl World {
         round
     }
 
-    /// What happens before a quiet point, whatever has become of the round: the kernel has all that was offloaded, and
-    /// every peer has an association.
-    pub(super) fn settle(&mut self) -> Vec<Happening> {
+    /// What happens before a quiet point, whatever has become of the round: the kernel has all that was offloaded, every
+    /// peer has an association, and nothing is in the way.
+    pub(super) fn settle(&mut self, rng: &mut StdRng) -> Vec<Happening> {
         let mut end: Vec<Happening> = (0..PEERS).map(|peer| happening(self.allocate(peer * 2 + 1))).collect();
+        end.extend(self.relent(rng));
         if std::mem::take(&mut self.loaded) {
             end.push(self.lose_device());
         }
@@ -146,6 +169,13 @@ impl World {
     }
 
     fn happening(&mut self, rng: &mut StdRng) -> Happening {
+        if self.changes_host {
+            match rng.random_range(0..1000) {
+                0 => return self.relent(rng).unwrap_or_else(|| self.hinder(rng)),
+                1 => return happening(Step::Noise(noise(rng))),
+                _ => {}
+            }
+        }
         match rng.random_range(0..10_000) {
             0..300 => {
                 let policy = self.temporary(rng);
@@ -290,6 +320,26 @@ impl World {
         self.spis += 1;
         let sa = SecurityAssociation { offload, ..SecurityAssociation::for_template(&template, self.spis) };
         happening(Step::Offload(sa, policies))
+    }
+
+    fn hinder(&mut self, rng: &mut StdRng) -> Happening {
+        let hindrance = Hindrance::draw(rng);
+        self.hindrance = Some(hindrance.clone());
+        happening(Step::Hinder(hindrance))
+    }
+
+    /// What is in the way goes, if there is anything.
+    fn relent(&mut self, rng: &mut StdRng) -> Option<Happening> {
+        let Hindrance { concerns, .. } = self.hindrance.take()?;
+        let concerned = self.policies.iter().filter(|policy| is_offered(policy)).filter_map(|policy| {
+            let Selector { source, destination, .. } = policy.id.selector;
+            concerns.part_of(source, destination)
+        });
+        let packets = concerned.take(MOST_LOOKS).map(|(source, destination)| {
+            let host = rng.random();
+            Packet { source: inside(source, host), destination: inside(destination, host) }
+        });
+        Some(happening(Step::Relent(packets.collect())))
     }
 
     fn lose_device(&mut self) -> Happening {
@@ -455,7 +505,7 @@ mod tests {
     #[test]
     fn a_seed_repeats_the_changes() {
         let rounds = |seed| {
-            let (mut rng, mut world) = (StdRng::seed_from_u64(seed), World::new(7));
+            let (mut rng, mut world) = (StdRng::seed_from_u64(seed), World::new(7).change_host(true));
             [world.round(&mut rng), world.round(&mut rng), world.round(&mut rng)]
         };
         assert_eq!(rounds(1), rounds(1));

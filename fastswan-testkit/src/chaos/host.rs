@@ -1,7 +1,12 @@
 //! The host that everything happens on.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    io::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    process::{Command, Stdio},
+};
 
+use anyhow::{Context as _, ensure};
 use fastswan::policy::MacAddr;
 
 use crate::lab::{End, LabError, Namespace, join};
@@ -83,6 +88,36 @@ impl Host {
     pub(super) fn change_devices(&self) -> Result<(), LabError> {
         self.gateway.ip("link add idle0 type veth peer name idle1")?;
         self.gateway.ip("link delete idle0").map(drop)
+    }
+
+    /// Runs command lines of `ip`, `nft` and `sysctl` on it.
+    pub(super) fn run(&self, lines: &[String]) -> anyhow::Result<()> {
+        lines.iter().try_for_each(|line| {
+            let (program, arguments) = line.split_once(' ').context("a program and its arguments")?;
+            if program == "sysctl" {
+                let (key, value) = arguments.split_once('=').context("a sysctl and its value")?;
+                return Ok(self.gateway.sysctl(key, value)?);
+            }
+            self.feed(program, &arguments.split_whitespace().collect::<Vec<_>>(), "")
+        })
+    }
+
+    /// Gives lines to `ip -batch`.
+    pub(super) fn batch(&self, lines: &str) -> anyhow::Result<()> {
+        self.feed("ip", &["-batch", "-"], lines)
+    }
+
+    fn feed(&self, program: &str, arguments: &[&str], lines: &str) -> anyhow::Result<()> {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child =
+            self.gateway.enter(|| command.spawn()).with_context(|| format!("running {program}"))?;
+        // What does not want it says why.
+        let _ = child.stdin.take().context("a pipe")?.write_all(lines.as_bytes());
+        let output = child.wait_with_output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), error.trim());
+        Ok(())
     }
 
     /// Takes the device down, or brings it back. Returns when the kernel has done so.

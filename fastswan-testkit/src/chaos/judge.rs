@@ -26,7 +26,7 @@ pub(super) enum Expected {
 }
 
 /// A packet of UDP.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Packet {
     pub(super) source: IpAddr,
     pub(super) destination: IpAddr,
@@ -77,7 +77,7 @@ pub(super) fn frame(selector: &Selector, host: u32) -> Vec<u8> {
 
 /// A host inside a prefix: neither its first nor its last address, which may be broadcast addresses, nor that of a
 /// gateway, unless there are no others.
-fn inside(prefix: IpNet, host: u32) -> IpAddr {
+pub(super) fn inside(prefix: IpNet, host: u32) -> IpAddr {
     let free = u32::from(prefix.max_prefix_len() - prefix.prefix_len()).min(16);
     let last = (1_u32 << free) - 1;
     let host = if last > 3 { 2 + host % (last - 2) } else { host & last };

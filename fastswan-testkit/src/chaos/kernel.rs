@@ -7,21 +7,23 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use fastswan::{Policy, Snapshot, XdpForwarder, forwarder::RunAction};
+use fastswan::{HostFacts, NetlinkHost, Policy, Snapshot, XdpForwarder, forwarder::RunAction};
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use super::{
     changes::{Happening, Step},
+    hindrance::Hindrance,
     host::{ADDRESS, ADDRESS_V6, Host, MOVED, MOVED_V6},
     judge::{Expected, Packet, difference, expected, sorted},
     lag::{Lags, Note, Subject},
     mirror::Question,
     offload::pretend_snapshot,
     report::Report,
-    witness::Ended,
+    witness::{Ended, tick},
 };
 use crate::{
+    host_facts,
     promote::named,
     requests::{self, BATCH, Change, Message, Requests, request},
     xfrm::{Group, inject},
@@ -45,6 +47,8 @@ pub(super) struct Kernel<'r> {
     lags: Lags,
     /// Of the packets that are judged.
     rng: StdRng,
+    /// What is in the way of packets, and since when.
+    hindrance: Option<(Hindrance, Instant)>,
 }
 
 /// What the mirror is, when nothing changes.
@@ -68,7 +72,8 @@ impl<'r> Kernel<'r> {
         notes: Receiver<Note>,
     ) -> anyhow::Result<Self> {
         let (requests, rng) = (Requests::open()?, StdRng::seed_from_u64(0));
-        Ok(Self { host, forwarder, requests, asking, ending, notes, lags: Lags::default(), rng })
+        let lags = Lags::default();
+        Ok(Self { host, forwarder, requests, asking, ending, notes, lags, rng, hindrance: None })
     }
 
     pub(super) fn into_lags(self) -> Lags {
@@ -142,8 +147,39 @@ impl<'r> Kernel<'r> {
                 self.host.change_devices()?;
                 report.host_changes += 1;
             }
+            Step::Hinder(hindrance) => {
+                self.host.run(&hindrance.comes)?;
+                self.hindrance = Some((hindrance, Instant::now()));
+                report.host_changes += 1;
+            }
+            Step::Relent(packets) => self.relent(&packets, report)?,
+            Step::Noise(lines) => {
+                self.host.batch(&lines)?;
+                report.host_changes += 1;
+            }
         }
         self.end(&ended);
+        Ok(())
+    }
+
+    /// Looks at packets, once they may not be fast any longer, and takes away what is in their way.
+    fn relent(&mut self, packets: &[Packet], report: &mut Report) -> anyhow::Result<()> {
+        let Some((hindrance, since)) = self.hindrance.take() else { return Ok(()) };
+        let allowed = hindrance.within + tick()?;
+        if !packets.is_empty() {
+            thread::sleep(allowed.saturating_sub(since.elapsed()));
+        }
+        for packet in packets {
+            let after = since.elapsed();
+            let run = self.forwarder.run(&packet.frame(), self.host.ingress)?;
+            report.host_looks += 1;
+            if after > allowed && run.action != RunAction::Pass {
+                let Packet { source, destination } = packet;
+                let what = hindrance.comes.join("; ");
+                report.diverged(format!("{source} → {destination} is still fast {after:?} after `{what}`"));
+            }
+        }
+        self.host.run(&hindrance.goes)?;
         Ok(())
     }
 
@@ -177,6 +213,8 @@ impl<'r> Kernel<'r> {
 
     /// Waits until the mirror has caught up, and judges it.
     pub(super) fn be_quiet(&mut self, report: &mut Report) -> anyhow::Result<()> {
+        // If the time is over, it has not gone yet.
+        self.relent(&[], report)?;
         let begin = Instant::now();
         // Since when the mirror says that it knows everything, and does not.
         let mut behind: Option<Instant> = None;
@@ -211,9 +249,14 @@ impl<'r> Kernel<'r> {
 
     fn judge(&mut self, report: &mut Report) -> anyhow::Result<State> {
         let kernel = self.dump()?;
-        let Some(mirror) = self.ask()? else { return Ok(State::Stale) };
+        let read = host_facts::sorted(NetlinkHost::read_once()?);
+        let Some((mirror, told)) = self.ask()? else { return Ok(State::Stale) };
         if kernel != mirror {
             return Ok(State::Behind(difference(&kernel, &mirror)));
+        }
+        let told = host_facts::sorted(told);
+        if read != told {
+            return Ok(State::Behind(host_facts::difference(&told, &read)));
         }
         let (mut fast, mut wrong, mut slow) = (0, None, None);
         for _ in 0..PACKETS {
@@ -256,7 +299,7 @@ impl<'r> Kernel<'r> {
     }
 
     /// What the mirror has, if it knows everything.
-    fn ask(&self) -> anyhow::Result<Option<Snapshot>> {
+    fn ask(&self) -> anyhow::Result<Option<(Snapshot, HostFacts)>> {
         let (question, answer) = oneshot::channel();
         let gone = "the mirror has ended";
         self.asking.send(question).ok().context(gone)?;

@@ -9,8 +9,9 @@ use std::{
 
 use async_trait::async_trait;
 use fastswan::{
-    BpfTable, Database, Gateway, NetlinkHost, NetlinkSource, OffloadTable, PassReason, PolicyEvent,
-    PolicySource, Snapshot, SourceError,
+    BpfTable, Database, Gateway, HostEvent, HostFacts, HostSource, NetlinkHost, NetlinkSource, OffloadTable,
+    PassReason, PolicyEvent, PolicySource, Snapshot, SourceError,
+    host::{HostChange, HostError},
     policy::OffloadDev,
     source::{BoxFuture, NetlinkConfig},
     table::{Capacity, Devices, Port, Ports, Slot, TableCounters, TableError, TableUpdate, Traffic},
@@ -18,6 +19,7 @@ use fastswan::{
 use tokio::sync::{mpsc::UnboundedReceiver, oneshot};
 
 use super::{
+    Drops,
     host::{Host, INGRESS},
     lag::{Note, Subject},
     offload::pretend,
@@ -30,8 +32,8 @@ const AUDIT: Duration = Duration::from_millis(50);
 /// The shortest that a gateway takes.
 pub(super) const LEASE: Duration = Duration::from_millis(50);
 
-/// Asks what the database holds; `None` if it is not what the kernel has.
-pub(super) type Question = oneshot::Sender<Option<Snapshot>>;
+/// Asks what the mirror knows of policies and of the host; `None` if it knows that it does not know everything.
+pub(super) type Question = oneshot::Sender<Option<(Snapshot, HostFacts)>>;
 
 /// What became of a mirror.
 pub(super) struct Life {
@@ -40,13 +42,13 @@ pub(super) struct Life {
     pub(super) audit_repairs: u64,
 }
 
-/// Runs until nobody can ask any longer. Takes a thread that is on the host. Drops one of so many removals, if told to.
+/// Runs until nobody can ask any longer. Takes a thread that is on the host. Drops what it is told to.
 pub(super) fn run(
     table: BpfTable,
     host: &Host,
     questions: UnboundedReceiver<Question>,
     notes: &mpsc::Sender<Note>,
-    drops: Option<u64>,
+    drops: Drops,
 ) -> anyhow::Result<Life> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(follow(table, host, questions, notes, drops))
@@ -57,7 +59,7 @@ async fn follow(
     host: &Host,
     mut questions: UnboundedReceiver<Question>,
     notes: &mpsc::Sender<Note>,
-    drops: Option<u64>,
+    drops: Drops,
 ) -> anyhow::Result<Life> {
     let config = NetlinkConfig::default()
         .receive_buffer(RECEIVE_BUFFER)
@@ -70,13 +72,19 @@ async fn follow(
         loose: host.loose,
         told: Database::default(),
         notes: notes.clone(),
-        drops,
+        drops: drops.removals,
         removals: 0,
     };
     let passed = Arc::new(Mutex::new(Passed::begin()));
     let table = Timed::new(table, notes.clone(), passed.clone());
-    let mut gateway =
-        Gateway::new(source, NetlinkHost::open()?, table).with_lease(LEASE).with_interface(INGRESS);
+    let facts = Arc::new(Mutex::new(None));
+    let host = NotedHost {
+        source: NetlinkHost::with_receive_buffers(RECEIVE_BUFFER, RECEIVE_BUFFER)?,
+        facts: facts.clone(),
+        drops: drops.host_changes,
+        changes: 0,
+    };
+    let mut gateway = Gateway::new(source, host, table).with_lease(LEASE).with_interface(INGRESS);
     loop {
         let mut question = None;
         gateway.run_until(async { question = questions.recv().await }).await?;
@@ -86,7 +94,9 @@ async fn follow(
             return Ok(Life { passed, audit_repairs: database.audit_repairs() });
         };
         // Whoever does not wait for the answer does not need it.
-        let _ = question.send(database.is_current().then(|| database.snapshot()));
+        let facts = lock(&facts).clone();
+        let _ =
+            question.send(facts.filter(|_| database.is_current()).map(|facts| (database.snapshot(), facts)));
     }
 }
 
@@ -165,6 +175,57 @@ impl PolicySource for Noted {
     }
 }
 
+/// The host source, and what it has told, unless it has lost track.
+struct NotedHost {
+    source: NetlinkHost,
+    facts: Arc<Mutex<Option<HostFacts>>>,
+    drops: Option<u64>,
+    changes: u64,
+}
+
+impl NotedHost {
+    /// Loses one of so many changes, if told to.
+    fn drop_some(&mut self, changes: &mut Vec<HostChange>) {
+        let Some(every) = self.drops else { return };
+        changes.retain(|_| {
+            self.changes += 1;
+            !self.changes.is_multiple_of(every)
+        });
+    }
+}
+
+#[async_trait]
+impl HostSource for NotedHost {
+    async fn next_event(&mut self) -> Result<Option<HostEvent>, HostError> {
+        let Some(mut event) = self.source.next_event().await? else { return Ok(None) };
+        if let HostEvent::Changes(changes) = &mut event {
+            self.drop_some(changes);
+        }
+        let mut facts = lock(&self.facts);
+        match &event {
+            HostEvent::Snapshot(all) => *facts = Some(all.clone()),
+            HostEvent::Changes(changes) => {
+                if let Some(facts) = &mut *facts {
+                    for change in changes {
+                        facts.apply(change.clone());
+                    }
+                }
+            }
+            _ => *facts = None,
+        }
+        drop(facts);
+        Ok(Some(event))
+    }
+
+    fn caught_up(&mut self) -> Result<bool, HostError> {
+        self.source.caught_up()
+    }
+
+    fn resync(&mut self) {
+        self.source.resync();
+    }
+}
+
 /// Takes the processor away from the mirror from time to time, as other processes do, where it hurts most: when it
 /// knows that it has caught up and the table does not say so yet, when it is about to say so, and when it just has.
 struct Starvation {
@@ -211,8 +272,8 @@ impl Passed {
     }
 }
 
-fn lock(passed: &Mutex<Passed>) -> MutexGuard<'_, Passed> {
-    passed.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The table, whose times are noted.

@@ -8,9 +8,11 @@
 //!
 //! - the packets of a policy are still fast longer after the kernel has acknowledged its end than the shortest lease
 //!   lasts (50 ms, and a tick of the clock that ends it);
-//! - at a quiet point, when nothing changes for a moment, its database is not what the kernel has, or the program
-//!   forwards a packet that a model says it must pass, or for another policy, or never forwards one that must be
-//!   fast.
+//! - at a quiet point, when nothing changes for a moment, its database or what it knows of the host is not what the
+//!   kernel has, or the program forwards a packet that a model says it must pass, or for another policy, or never
+//!   forwards one that must be fast;
+//! - with [`Chaos::change_host`]: a packet is still fast longer after something has come in its way (a blackhole, a rule, a
+//!   filter, a device that is down) than the lease lasts, or 250 ms more where the kernel does not tell.
 //!
 //! No device here takes policies, and no association can be completed. So policies and larval associations whose reqid
 //! is odd are said to be offloaded behind the source. Those on the device that is lost from time to time are
@@ -19,6 +21,7 @@
 //! A seed repeats the changes, not their timing.
 
 mod changes;
+mod hindrance;
 mod host;
 mod judge;
 mod kernel;
@@ -35,7 +38,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use fastswan::{XdpForwarder, table::TableConfig};
+use fastswan::{XdpForwarder, forwarder::LoadConfig, table::TableConfig};
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -56,20 +59,42 @@ const TABLE: TableConfig = TableConfig { cells_v4: 16_384, cells_v6: 16_384, exc
 pub struct Chaos {
     seed: u64,
     time: Duration,
-    drops: Option<u64>,
+    changes_host: bool,
+    drops: Drops,
+}
+
+/// What the mirror is made to miss: one of so many.
+#[derive(Clone, Copy, Debug, Default)]
+struct Drops {
+    removals: Option<u64>,
+    host_changes: Option<u64>,
 }
 
 impl Chaos {
     /// Changes that depend on a seed, for so long.
     #[must_use]
     pub fn new(seed: u64, time: Duration) -> Self {
-        Self { seed, time, drops: None }
+        Self { seed, time, changes_host: false, drops: Drops::default() }
+    }
+
+    /// Changes the host as well: routes, rules, addresses, sysctls, filters, neighbours, devices.
+    #[must_use]
+    pub fn change_host(self) -> Self {
+        Self { changes_host: true, ..self }
     }
 
     /// Makes the mirror miss one of so many removals of policies, which must be noticed.
     #[must_use]
-    pub fn drop_removals(self, every: u64) -> Self {
-        Self { drops: Some(every.max(1)), ..self }
+    pub fn drop_removals(mut self, every: u64) -> Self {
+        self.drops.removals = Some(every.max(1));
+        self
+    }
+
+    /// Makes the mirror miss one of so many changes of the host, which must be noticed.
+    #[must_use]
+    pub fn drop_host_changes(mut self, every: u64) -> Self {
+        self.drops.host_changes = Some(every.max(1));
+        self
     }
 
     /// Makes chaos. Needs root.
@@ -91,7 +116,8 @@ impl Chaos {
 
     /// Takes a thread that is on the host.
     fn run_on(&self, host: &Host) -> anyhow::Result<Report> {
-        let (forwarder, table) = XdpForwarder::load(&TABLE)?;
+        // The kernel's routes would tell of what the mirror has missed.
+        let (forwarder, table) = XdpForwarder::load(LoadConfig::new(TABLE).ask_back(0))?;
         let listener = Listener::open()?;
         let (asking, questions) = unbounded_channel();
         let (noting, notes) = mpsc::channel();
@@ -110,9 +136,10 @@ impl Chaos {
             });
             let kernel = Kernel::new(host, forwarder, asking, ending, notes);
             let made = kernel.and_then(|mut kernel| {
-                let (mut world, mut rng) = (World::new(host.loose), StdRng::seed_from_u64(self.seed));
+                let (mut world, mut rng) =
+                    (World::new(host.loose).change_host(self.changes_host), StdRng::seed_from_u64(self.seed));
                 loop {
-                    for happening in world.settle() {
+                    for happening in world.settle(&mut rng) {
                         kernel.make(happening, &mut report)?;
                     }
                     kernel.be_quiet(&mut report)?;

@@ -9,8 +9,8 @@ use super::{EXAMPLES, lag::Lags, mirror::Life, witness::Testimony};
 /// The kernel's notifications that there must be in a second.
 const EVENTS_PER_SECOND: f64 = 50_000.0 / 60.0;
 /// Everything passes for less than this share of the time. That is much: each migration, each lost device and each overrun
-/// takes a new snapshot, each change of the host another one, and there are some ten of them in a second.
-const MOST_PASSED: f64 = 0.75;
+/// takes a new snapshot, and there are some ten of them in a second; on a busy machine each takes longer.
+const MOST_PASSED: f64 = 0.9;
 
 /// What a run found.
 #[derive(Clone, Debug)]
@@ -45,6 +45,8 @@ pub struct Report {
     pub fast_packets: u64,
     /// Times that packets of a policy that was gone were looked at.
     pub looks: u64,
+    /// Times that packets were looked at while something on the host was in their way.
+    pub host_looks: u64,
     /// Times that the mirror was wrong.
     pub divergences: u64,
     /// Some of them.
@@ -75,6 +77,7 @@ impl Report {
             packets: 0,
             fast_packets: 0,
             looks: 0,
+            host_looks: 0,
             divergences: 0,
             examples: Vec::new(),
             kill_switch_share: 0.0,
@@ -153,6 +156,7 @@ impl Report {
             "packets": self.packets,
             "fast_packets": self.fast_packets,
             "looks": self.looks,
+            "host_looks": self.host_looks,
             "divergences": self.divergences,
             "examples": self.examples,
             "kill_switch_share": self.kill_switch_share,

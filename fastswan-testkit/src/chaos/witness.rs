@@ -101,7 +101,7 @@ pub(super) fn run(
     ended: &Receiver<Ended>,
 ) -> anyhow::Result<Testimony> {
     let mut testimony = Testimony::default();
-    let allowed = allowed()?;
+    let allowed = LEASE + tick()?;
     let mut queues = [VecDeque::new(), VecDeque::new()];
     let mut over = false;
     while !over || queues.iter().any(|queue| !queue.is_empty()) {
@@ -132,10 +132,10 @@ pub(super) fn run(
     Ok(testimony)
 }
 
-/// As long as the lease, by the clock that the program reads, which does not tick more often than this.
-fn allowed() -> anyhow::Result<Duration> {
+/// The clock that the program reads does not tick more often than this.
+pub(super) fn tick() -> anyhow::Result<Duration> {
     let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?;
-    Ok(LEASE + Duration::from_nanos(u64::try_from(tick.num_nanoseconds())?))
+    Ok(Duration::from_nanos(u64::try_from(tick.num_nanoseconds())?))
 }
 
 impl Testimony {

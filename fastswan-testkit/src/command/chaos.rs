@@ -12,9 +12,12 @@ use super::count::Count;
 
 /// How long `cargo testkit ci` has the mirror watched, and how long until a broken one must have been noticed.
 const CI_SECONDS: u64 = 20;
+const CI_HOST_SECONDS: u64 = 60;
 const CI_MUTANT_SECONDS: u64 = 3;
-/// A removal that a broken mirror misses in so many.
+const CI_HOST_MUTANT_SECONDS: u64 = 10;
+/// A removal that a broken mirror misses in so many, and a change of the host.
 const CI_MUTANT: u64 = 100;
+const CI_HOST_MUTANT: u64 = 5;
 
 /// What `cargo testkit chaos` is told.
 #[derive(Debug, clap::Args)]
@@ -25,9 +28,13 @@ pub(crate) struct Arguments {
     /// Repeats the changes of the run that printed this number, not their timing.
     #[arg(long)]
     seed: Option<u64>,
-    /// Makes the mirror miss one of so many removals of policies, which must be noticed.
+    /// Makes the mirror miss one of so many removals of policies, or of changes of the host with `--host`, which must be
+    /// noticed.
     #[arg(long)]
     mutant: Option<u64>,
+    /// Changes the host as well: routes, rules, sysctls, filters, neighbours, devices.
+    #[arg(long)]
+    host: bool,
     /// Prints one JSON object on the last line of stdout.
     #[arg(long)]
     json: bool,
@@ -41,7 +48,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     remove_leftovers();
     clean_up_on_signals()?;
     let seed = arguments.seed.unwrap_or_else(rand::random);
-    let report = watch(seed, arguments.seconds, arguments.mutant)?;
+    let chaos = Chaos::new(seed, Duration::from_secs(arguments.seconds));
+    let report = watch(&match (arguments.host, arguments.mutant) {
+        (false, None) => chaos,
+        (false, Some(every)) => chaos.drop_removals(every),
+        (true, None) => chaos.change_host(),
+        (true, Some(every)) => chaos.change_host().drop_host_changes(every),
+    })?;
     if arguments.json {
         let mut object = report.json();
         object["mutant"] = arguments.mutant.into();
@@ -50,25 +63,26 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     acquit(&report)
 }
 
-/// For `cargo testkit ci`: a fresh seed, and a broken mirror.
+/// For `cargo testkit ci`: a fresh seed, without changes of the host and with them, and two broken mirrors.
 pub(crate) fn check() -> anyhow::Result<Count> {
-    let seed = rand::random();
-    acquit(&watch(seed, CI_SECONDS, None)?)?;
+    let chaos = |seconds| Chaos::new(rand::random(), Duration::from_secs(seconds));
+    let mut count = Count::default();
+    acquit(&watch(&chaos(CI_SECONDS))?)?;
+    count.pass();
+    println!("\nthe host changes too");
+    acquit(&watch(&chaos(CI_HOST_SECONDS).change_host())?)?;
+    count.pass();
     println!("\na mirror that misses removals: must be noticed");
-    let report = watch(seed, CI_MUTANT_SECONDS, Some(CI_MUTANT))?;
-    let mut count = Count::PASSED;
+    let report = watch(&chaos(CI_MUTANT_SECONDS).drop_removals(CI_MUTANT))?;
     count.expect(report.divergences > 0, "removals that were missed were not noticed");
+    println!("\na mirror that misses changes of the host: must be noticed");
+    let report = watch(&chaos(CI_HOST_MUTANT_SECONDS).change_host().drop_host_changes(CI_HOST_MUTANT))?;
+    count.expect(report.divergences > 0, "changes of the host that were missed were not noticed");
     Ok(count)
 }
 
 /// Runs, and prints what was found.
-fn watch(seed: u64, seconds: u64, mutant: Option<u64>) -> anyhow::Result<Report> {
-    println!("seed {seed}");
-    let chaos = Chaos::new(seed, Duration::from_secs(seconds));
-    let chaos = match mutant {
-        Some(every) => chaos.drop_removals(every),
-        None => chaos,
-    };
+fn watch(chaos: &Chaos) -> anyhow::Result<Report> {
     let report = chaos.run()?;
     println!(
         "{} events, {} overruns, {} device losses, {} quiet points; everything passed for {:.3} of the time",
@@ -80,8 +94,9 @@ fn watch(seed: u64, seconds: u64, mutant: Option<u64>) -> anyhow::Result<Report>
     let [p50, p99, max] = report.lag;
     println!("from acknowledgement to table: p50 {p50} µs, p99 {p99} µs, max {max} µs");
     println!(
-        "{} packets judged, {} of them fast, {} looks at packets of policies that were gone, {} divergences, seed {seed}",
-        report.packets, report.fast_packets, report.looks, report.divergences
+        "{} packets judged, {} of them fast, {} looks at packets of policies that were gone, {} at packets that something \
+         was in the way of, {} divergences, seed {}",
+        report.packets, report.fast_packets, report.looks, report.host_looks, report.divergences, report.seed
     );
     for example in &report.examples {
         println!("    DIVERGED {example}");
