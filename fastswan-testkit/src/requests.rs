@@ -29,6 +29,8 @@ const MIGRATE: u16 = 0x21;
 const NEWSPDINFO: u16 = 0x24;
 const SETDEFAULT: u16 = 0x27;
 const GETDEFAULT: u16 = 0x28;
+/// Linux 7.2.
+const MIGRATE_STATE: u16 = 0x29;
 
 const ATTRIBUTE_TEMPLATE: u16 = 5;
 const ATTRIBUTE_POLICY: u16 = 7;
@@ -45,6 +47,9 @@ const ATTRIBUTE_CPU: u16 = 35;
 
 /// `XFRMA_SPD_IPV4_HTHRESH` and `XFRMA_SPD_IPV6_HTHRESH`, in messages about the policy database.
 const ATTRIBUTES_THRESHOLDS: [u16; 2] = [3, 4];
+
+/// `XFRM_MIGRATE_STATE_CLEAR_OFFLOAD`
+const CLEAR_OFFLOAD: u32 = 1;
 
 /// `XFRM_STATE_WILDRECV`
 const WILDCARD_RECEIVE: u8 = 8;
@@ -296,6 +301,21 @@ pub fn migration(
     migrate.extend([old.destination, new.1].map(|outer| address_family(outer).to_ne_bytes()).concat());
     message.attribute(ATTRIBUTE_MIGRATE, &migrate);
     message.offload(offload);
+    message
+}
+
+/// The request to move one association to other outer addresses, and no policy (Linux 7.2). It loses its offload.
+#[must_use]
+pub fn moved_association(sa: &SecurityAssociation, new: (IpAddr, IpAddr)) -> Message {
+    let mut message = deleted_association(&sa.id);
+    message.0[4..6].copy_from_slice(&MIGRATE_STATE.to_ne_bytes());
+    // The rest of `struct xfrm_user_migrate_state`: no mark, and a selector that matches everything of a family.
+    message.0.extend([new.1, new.0].map(address).concat());
+    message.0.extend([0; 8]);
+    let family = address_family(new.1).to_ne_bytes();
+    message.0.extend([[0; 40].as_slice(), &family, &[0; 14]].concat());
+    message.0.extend([sa.reqid, CLEAR_OFFLOAD].map(u32::to_ne_bytes).concat());
+    message.0.extend([family, [0; 2]].concat());
     message
 }
 
@@ -564,6 +584,11 @@ mod tests {
         let id = sa.id;
         assert_eq!(content(told_association(&sa)), Content::Larval(sa));
         assert_eq!(content(deleted_association(&id)), Content::Event(PolicyEvent::SaRemoved(id)));
+        let elsewhere = ("192.0.2.1".parse().unwrap(), "192.0.2.9".parse().unwrap());
+        let sa = SecurityAssociation::for_template(&template, 0x101);
+        let moved = moved_association(&sa, elsewhere);
+        assert_eq!(moved.bytes(0, 0).len(), HEADER_LENGTH + 132, "the length that the kernel asks for");
+        assert_eq!(content(moved), Content::Migrated);
         let flushed = Content::Event(PolicyEvent::SasFlushed(u8::MAX));
         assert_eq!(content(flushed_associations()), flushed);
     }

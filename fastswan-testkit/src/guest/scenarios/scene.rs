@@ -14,8 +14,9 @@ use crate::guest::{
     wire::Wire,
 };
 
-/// What a kernel says of packets that it could do nothing with because a tunnel was not there at one of the ends.
-const WITHOUT_TUNNEL: [&str; 3] = ["XfrmInNoStates", "XfrmInNoPols", "XfrmOutPolBlock"];
+/// What a kernel says of packets that it could do nothing with because a tunnel was not there at one of the ends, or was
+/// just being deleted when it had found it.
+const WITHOUT_TUNNEL: [&str; 4] = ["XfrmInNoStates", "XfrmInStateInvalid", "XfrmInNoPols", "XfrmOutPolBlock"];
 
 /// What the gateways are to be like.
 #[derive(Clone, Copy, Debug)]
