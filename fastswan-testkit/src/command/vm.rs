@@ -104,20 +104,9 @@ fn run_scenarios(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Scenarios that do not pass in every run so far: some packets are lost while a firewall comes or goes.
-const NOT_IN_CI: [&str; 1] = ["hooks"];
-
-/// For `cargo testkit ci`: all scenarios but those, on all kernels.
+/// For `cargo testkit ci`: all scenarios, on all kernels.
 pub(crate) fn check() -> anyhow::Result<Count> {
-    let (left_out, scenarios): (Vec<_>, Vec<_>) =
-        Scenario::all().into_iter().partition(|scenario| NOT_IN_CI.contains(&scenario.name));
-    for scenario in left_out {
-        println!(
-            "NOT RUN: {} (`cargo testkit vm run {}`), which does not pass in every run",
-            scenario.name, scenario.name
-        );
-    }
-    let told = tell(&scenarios, &Kernel::ALL)?;
+    let told = tell(&Scenario::all(), &Kernel::ALL)?;
     let mut count = Count::default();
     for told in &told {
         count.passed += told.outcomes.iter().filter(|outcome| outcome.ok).count() as u64;

@@ -19,7 +19,9 @@ use crate::{
 const ELSEWHERE: &str = "192.0.2.20";
 
 pub(super) fn migrate(story: &mut Story) -> anyhow::Result<()> {
-    let plan = Plan { leak: true, refuse_clear: true, mirror: &["--guard", "on"], ..Plan::default() };
+    // For each move the stack may have looked one packet up before.
+    let mirror = &["--guard", "on"];
+    let plan = Plan { leak: true, refuse_clear: true, mirror, in_flight: 3, ..Plan::default() };
     let mut scene = Scene::established(story, plan)?;
     scene.gateways.b.ip(&format!("address add {ELSEWHERE}/24 dev nic0"))?;
     let neighbour = format!("neighbour replace {ELSEWHERE} lladdr {NIC_B} dev nic0");
