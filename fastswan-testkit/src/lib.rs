@@ -9,6 +9,7 @@
 //! - [`conformance`]: the program against the model, at random;
 //! - [`oracle`]: the kernel as judge of the whole mirror;
 //! - [`chaos`]: everything changes at once, as fast as the kernel takes it;
+//! - [`churn`]: a full table of routes that changes all the time, and how it is followed;
 //! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
@@ -17,6 +18,7 @@
 
 pub mod capture;
 pub mod chaos;
+pub mod churn;
 pub mod conformance;
 pub mod frames;
 pub mod guest;
