@@ -167,7 +167,7 @@ fn route(number: u32, hop: u32, devices: Devices) -> Route {
 
 /// Numbers of so many bits in another order, in which neighbours are far from each other.
 fn spread(number: u32, bits: u32) -> u32 {
-    number.wrapping_mul(0x9e_3779_b1) & ((1 << bits) - 1)
+    number.wrapping_mul(0x9e37_79b1) & ((1 << bits) - 1)
 }
 
 /// `struct rtmsg` and its attributes.

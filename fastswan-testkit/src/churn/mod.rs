@@ -139,46 +139,22 @@ impl Churn {
         let is_over = AtomicBool::new(false);
         let devices = kernel.devices();
         thread::scope(|scope| {
-            let churner = scope.spawn(|| {
+            let changing = scope.spawn(|| {
                 site.gateway.join_this_thread()?;
-                self.change_others(Churner::new(Kernel::open(devices)?, self.routes, self.rng(1)), &is_over)
+                change_others(Churner::new(Kernel::open(devices)?, self.routes, self.rng(1)), &is_over)
             });
-            let looker = scope.spawn(|| {
+            let looking = scope.spawn(|| {
                 site.gateway.join_this_thread()?;
                 self.look(probe, &is_over)
             });
             let led = self.lead_elsewhere(kernel, probe, report);
             is_over.store(true, Ordering::Relaxed);
-            let (changed, looked) = (joined(churner), joined(looker));
+            let (changed, looked) = (joined(changing), joined(looking));
             led?;
             (report.route_changes, report.neighbour_changes, report.churned) = changed?;
             (report.looks, report.fast) = looked?;
             Ok(())
         })
-    }
-
-    /// Changes routes and neighbours that concern no policy: how many, and for how long.
-    fn change_others(
-        &self,
-        mut churner: Churner,
-        is_over: &AtomicBool,
-    ) -> anyhow::Result<(u64, u64, Duration)> {
-        let begin = Instant::now();
-        let due =
-            |rate: u32| u64::from(rate) * u64::try_from(begin.elapsed().as_millis()).unwrap_or(0) / 1000;
-        let (mut routes, mut neighbours) = (0, 0);
-        while !is_over.load(Ordering::Relaxed) {
-            while routes < due(ROUTE_CHANGES) {
-                churner.change_route()?;
-                routes += 1;
-            }
-            while neighbours < due(NEIGHBOUR_CHANGES) {
-                churner.change_neighbour()?;
-                neighbours += 1;
-            }
-            thread::sleep(PERIOD);
-        }
-        Ok((routes, neighbours, begin.elapsed()))
     }
 
     /// Looks at packets of policies that nothing concerns: how many, and how many of them are fast.
@@ -254,6 +230,25 @@ impl Churn {
     fn rng(&self, purpose: u64) -> StdRng {
         StdRng::seed_from_u64(self.seed.wrapping_add(purpose))
     }
+}
+
+/// Changes routes and neighbours that concern no policy: how many, and for how long.
+fn change_others(mut churner: Churner, is_over: &AtomicBool) -> anyhow::Result<(u64, u64, Duration)> {
+    let begin = Instant::now();
+    let due = |rate: u32| u64::from(rate) * u64::try_from(begin.elapsed().as_millis()).unwrap_or(0) / 1000;
+    let (mut routes, mut neighbours) = (0, 0);
+    while !is_over.load(Ordering::Relaxed) {
+        while routes < due(ROUTE_CHANGES) {
+            churner.change_route()?;
+            routes += 1;
+        }
+        while neighbours < due(NEIGHBOUR_CHANGES) {
+            churner.change_neighbour()?;
+            neighbours += 1;
+        }
+        thread::sleep(PERIOD);
+    }
+    Ok((routes, neighbours, begin.elapsed()))
 }
 
 /// The site, whose gateway reaches all networks of policies and all far ends by the default route.
