@@ -10,6 +10,7 @@
 //! - [`oracle`]: the kernel as judge of the whole mirror;
 //! - [`chaos`]: everything changes at once, as fast as the kernel takes it;
 //! - [`host_facts`]: what is followed of a host, compared with what is read;
+//! - [`churn`]: a full table of routes that changes all the time, and how it is followed;
 //! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
@@ -18,6 +19,7 @@
 
 pub mod capture;
 pub mod chaos;
+pub mod churn;
 pub mod conformance;
 pub mod frames;
 pub mod guest;

@@ -82,8 +82,14 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
+    /// One for policies and associations.
     pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_XFRM)?;
+        Self::to(NETLINK_XFRM)
+    }
+
+    /// One to this part of the kernel (`NETLINK_…`).
+    pub(crate) fn to(protocol: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
         socket.bind_auto()?;
         socket.set_cap_ack(true)?;
         Ok(Self { socket, sequence: 0, buffer: vec![0; LONGEST_DATAGRAM] })
@@ -94,11 +100,20 @@ impl Requests {
         &mut self,
         messages: impl IntoIterator<Item = Message>,
     ) -> anyhow::Result<Vec<io::Result<()>>> {
+        self.make_with(0, messages)
+    }
+
+    /// The same with these flags besides (`NLM_F_…`).
+    pub(crate) fn make_with(
+        &mut self,
+        flags: u16,
+        messages: impl IntoIterator<Item = Message>,
+    ) -> anyhow::Result<Vec<io::Result<()>>> {
         let first = self.sequence + 1;
         let mut batch = Vec::new();
         for message in messages {
             self.sequence += 1;
-            batch.extend(message.bytes(REQUEST | ACKNOWLEDGE, self.sequence));
+            batch.extend(message.bytes(REQUEST | ACKNOWLEDGE | flags, self.sequence));
         }
         self.socket.send_to(&batch, &SocketAddr::new(0, 0), 0)?;
         (first..=self.sequence)
@@ -349,10 +364,16 @@ pub(crate) fn flushed_associations() -> Message {
 }
 
 impl Message {
-    fn new(kind: u16) -> Self {
+    /// One of this kind, with nothing in it.
+    pub(crate) fn new(kind: u16) -> Self {
         let mut bytes = vec![0; HEADER_LENGTH];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
         Self(bytes)
+    }
+
+    /// Puts a structure behind the header.
+    pub(crate) fn extend(&mut self, bytes: &[u8]) {
+        self.0.extend(bytes);
     }
 
     /// As it is sent.
@@ -471,7 +492,8 @@ impl Message {
         self.0.extend(selector.user.to_ne_bytes());
     }
 
-    fn attribute(&mut self, kind: u16, value: &[u8]) {
+    /// Adds an attribute.
+    pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
         let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
         self.0.extend(length.to_ne_bytes());
         self.0.extend(kind.to_ne_bytes());

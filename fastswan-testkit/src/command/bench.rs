@@ -1,4 +1,5 @@
-//! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs.
+//! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs; and how it
+//! follows a host that changes all the time.
 
 use std::{
     fs, io,
@@ -30,11 +31,15 @@ use fastswan_testkit::{
 use ipnet::{IpNet, Ipv4Net};
 use serde_json::json;
 
+mod churn;
+
 /// What is measured.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// From the kernel's policies and associations to the table, compared with only reading them.
     Mirror(Arguments),
+    /// How a gateway follows a host whose many routes change all the time.
+    Churn(churn::Arguments),
     /// One round, in a namespace that has them already.
     #[command(hide = true)]
     Round(Size),
@@ -94,6 +99,7 @@ const FIGURES: [Figure; 7] = [
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Mirror(arguments) => mirror(arguments),
+        Command::Churn(arguments) => churn::run(arguments),
         Command::Round(size) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             println!("{}", serde_json::to_string(&runtime.block_on(round(size.policies))?)?);

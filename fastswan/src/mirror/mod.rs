@@ -249,7 +249,6 @@ impl Mirror {
     /// Takes up what a host source says.
     pub fn handle_host_event(&mut self, event: HostEvent, now: Instant) {
         self.tick(now);
-        self.asking.change(now);
         match event {
             // What this mirror has asked for.
             HostEvent::Stale(HostStaleCause::Requested)
@@ -355,12 +354,12 @@ impl Mirror {
     /// Takes up how many packets the kernel's own routes disagreed about ([`Asked::differs`](crate::table::Asked)), as the
     /// table says. Call it before the host source is asked whether it has caught up.
     ///
-    /// If the source had nothing to tell, the host is stale at once, for the cause `asked_back`, and the source is asked for
-    /// everything ([`Action::ResyncHost`]), at most once a second. If it was just telling changes, a second difference that
-    /// comes 50 ms to 1 s after the first counts. Of a host that is [vouched](HostFacts::vouched) for nothing is asked.
+    /// If the source, asked 10 ms later, has nothing more to tell, and nothing of what it told has changed the table since or
+    /// in the 10 ms before, the host is stale, for the cause `asked_back`, and the source is asked for everything
+    /// ([`Action::ResyncHost`]), at most once a second. Of a host that is [vouched](HostFacts::vouched) for nothing is asked.
     pub fn handle_differences(&mut self, differs: u64, now: Instant) {
         self.tick(now);
-        self.asking.look(differs, self.is_written(), now);
+        self.asking.look(differs, now);
         self.doubt_host();
     }
 
@@ -453,6 +452,11 @@ impl Mirror {
         if let Some(update) = self.compile() {
             return Some(Action::Write(update));
         }
+        // What was told does not concern the table, so it explains no difference.
+        self.doubt_host();
+        if self.resync_is_due {
+            return self.poll_action();
+        }
         if let Some(port) = self.interfaces.next_to_set() {
             return Some(Action::SetPort(port));
         }
@@ -485,7 +489,10 @@ impl Mirror {
     /// once.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        Some(self.clock.asked()? + self.look())
+        let look = self.clock.asked()? + self.look();
+        // In vain once, it is not asked for this over and over.
+        let doubt = self.asking.due().filter(|due| self.now.is_some_and(|now| now < *due));
+        Some(doubt.map_or(look, |due| due.min(look)))
     }
 
     /// Sets how long the lease lasts, from its next renewal on.
@@ -661,7 +668,7 @@ impl Mirror {
     fn doubt_host(&mut self) {
         if !self.host.is_known() || self.is_vouched {
             self.asking.forget();
-        } else if self.now.is_some_and(|now| self.asking.convict(now)) {
+        } else if self.is_written() && self.now.is_some_and(|now| self.asking.convict(now)) {
             self.host.lose_track(ASKED_BACK);
             self.resync_is_due = true;
         }
