@@ -15,10 +15,11 @@ use crate::host::BrokenHostRule;
 use crate::{
     host::{Hook, HostChange, HostError, HostEvent, HostFacts, HostStaleCause},
     netlink::{
-        Anchor, BackOff, Datagram, Follower, Found, HookWatch, HostSockets, Job, NetlinkSocket, Sysctls,
-        Told, Wanted, hear, heard_device, read_all, read_hooks, read_host, read_neighbours, read_routes,
-        read_rules, read_sysctls, remedy,
+        Anchor, BackOff, Datagram, Follower, Found, HookWatch, HostSockets, Job, NetlinkSocket, Question,
+        Sysctls, Told, Wanted, hear, heard_device, read_all, read_hooks, read_host, read_neighbours,
+        read_path_mtus, read_routes, read_rules, read_sysctls, remedy, take_icmp,
     },
+    policy::Family,
 };
 
 /// What a burst of changes brings: some 40,000 notifications, and a tenth of that about neighbours.
@@ -139,6 +140,7 @@ enum Woken {
     Found(Result<Found, HostError>),
     Sysctls(Result<Sysctls, HostError>),
     Hooks(io::Result<Vec<Hook>>),
+    Icmp((Family, io::Result<Option<Question>>)),
 }
 
 impl NetlinkHost {
@@ -208,7 +210,8 @@ impl NetlinkHost {
     /// Begins to read everything.
     fn begin(&mut self) -> Result<(), HostError> {
         // What was told before may have gaps.
-        let HostSockets { route, neighbours, devices } = &mut self.sockets;
+        let HostSockets { route, neighbours, devices, icmp } = &mut self.sockets;
+        [Family::V4, Family::V6].into_iter().for_each(|family| icmp.discard(family));
         for socket in [Some(route), Some(neighbours), devices.as_mut()].into_iter().flatten() {
             for _ in 0..MOST_UNREAD {
                 match socket.try_receive() {
@@ -254,6 +257,7 @@ impl NetlinkHost {
                     following.take_found(now, &self.anchor);
                     following.start_reading(now, &self.anchor);
                 }
+                self.sockets.icmp.follow(following.follower.path_mtus(), now);
                 following.follower.handle_time(now);
                 if following.follower.doubts_sysctls() && matches!(following.sysctls, Look::Waiting(_)) {
                     following.sysctls = Look::Waiting(now);
@@ -362,6 +366,9 @@ impl NetlinkHost {
                 if beginning.has_lost_neighbours {
                     follower.lose_neighbours();
                 }
+                for family in self.sockets.icmp.unheard() {
+                    follower.path_mtus().poll(family, now);
+                }
                 self.back_off.settled(now);
                 self.ready.push_back(HostEvent::Snapshot(facts));
                 let sysctls = Look::Waiting(now + SYSCTLS);
@@ -388,7 +395,7 @@ impl NetlinkHost {
             }
             return self.begin();
         }
-        let HostSockets { route, neighbours, devices } = &mut self.sockets;
+        let HostSockets { route, neighbours, devices, icmp } = &mut self.sockets;
         let woken = match &mut self.state {
             State::Waiting(_) => Woken::Again,
             State::Reading(beginning) => tokio::select! {
@@ -399,11 +406,14 @@ impl NetlinkHost {
             },
             State::Following(following) => {
                 let due = following.follower.due(following.reading.is_some() || following.found.is_some());
+                let listens =
+                    [Family::V4, Family::V6].map(|family| following.follower.path_mtus().listens(family));
                 let Following { reading, sysctls, .. } = &mut **following;
                 tokio::select! {
                     told = route.receive() => Woken::Route(told),
                     told = neighbours.receive() => Woken::Neighbours(told),
                     told = device(devices) => Woken::Device(told),
+                    message = icmp.receive(listens) => Woken::Icmp(message),
                     found = found(reading) => Woken::Found(found),
                     hooks = self.hooks.changed() => Woken::Hooks(hooks),
                     looked = sysctls.looked() => looked.map_or(Woken::Again, Woken::Sysctls),
@@ -423,6 +433,11 @@ impl NetlinkHost {
                 self.hear_neighbours(told, now)?;
             }
             Woken::Device(told) => self.hear_device(told)?,
+            Woken::Icmp((family, message)) => {
+                if let State::Following(following) = &mut self.state {
+                    take_icmp(message, family, following.follower.path_mtus(), now);
+                }
+            }
             Woken::Hooks(hooks) => {
                 let hooks = hooks.map_err(|error| system(FOLLOWING_HOOKS, error))?;
                 self.take_hooks(hooks);
@@ -483,6 +498,7 @@ impl Following {
             }
             Wanted::Rules(family) => read_rules(family).map(|rules| Found::Rules(family, rules)),
             Wanted::Neighbours => read_neighbours().map(Found::Neighbours),
+            Wanted::PathMtus(family) => read_path_mtus(family).map(|read| Found::PathMtus(family, read)),
         });
         self.reading = Some((wanted.without_routes(), job));
     }
