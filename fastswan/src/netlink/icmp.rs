@@ -250,3 +250,80 @@ fn question(family: Family, message: &[u8]) -> Option<Question> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a raw socket gets it: "fragmentation needed, and DF set" from 192.0.2.2 to 192.0.2.1 with a path MTU of 1300, about an
+    /// ESP packet of type of service 0xb9 to 198.51.100.7.
+    const FRAGMENTATION_NEEDED: [u8; 56] = [
+        0x45, 0xc0, 0, 56, 0, 0, 0, 0, 64, 1, 0xf6, 0x08, 192, 0, 2, 2, 192, 0, 2, 1, // IPv4
+        3, 4, 0, 0, 0, 0, 0x05, 0x14, // ICMP
+        0x45, 0xb9, 0x05, 0xdc, 0, 0, 0x40, 0, 63, 50, 0, 0, 192, 0, 2, 1, 198, 51, 100, 7, // IPv4
+        0, 0, 1, 0, 0, 0, 0, 1, // ESP
+    ];
+
+    /// The same of ICMPv6: "packet too big" about a packet from `2001:db8:f::1` to `2001:db8:2::9`.
+    fn too_big() -> Vec<u8> {
+        let mut message = vec![2, 0, 0, 0, 0, 0, 0x05, 0x14, 0x60, 0, 0, 0, 0, 64, 50, 64];
+        for address in ["2001:db8:f::1", "2001:db8:2::9"] {
+            message.extend(address.parse::<Ipv6Addr>().unwrap().octets());
+        }
+        message
+    }
+
+    fn asked(destination: &str, source: &str, tos: u8) -> Option<Question> {
+        Some(Question { destination: destination.parse().unwrap(), source: source.parse().unwrap(), tos })
+    }
+
+    #[test]
+    fn the_kernel_is_asked_about_the_packet_that_a_message_quotes() {
+        let about = asked("198.51.100.7", "192.0.2.1", 0xb8);
+        assert_eq!(question(Family::V4, &FRAGMENTATION_NEEDED), about);
+        assert_eq!(question(Family::V6, &too_big()), asked("2001:db8:2::9", "2001:db8:f::1", 0));
+        // With options in the header of the message.
+        let mut longer = FRAGMENTATION_NEEDED.to_vec();
+        longer[0] = 0x47;
+        longer.splice(20..20, [1; 8]);
+        assert_eq!(question(Family::V4, &longer), about);
+    }
+
+    #[test]
+    fn a_message_that_is_cut_off_or_of_another_kind_asks_nothing() {
+        for (family, message, needed) in
+            [(Family::V4, FRAGMENTATION_NEEDED.to_vec(), 48), (Family::V6, too_big(), 48)]
+        {
+            for length in 0..message.len() {
+                let asks = question(family, &message[..length]).is_some();
+                assert_eq!(asks, length >= needed, "{family:?} {length}");
+            }
+        }
+        let mut other = FRAGMENTATION_NEEDED;
+        other[21] = 3;
+        assert_eq!(question(Family::V4, &other), None, "port unreachable");
+        let mut other = too_big();
+        other[0] = 1;
+        assert_eq!(question(Family::V6, &other), None, "destination unreachable");
+        for byte in 0..=u8::MAX {
+            for length in 0..LONGEST {
+                let _ = question(Family::V4, &vec![byte; length]);
+                let _ = question(Family::V6, &vec![byte; length]);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_kernel_answers_a_question_about_any_address() {
+        let mut kernel = Requests::open(NETLINK_ROUTE).unwrap();
+        for (destination, source) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("::1", "::1"),
+            ("192.0.2.77", "198.51.100.77"),
+            ("0.0.0.0", "0.0.0.0"),
+        ] {
+            let question = asked(destination, source, 0xfc).unwrap();
+            assert_eq!(ask_path_mtu(&mut kernel, &question).unwrap(), None, "{question:?}");
+        }
+    }
+}

@@ -457,3 +457,244 @@ impl Learnt {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn address(number: u32) -> IpAddr {
+        Ipv4Addr::from(0x0a00_0000 + number).into()
+    }
+
+    fn question(number: u32) -> Question {
+        Question { destination: address(number), source: address(0), tos: 0 }
+    }
+
+    fn read(all: &[(u32, u32)]) -> PathMtusRead {
+        let mut read = PathMtusRead::default();
+        all.iter().for_each(|(number, mtu)| read.take(PathMtu { destination: address(*number), mtu: *mtu }));
+        read
+    }
+
+    fn is(number: u32, mtu: u32) -> HostChange {
+        HostChange::PathMtu(PathMtu { destination: address(number), mtu })
+    }
+
+    fn begin(known: &[(u32, u32)], now: Instant) -> PathMtus {
+        PathMtus::new([read(known), PathMtusRead::default()], now)
+    }
+
+    /// After so many milliseconds.
+    fn at(start: Instant, milliseconds: u64) -> Instant {
+        start + Duration::from_millis(milliseconds)
+    }
+
+    #[test]
+    fn a_message_is_asked_about_at_once_and_twice_more() {
+        let start = Instant::now();
+        let mut mtus = begin(&[], start);
+        mtus.hear(question(1), start);
+        assert_eq!(mtus.due(false), Some(start));
+        assert_eq!(mtus.questions(start), [question(1)]);
+        mtus.answered(&question(1), None, start);
+        assert_eq!(mtus.changes(), [], "the kernel may not have taken it up");
+        assert_eq!(mtus.questions(at(start, 19)), []);
+        assert_eq!(mtus.questions(at(start, 20)), [question(1)]);
+        mtus.answered(&question(1), Some(1300), start);
+        assert_eq!(mtus.changes(), [is(1, 1300)]);
+        assert_eq!(mtus.questions(at(start, 150)), [question(1)]);
+        mtus.answered(&question(1), Some(1300), start);
+        assert_eq!((mtus.changes(), mtus.questions(at(start, 900))), (vec![], vec![]));
+        assert_eq!(mtus.facts(), (vec![PathMtu { destination: address(1), mtu: 1300 }], vec![]));
+    }
+
+    #[test]
+    fn however_many_messages_quote_a_packet_it_is_asked_about_at_intervals_and_after_the_last() {
+        let start = Instant::now();
+        let mut mtus = begin(&[], start);
+        let mut times = Vec::new();
+        for now in 0..1000 {
+            if now <= 500 {
+                mtus.hear(question(1), at(start, now));
+            }
+            times.extend(mtus.questions(at(start, now)).iter().map(|_| now));
+        }
+        assert!(times.len() < 20, "{times:?}");
+        assert!(times.last().is_some_and(|last| (650..=700).contains(last)), "{times:?}");
+    }
+
+    #[test]
+    fn an_answer_only_lessens_what_is_known_and_a_reading_of_all_says_what_is_gone() {
+        let start = Instant::now();
+        let mut mtus = begin(&[(1, 1300), (2, 1400), (3, 1350)], start);
+        mtus.answered(&question(1), Some(1400), start);
+        mtus.answered(&question(2), None, start);
+        assert_eq!(mtus.changes(), [], "another route may have what is known");
+        assert_eq!(mtus.start_reading(at(start, 4999)), None);
+        let now = start + PAUSE;
+        assert_eq!((mtus.due(false), mtus.start_reading(now)), (Some(now), Some(Family::V4)));
+        // Learnt while it is read.
+        mtus.answered(&question(4), Some(1200), now);
+        mtus.answered(&question(3), Some(1250), now);
+        mtus.changes();
+        mtus.finish_reading(Family::V4, read(&[(1, 1400), (3, 1350)]), 0, now + SECOND);
+        assert_eq!(mtus.changes(), [HostChange::PathMtuGone(address(2)), is(1, 1400)]);
+        assert_eq!(mtus.start_reading(now + SECOND), Some(Family::V6));
+        mtus.finish_reading(Family::V6, read(&[]), 0, now + SECOND);
+        assert_eq!(mtus.due(false), Some(now + SECOND + PAUSE), "a short one is repeated after the pause");
+    }
+
+    #[test]
+    fn a_reading_that_takes_long_is_repeated_seldom_and_one_that_fails_is_tried_again() {
+        let start = Instant::now();
+        let mut mtus = begin(&[(1, 1300)], start);
+        let mut now = start + PAUSE;
+        assert_eq!(mtus.start_reading(now), Some(Family::V4));
+        now += SECOND;
+        mtus.finish_reading(Family::V4, read(&[(1, 1300)]), 0, now);
+        assert_eq!(mtus.start_reading(now), Some(Family::V6));
+        mtus.give_up(Family::V6, now);
+        assert_eq!(mtus.changes(), [], "what is new is heard all the same");
+        assert_eq!(mtus.start_reading(now + PAUSE), Some(Family::V6));
+        assert_eq!(mtus.start_reading(now + PAUSE * 9), None);
+        assert_eq!(mtus.start_reading(now + PAUSE_SHARE * SECOND), Some(Family::V4));
+    }
+
+    /// Loses and reads until path MTUs are clear; returns how long that took.
+    fn clear_up(mtus: &mut PathMtus, start: Instant) -> Duration {
+        let mut now = start;
+        for _ in 0..1000 {
+            now = mtus.due(false).unwrap();
+            assert_eq!(mtus.questions(now), []);
+            mtus.start_settling(now);
+            if let Some(family) = mtus.start_reading(now) {
+                assert!(family == Family::V6 || !mtus.listens(family), "only what is unclear");
+                mtus.finish_reading(family, read(&[(1, 1300)]), 0, now);
+            }
+            if mtus.listens(Family::V4) {
+                break;
+            }
+        }
+        now - start
+    }
+
+    #[test]
+    fn too_many_questions_make_the_family_unclear_until_all_has_been_read() {
+        let start = Instant::now();
+        let mut mtus = begin(&[(1, 1300)], start);
+        let most = u32::try_from(MOST_QUESTIONS).unwrap();
+        (0..most).for_each(|number| mtus.hear(question(number), start));
+        assert_eq!((mtus.changes(), mtus.listens(Family::V4)), (vec![], true));
+        assert_eq!(mtus.questions(start).len(), MOST_AT_ONCE, "the rest in the next turns");
+        mtus.hear(question(most), start);
+        assert_eq!(mtus.changes(), [HostChange::UnclearPathMtus(vec![Family::V4])]);
+        assert!(!mtus.listens(Family::V4) && mtus.listens(Family::V6));
+        mtus.hear(question(1), start);
+        assert_eq!(mtus.questions(start), [], "it will be read");
+        assert_eq!(mtus.facts().1, [Family::V4]);
+
+        assert_eq!(clear_up(&mut mtus, start), SETTLE, "the first time there is no pause");
+        assert_eq!(mtus.changes(), [HostChange::UnclearPathMtus(vec![])]);
+        mtus.hear(question(2), start + SECOND);
+        assert_eq!(mtus.questions(start + SECOND), [question(2)]);
+    }
+
+    #[test]
+    fn who_loses_messages_again_and_again_is_read_after_pauses_that_grow() {
+        let start = Instant::now();
+        let mut mtus = begin(&[], start);
+        mtus.lose(Family::V4, start);
+        let mut now = start;
+        let mut pauses = Vec::new();
+        for _ in 0..12 {
+            assert_eq!(mtus.start_settling(now), Some(Family::V4));
+            now += SETTLE;
+            assert_eq!(mtus.start_reading(now), Some(Family::V4));
+            mtus.lose(Family::V4, now);
+            mtus.finish_reading(Family::V4, read(&[]), 0, now);
+            assert!(!mtus.listens(Family::V4));
+            let due = mtus.of(Family::V4).next_due(false).unwrap();
+            pauses.push((due - now).as_millis());
+            now = due;
+        }
+        assert_eq!(pauses[..4], [10, 20, 40, 80]);
+        assert_eq!(pauses[9..], [5000; 3]);
+    }
+
+    #[test]
+    fn more_addresses_than_are_kept_are_unclear() {
+        let start = Instant::now();
+        let most = u32::try_from(MOST_KNOWN).unwrap();
+        let all: Vec<_> = (0..most).map(|number| (number, 1300)).collect();
+        let mut mtus = begin(&all, start);
+        assert_eq!(mtus.facts().1, []);
+        mtus.answered(&question(0), Some(1200), start);
+        mtus.answered(&question(most), Some(1300), start);
+        assert_eq!(mtus.changes(), [is(0, 1200), HostChange::UnclearPathMtus(vec![Family::V4])]);
+
+        let more: Vec<_> = (0..=most).map(|number| (number, 1300)).collect();
+        let mut mtus = begin(&more, start);
+        assert_eq!(mtus.facts().1, [Family::V4]);
+        assert_eq!(mtus.facts().0.len(), MOST_KNOWN);
+        mtus.start_settling(start);
+        assert_eq!(mtus.start_reading(start + SETTLE), Some(Family::V4));
+        mtus.finish_reading(Family::V4, read(&more), 0, start + SETTLE);
+        assert!(!mtus.listens(Family::V4), "still too many");
+    }
+
+    #[test]
+    fn where_nothing_is_heard_all_is_read_five_times_a_second_or_in_proportion_to_the_routes() {
+        let start = Instant::now();
+        let mut mtus = begin(&[], start);
+        mtus.poll(Family::V4, start);
+        assert_eq!(mtus.start_reading(start), Some(Family::V4));
+        assert_eq!(mtus.due(false).map(|due| due - start), Some(PAUSE), "of the other family");
+        mtus.finish_reading(Family::V4, read(&[(1, 1300)]), 1999, start);
+        assert_eq!((mtus.changes(), mtus.due(false)), (vec![is(1, 1300)], Some(at(start, 200))));
+        assert_eq!(mtus.due(true), None, "something is being read");
+        assert_eq!(mtus.start_reading(at(start, 200)), Some(Family::V4));
+        mtus.finish_reading(Family::V4, read(&[(1, 1300)]), 10_000, at(start, 200));
+        assert_eq!(mtus.due(false), Some(at(start, 1400)));
+    }
+
+    /// `struct rtmsg` with a destination, metrics and `struct rta_cacheinfo`.
+    fn message(flags: u32, mtu: Option<u32>, expires: i32) -> Vec<u8> {
+        let mut message = vec![2, 32, 0, 0, 254, 0, 0, 1];
+        message.extend(flags.to_ne_bytes());
+        let mut attribute = |kind: u16, value: &[u8]| {
+            message.extend(u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
+            message.extend(kind.to_ne_bytes());
+            message.extend(value);
+        };
+        attribute(RTA_DST, &[10, 0, 0, 1]);
+        if let Some(mtu) = mtu {
+            let metric = [8_u16.to_ne_bytes(), RTAX_MTU.to_ne_bytes()].concat();
+            attribute(RTA_METRICS, &[metric, mtu.to_ne_bytes().to_vec()].concat());
+        }
+        let numbers = [0, 0, expires, 0, 0, 0, 0, 0].map(i32::to_ne_bytes);
+        attribute(RTA_CACHEINFO, &numbers.concat());
+        message
+    }
+
+    #[test]
+    fn what_expires_and_is_no_route_is_learnt() {
+        let found = |flags, mtu, expires| learnt(&message(flags, mtu, expires)).unwrap();
+        assert_eq!(
+            found(RTM_F_CLONED, Some(1300), 59_000),
+            Some(PathMtu { destination: address(1), mtu: 1300 })
+        );
+        assert_eq!(found(RTM_F_CLONED, Some(1300), 0), None, "the route's own");
+        assert_eq!(found(RTM_F_CLONED, Some(1300), -1), None, "it has expired");
+        assert_eq!(found(RTM_F_CLONED, None, 59_000), None, "another gateway");
+        assert_eq!(found(0, Some(1300), 59_000), None, "a route with a lifetime");
+        let whole = message(RTM_F_CLONED, Some(1300), 59_000);
+        for length in 0..whole.len() {
+            assert!(learnt(&whole[..length]).is_ok_and(|found| found.is_none()) || length < 12);
+        }
+        learnt(&whole[..11]).unwrap_err();
+    }
+}
