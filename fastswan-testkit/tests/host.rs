@@ -4,13 +4,13 @@ use std::{
     collections::{BTreeSet, HashSet},
     fmt::Write as _,
     fs,
-    net::IpAddr,
+    net::{IpAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
 use fastswan::{
     HostEvent, HostFacts, HostSource as _, NetlinkHost,
-    host::{BrokenHostRule, HostChange, Link, Neighbour, Route, RouteKind, Rule},
+    host::{BrokenHostRule, HostChange, Link, Neighbour, PathMtu, Route, RouteKind, Rule},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
@@ -334,6 +334,7 @@ fn sorted(mut facts: HostFacts) -> HostFacts {
     facts.routes.sort_by_key(|route| (route.table, route.destination, route.source));
     facts.rules.sort_by_key(|rule| (rule.family == Family::V6, rule.priority));
     facts.neighbours.sort_by_key(|neighbour| (neighbour.ifindex, neighbour.destination));
+    facts.path_mtus.sort();
     facts
 }
 
@@ -353,6 +354,7 @@ fn difference(told: &HostFacts, read: &HostFacts) -> String {
         + &lines("routes", &told.routes, &read.routes)
         + &lines("rules", &told.rules, &read.rules)
         + &lines("neighbours", &told.neighbours, &read.neighbours)
+        + &lines("path MTUs", &told.path_mtus, &read.path_mtus)
 }
 
 /// Within a runtime, with a host source that was opened in the gateway's namespace and has told everything.
@@ -1081,6 +1083,92 @@ fn a_broken_rule_of_following_is_noticed() {
             assert!(convicted, "{broken:?}");
         }
     }
+}
+
+/// A site whose peer forwards to networks behind a link that takes packets up to 1300 bytes, and tells so who sends longer ones.
+fn narrow_site() -> Site {
+    let site = Site::new().unwrap();
+    site.route().unwrap();
+    site.peer.forward().unwrap();
+    site.peer.ip("link add far0 mtu 1300 type veth peer name far1").unwrap();
+    for (network, via) in [("10.3.0.0/16", "192.0.2.2"), ("2001:db8:3::/48", "2001:db8:f::2")] {
+        for device in ["far0", "far1"] {
+            site.peer.ip(&format!("link set {device} up")).unwrap();
+        }
+        site.peer.ip(&format!("route add {network} dev far0")).unwrap();
+        site.gateway.ip(&format!("route add {network} via {via}")).unwrap();
+    }
+    site
+}
+
+/// Sends a packet of 1400 bytes and more that must not be fragmented, from this thread's namespace. The socket must be there when
+/// the kernel is told that it is too long.
+fn send_long(destination: IpAddr) -> UdpSocket {
+    let any = if destination.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any).unwrap();
+    // The kernel refuses to send it if it knows that it is too long.
+    let _ = socket.send_to(&[0; 1400], (destination, 9));
+    socket
+}
+
+fn learnt(destination: IpAddr) -> PathMtu {
+    PathMtu { destination, mtu: 1300 }
+}
+
+const FAR: [&str; 2] = ["10.3.0.9", "2001:db8:3::9"];
+
+#[test]
+fn path_mtus_are_followed_from_when_the_kernel_learns_them_until_they_are_flushed() {
+    if !lab::require_root("learning path MTUs") {
+        return;
+    }
+    let site = narrow_site();
+    site.gateway.enter(|| {
+        runtime().block_on(async {
+            let mut followed = Followed::open().await;
+            for destination in FAR.map(|address| address.parse().unwrap()) {
+                let _socket = send_long(destination);
+                let is_known = |facts: &HostFacts| facts.path_mtus.contains(&learnt(destination));
+                let took = followed.until(PATIENCE, "a path MTU", is_known).await;
+                assert!(took < Duration::from_millis(500), "{destination}: {took:?}");
+            }
+            // One that begins now reads them, and so does this one again.
+            let all: Vec<_> = FAR.iter().map(|address| learnt(address.parse().unwrap())).collect();
+            assert_eq!(read(&site.gateway).path_mtus, all);
+            followed.follow_for(Duration::from_secs(6)).await;
+            assert_eq!(sorted(followed.facts.clone()).path_mtus, all);
+
+            for family in ["-4", "-6"] {
+                site.gateway.ip(&format!("{family} route flush cache")).unwrap();
+            }
+            followed.until(PATIENCE, "flushed", |facts| facts.path_mtus.is_empty()).await;
+            assert_eq!((followed.stale, followed.facts.unclear_path_mtus.len()), (0, 0));
+        });
+    });
+}
+
+/// Each message is about another address, and there are far more than are asked about: what the kernel has learnt is read again,
+/// nothing else is, and the source goes on.
+#[test]
+fn more_messages_than_are_asked_about_make_path_mtus_unclear_for_a_while() {
+    if !lab::require_root("a flood of ICMP messages") {
+        return;
+    }
+    let site = narrow_site();
+    site.gateway.enter(|| {
+        runtime().block_on(async {
+            let mut followed = Followed::open().await;
+            let _sockets: Vec<_> = (0..3000_u32)
+                .map(|number| send_long([10, 3, (number / 250) as u8, (number % 250) as u8].into()))
+                .collect();
+            followed.until(PATIENCE, "unclear", |facts| facts.unclear_path_mtus == [Family::V4]).await;
+            followed.until(PATIENCE, "clear again", |facts| facts.unclear_path_mtus.is_empty()).await;
+            assert_eq!(followed.stale, 0);
+            let last = [10, 3, 200, 1].into();
+            let _socket = send_long(last);
+            followed.until(PATIENCE, "the next", |facts| facts.path_mtus.contains(&learnt(last))).await;
+        });
+    });
 }
 
 /// Sysctls are those of the thread that reads them, and sockets belong where they were opened.
