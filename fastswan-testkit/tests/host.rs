@@ -1101,14 +1101,14 @@ fn narrow_site() -> Site {
     site
 }
 
-/// Sends a packet of 1400 bytes and more that must not be fragmented, from this thread's namespace. The socket must be there when
-/// the kernel is told that it is too long.
-fn send_long(destination: IpAddr) -> UdpSocket {
-    let any = if destination.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    let socket = UdpSocket::bind(any).unwrap();
-    // The kernel refuses to send it if it knows that it is too long.
-    let _ = socket.send_to(&[0; 1400], (destination, 9));
-    socket
+/// A socket that sends packets of 1400 bytes and more, which must not be fragmented, from this thread's namespace. It must be there
+/// when the kernel is told that they are too long.
+fn long_packets(v6: bool) -> impl Fn(IpAddr) {
+    let socket = UdpSocket::bind(if v6 { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
+    move |destination| {
+        // The kernel refuses to send one if it knows that it is too long.
+        let _ = socket.send_to(&[0; 1400], (destination, 9));
+    }
 }
 
 fn learnt(destination: IpAddr) -> PathMtu {
@@ -1126,8 +1126,9 @@ fn path_mtus_are_followed_from_when_the_kernel_learns_them_until_they_are_flushe
     site.gateway.enter(|| {
         runtime().block_on(async {
             let mut followed = Followed::open().await;
-            for destination in FAR.map(|address| address.parse().unwrap()) {
-                let _socket = send_long(destination);
+            for destination in FAR.map(|address| address.parse::<IpAddr>().unwrap()) {
+                let send = long_packets(destination.is_ipv6());
+                send(destination);
                 let is_known = |facts: &HostFacts| facts.path_mtus.contains(&learnt(destination));
                 let took = followed.until(PATIENCE, "a path MTU", is_known).await;
                 assert!(took < Duration::from_millis(500), "{destination}: {took:?}");
@@ -1158,14 +1159,14 @@ fn more_messages_than_are_asked_about_make_path_mtus_unclear_for_a_while() {
     site.gateway.enter(|| {
         runtime().block_on(async {
             let mut followed = Followed::open().await;
-            let _sockets: Vec<_> = (0..3000_u32)
-                .map(|number| send_long([10, 3, (number / 250) as u8, (number % 250) as u8].into()))
-                .collect();
+            let send = long_packets(false);
+            let addresses = (0..12_u8).flat_map(|third| (0..250_u8).map(move |last| [10, 3, third, last]));
+            addresses.for_each(|address| send(address.into()));
             followed.until(PATIENCE, "unclear", |facts| facts.unclear_path_mtus == [Family::V4]).await;
             followed.until(PATIENCE, "clear again", |facts| facts.unclear_path_mtus.is_empty()).await;
             assert_eq!(followed.stale, 0);
             let last = [10, 3, 200, 1].into();
-            let _socket = send_long(last);
+            send(last);
             followed.until(PATIENCE, "the next", |facts| facts.path_mtus.contains(&learnt(last))).await;
         });
     });

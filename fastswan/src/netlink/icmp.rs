@@ -60,13 +60,17 @@ impl IcmpSockets {
     /// In the network namespace of the calling thread.
     pub(super) fn open() -> io::Result<Self> {
         let open = |family| {
-            IcmpSocket::open(family).inspect_err(|error| match error.raw_os_error() {
-                Some(libc::EPERM | libc::EACCES) => tracing::warn!(
-                    ?family,
-                    "ICMP messages cannot be heard without CAP_NET_RAW: the path MTUs that the kernel learns from them are \
-                     looked for five times a second, and those that no packet of the kernel's has used yet are missed"
-                ),
-                _ => tracing::debug!(%error, ?family, "ICMP messages cannot be heard"),
+            IcmpSocket::open(family).inspect_err(|error| {
+                if family == Family::V6 && error.raw_os_error() == Some(libc::EAFNOSUPPORT) {
+                    tracing::debug!(%error, "there is no IPv6");
+                } else {
+                    tracing::warn!(
+                        %error, ?family,
+                        "ICMP messages cannot be heard, which takes CAP_NET_RAW: the path MTUs that the kernel learns from \
+                         them are looked for five times a second, and those that no packet of the kernel's has used yet are \
+                         missed"
+                    );
+                }
             })
         };
         let (v4, v6) = (open(Family::V4).ok(), open(Family::V6).ok());
@@ -93,8 +97,10 @@ impl IcmpSockets {
                 if !path_mtus.listens(family) {
                     break;
                 }
-                let Some(received) = socket.try_receive().transpose() else { break };
-                take(received, family, path_mtus, now);
+                match socket.try_receive() {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    received => take(received, family, path_mtus, now),
+                }
             }
         }
         for question in path_mtus.questions(now) {
@@ -112,7 +118,7 @@ impl IcmpSockets {
     pub(crate) fn discard(&mut self, family: Family) {
         let Some(socket) = self.of(family) else { return };
         for _ in 0..MOST_UNREAD {
-            if matches!(socket.try_receive(), Ok(None) | Err(_)) {
+            if socket.try_receive().is_err() {
                 break;
             }
         }
@@ -187,13 +193,9 @@ impl IcmpSocket {
         Ok(std::mem::replace(&mut self.dropped, dropped) != dropped)
     }
 
-    /// The next message, if there is one already: what to ask the kernel, if it is of the right kind.
-    fn try_receive(&mut self) -> io::Result<Option<Option<Question>>> {
-        match receive(self.socket.get_ref(), self.family) {
-            Ok(question) => Ok(Some(question)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error),
-        }
+    /// The next message: what to ask the kernel, if it is of the right kind. `WouldBlock` if there is none.
+    fn try_receive(&mut self) -> io::Result<Option<Question>> {
+        receive(self.socket.get_ref(), self.family)
     }
 
     /// Waits for the next message. Cancel-safe.
@@ -273,15 +275,15 @@ mod tests {
         message
     }
 
-    fn asked(destination: &str, source: &str, tos: u8) -> Option<Question> {
-        Some(Question { destination: destination.parse().unwrap(), source: source.parse().unwrap(), tos })
+    fn asked(destination: &str, source: &str, tos: u8) -> Question {
+        Question { destination: destination.parse().unwrap(), source: source.parse().unwrap(), tos }
     }
 
     #[test]
     fn the_kernel_is_asked_about_the_packet_that_a_message_quotes() {
-        let about = asked("198.51.100.7", "192.0.2.1", 0xb8);
+        let about = Some(asked("198.51.100.7", "192.0.2.1", 0xb8));
         assert_eq!(question(Family::V4, &FRAGMENTATION_NEEDED), about);
-        assert_eq!(question(Family::V6, &too_big()), asked("2001:db8:2::9", "2001:db8:f::1", 0));
+        assert_eq!(question(Family::V6, &too_big()), Some(asked("2001:db8:2::9", "2001:db8:f::1", 0)));
         // With options in the header of the message.
         let mut longer = FRAGMENTATION_NEEDED.to_vec();
         longer[0] = 0x47;
@@ -322,7 +324,7 @@ mod tests {
             ("192.0.2.77", "198.51.100.77"),
             ("0.0.0.0", "0.0.0.0"),
         ] {
-            let question = asked(destination, source, 0xfc).unwrap();
+            let question = asked(destination, source, 0xfc);
             assert_eq!(ask_path_mtu(&mut kernel, &question).unwrap(), None, "{question:?}");
         }
     }

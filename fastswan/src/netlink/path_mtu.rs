@@ -324,13 +324,11 @@ impl Learnt {
             asked.times += 1;
             if asked.times == ASKED_AFTER.len() {
                 // Of messages that came meanwhile, the last one counts.
-                match asked.again {
-                    Some(heard) => *asked = Asked { heard, times: 1, again: None },
-                    None => {
-                        self.questions.remove(&question);
-                        continue;
-                    }
-                }
+                let Some(heard) = asked.again else {
+                    self.questions.remove(&question);
+                    continue;
+                };
+                *asked = Asked { heard, times: 1, again: None };
             }
             self.due.push(Reverse((asked.heard + ASKED_AFTER[asked.times], question)));
         }
@@ -356,11 +354,10 @@ impl Learnt {
 
     fn lose(&mut self, now: Instant) {
         match &mut self.track {
-            Track::Kept => self.lose_again(now),
+            Track::Kept | Track::Settling(_) => self.lose_again(now),
             Track::Reading { is_lost_again } => *is_lost_again = true,
             // Messages are thrown away before all is read.
             Track::Pausing(_) => {}
-            Track::Settling(_) => self.lose_again(now),
         }
     }
 
@@ -476,7 +473,9 @@ mod tests {
 
     fn read(all: &[(u32, u32)]) -> PathMtusRead {
         let mut read = PathMtusRead::default();
-        all.iter().for_each(|(number, mtu)| read.take(PathMtu { destination: address(*number), mtu: *mtu }));
+        for (number, mtu) in all {
+            read.take(PathMtu { destination: address(*number), mtu: *mtu });
+        }
         read
     }
 

@@ -332,7 +332,9 @@ impl Dumps {
         request[8..].copy_from_slice(&RTM_F_CLONED.to_ne_bytes());
         let read = self.dump("path MTUs", RTM_GETROUTE, &request, |all: &mut PathMtusRead, payload| {
             let learnt = learnt(payload)?.filter(|learnt| Family::from(learnt.destination) == family);
-            learnt.into_iter().for_each(|learnt| all.take(learnt));
+            if let Some(learnt) = learnt {
+                all.take(learnt);
+            }
             Ok(())
         });
         Ok(read?.0)

@@ -40,7 +40,7 @@ const SYSCTL_LINKS: usize = 256;
 /// What the running kernel does with addresses, in the network namespace of the thread that opens it, on whatever thread
 /// it is polled.
 ///
-/// It yields everything at first, and then each change of links, routes, rules, neighbours and sysctls, as the kernel tells of
+/// It yields everything at first, and then each change of links, routes, rules, neighbours, path MTUs and sysctls, as the kernel tells of
 /// it. A neighbour that is only heard from again is no change. Where the kernel changes routes in silence, because a link, an
 /// address or a next hop object goes or a lifetime ends, those that may be concerned are told as
 /// [unclear](crate::host::RouteKind::Unclear) at once, the routes of the family are read again on another thread, and what is
@@ -51,6 +51,12 @@ const SYSCTL_LINKS: usize = 256;
 /// When there were more notifications about links, routes and rules than its receive buffer of 32 MiB holds, it says so, and
 /// yields everything again. An overrun of neighbours, which have a buffer of their own, makes it tell that none is known,
 /// until they have been read again.
+///
+/// Which path MTUs it learns, the kernel does not tell either. It learns them from ICMP messages to the host, of which this gets
+/// copies, and asks the kernel about each. That takes `CAP_NET_RAW`: without, those that some packet of the kernel's has used are
+/// found within 200 ms, with more than 2,000 routes in proportion later, and others are missed. What has expired or was flushed
+/// goes within about five seconds. When there are more messages than can be asked about, the path MTUs of the family are
+/// [unclear](HostFacts::unclear_path_mtus) until all have been read.
 ///
 /// Netfilter, filters of tc and other [hooks](crate::host::hooks) are followed on a thread of their own, which looks ten times a
 /// second at what the kernel does not tell of. They take `CAP_NET_ADMIN` to read: without, each kind counts as there.
@@ -95,7 +101,7 @@ enum State {
     /// Everything is read then.
     Waiting(Instant),
     /// It is being read.
-    Reading(Beginning),
+    Reading(Box<Beginning>),
     /// What was yielded is what the kernel has.
     Following(Box<Following>),
 }
@@ -211,7 +217,9 @@ impl NetlinkHost {
     fn begin(&mut self) -> Result<(), HostError> {
         // What was told before may have gaps.
         let HostSockets { route, neighbours, devices, icmp } = &mut self.sockets;
-        [Family::V4, Family::V6].into_iter().for_each(|family| icmp.discard(family));
+        for family in [Family::V4, Family::V6] {
+            icmp.discard(family);
+        }
         for socket in [Some(route), Some(neighbours), devices.as_mut()].into_iter().flatten() {
             for _ in 0..MOST_UNREAD {
                 match socket.try_receive() {
@@ -223,8 +231,8 @@ impl NetlinkHost {
             }
         }
         let job = self.anchor.run("fastswan-host", begin);
-        self.state =
-            State::Reading(Beginning { job, read: None, backlog: Vec::new(), has_lost_neighbours: false });
+        let beginning = Beginning { job, read: None, backlog: Vec::new(), has_lost_neighbours: false };
+        self.state = State::Reading(Box::new(beginning));
         Ok(())
     }
 
