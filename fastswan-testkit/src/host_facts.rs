@@ -23,6 +23,7 @@ pub fn sorted(mut facts: HostFacts) -> HostFacts {
     facts.routes.sort_by_key(|route| (route.table, route.destination, route.source));
     facts.rules.sort_by_key(|rule| (rule.family == Family::V6, rule.priority));
     facts.neighbours.sort_by_key(|neighbour| (neighbour.ifindex, neighbour.destination));
+    facts.path_mtus.sort();
     facts
 }
 
@@ -45,4 +46,5 @@ pub fn difference(told: &HostFacts, read: &HostFacts) -> String {
         + &lines("rules", &told.rules, &read.rules)
         + &lines("neighbours", &told.neighbours, &read.neighbours)
         + &lines("hooks", &told.hooks, &read.hooks)
+        + &lines("path MTUs", &told.path_mtus, &read.path_mtus)
 }

@@ -4,13 +4,13 @@ use std::{
     collections::BTreeSet,
     fmt::Write as _,
     fs,
-    net::IpAddr,
+    net::{IpAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
 use fastswan::{
     HostEvent, HostFacts, HostSource as _, NetlinkHost,
-    host::{BrokenHostRule, HostChange, Link, Neighbour, RouteKind, Rule},
+    host::{BrokenHostRule, HostChange, Link, Neighbour, PathMtu, RouteKind, Rule},
     policy::{Family, MacAddr},
     table::{Forwards, ReversePath},
 };
@@ -1047,6 +1047,93 @@ fn a_broken_rule_of_following_is_noticed() {
             assert!(convicted, "{broken:?}");
         }
     }
+}
+
+/// A site whose peer forwards to networks behind a link that takes packets up to 1300 bytes, and tells so who sends longer ones.
+fn narrow_site() -> Site {
+    let site = Site::new().unwrap();
+    site.route().unwrap();
+    site.peer.forward().unwrap();
+    site.peer.ip("link add far0 mtu 1300 type veth peer name far1").unwrap();
+    for (network, via) in [("10.3.0.0/16", "192.0.2.2"), ("2001:db8:3::/48", "2001:db8:f::2")] {
+        for device in ["far0", "far1"] {
+            site.peer.ip(&format!("link set {device} up")).unwrap();
+        }
+        site.peer.ip(&format!("route add {network} dev far0")).unwrap();
+        site.gateway.ip(&format!("route add {network} via {via}")).unwrap();
+    }
+    site
+}
+
+/// A socket that sends packets of 1400 bytes and more, which must not be fragmented, from this thread's namespace. It must be there
+/// when the kernel is told that they are too long.
+fn long_packets(v6: bool) -> impl Fn(IpAddr) {
+    let socket = UdpSocket::bind(if v6 { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
+    move |destination| {
+        // The kernel refuses to send one if it knows that it is too long.
+        let _ = socket.send_to(&[0; 1400], (destination, 9));
+    }
+}
+
+fn learnt(destination: IpAddr) -> PathMtu {
+    PathMtu { destination, mtu: 1300 }
+}
+
+const FAR: [&str; 2] = ["10.3.0.9", "2001:db8:3::9"];
+
+#[test]
+fn path_mtus_are_followed_from_when_the_kernel_learns_them_until_they_are_flushed() {
+    if !lab::require_root("learning path MTUs") {
+        return;
+    }
+    let site = narrow_site();
+    site.gateway.enter(|| {
+        runtime().block_on(async {
+            let mut followed = Followed::open().await;
+            for destination in FAR.map(|address| address.parse::<IpAddr>().unwrap()) {
+                let send = long_packets(destination.is_ipv6());
+                send(destination);
+                let is_known = |facts: &HostFacts| facts.path_mtus.contains(&learnt(destination));
+                let took = followed.until(PATIENCE, "a path MTU", is_known).await;
+                assert!(took < Duration::from_millis(500), "{destination}: {took:?}");
+            }
+            // One that begins now reads them, and so does this one again.
+            let all: Vec<_> = FAR.iter().map(|address| learnt(address.parse().unwrap())).collect();
+            assert_eq!(read(&site.gateway).path_mtus, all);
+            followed.follow_for(Duration::from_secs(6)).await;
+            assert_eq!(sorted(followed.facts.clone()).path_mtus, all);
+
+            for family in ["-4", "-6"] {
+                site.gateway.ip(&format!("{family} route flush cache")).unwrap();
+            }
+            followed.until(PATIENCE, "flushed", |facts| facts.path_mtus.is_empty()).await;
+            assert_eq!((followed.stale, followed.facts.unclear_path_mtus.len()), (0, 0));
+        });
+    });
+}
+
+/// Each message is about another address, and there are far more than are asked about: what the kernel has learnt is read again,
+/// nothing else is, and the source goes on.
+#[test]
+fn more_messages_than_are_asked_about_make_path_mtus_unclear_for_a_while() {
+    if !lab::require_root("a flood of ICMP messages") {
+        return;
+    }
+    let site = narrow_site();
+    site.gateway.enter(|| {
+        runtime().block_on(async {
+            let mut followed = Followed::open().await;
+            let send = long_packets(false);
+            let addresses = (0..12_u8).flat_map(|third| (0..250_u8).map(move |last| [10, 3, third, last]));
+            addresses.for_each(|address| send(address.into()));
+            followed.until(PATIENCE, "unclear", |facts| facts.unclear_path_mtus == [Family::V4]).await;
+            followed.until(PATIENCE, "clear again", |facts| facts.unclear_path_mtus.is_empty()).await;
+            assert_eq!(followed.stale, 0);
+            let last = [10, 3, 200, 1].into();
+            send(last);
+            followed.until(PATIENCE, "the next", |facts| facts.path_mtus.contains(&learnt(last))).await;
+        });
+    });
 }
 
 /// Sysctls are those of the thread that reads them, and sockets belong where they were opened.

@@ -3,13 +3,13 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
     time::Duration,
 };
 
 use netlink_sys::Socket;
 use rustix::{
-    net::{AddressFamily, SocketType, socket},
+    net::{AddressFamily, SocketFlags, SocketType, ipproto, socket, socket_with},
     thread::{MembarrierCommand, membarrier},
     time::{ClockId, clock_gettime},
 };
@@ -152,6 +152,60 @@ pub(crate) fn network_namespace() -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `linux/icmp.h`, `linux/icmpv6.h`: the option and its level, and the types of message.
+const ICMP_FILTER: libc::c_int = 1;
+const SOL_RAW: libc::c_int = 255;
+const ICMPV6_FILTER: libc::c_int = 1;
+const ICMP_DEST_UNREACH: u32 = 3;
+const ICMPV6_PKT_TOOBIG: u32 = 2;
+
+/// A raw socket in this thread's network namespace that gets a copy of each ICMP message to the host which says that a
+/// destination is unreachable, or of each ICMPv6 message which says that a packet is too big. Does not block. Takes `CAP_NET_RAW`.
+pub(crate) fn icmp_socket(v6: bool) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let (family, protocol, level, option) = if v6 {
+        (AddressFamily::INET6, ipproto::ICMPV6, libc::IPPROTO_ICMPV6, ICMPV6_FILTER)
+    } else {
+        (AddressFamily::INET, ipproto::ICMP, SOL_RAW, ICMP_FILTER)
+    };
+    let socket = socket_with(family, SocketType::RAW, flags, Some(protocol))?;
+    // A bit for each type that is kept out: of IPv4 one word, of IPv6 eight.
+    let mut filter = [u32::MAX; 8];
+    filter[0] &= !(1 << if v6 { ICMPV6_PKT_TOOBIG } else { ICMP_DEST_UNREACH });
+    let length = if v6 { size_of_val(&filter) } else { size_of::<u32>() };
+    // SAFETY: the kernel reads `length` bytes of the filter, which has at least as many and lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const filter).cast(),
+            libc::socklen_t::try_from(length).map_err(io::Error::other)?,
+        )
+    };
+    if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }
+}
+
+/// How many datagrams for a socket were dropped, for whatever reason (Linux 4.12). It goes on after its highest number with 0.
+pub(crate) fn dropped_datagrams(socket: impl AsFd) -> io::Result<u32> {
+    /// `linux/socket.h`, `linux/sock_diag.h`
+    const SO_MEMINFO: libc::c_int = 55;
+    const SK_MEMINFO_DROPS: usize = 8;
+    let mut numbers = [0_u32; SK_MEMINFO_DROPS + 1];
+    let mut length = libc::socklen_t::try_from(size_of_val(&numbers)).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes up to `length` bytes, for which `numbers` has room; both live through the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_MEMINFO,
+            (&raw mut numbers).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(numbers[SK_MEMINFO_DROPS]) } else { Err(io::Error::last_os_error()) }
 }
 
 /// What the kernel says about a legacy table of iptables (`linux/netfilter_ipv4/ip_tables.h`), the same for IPv6.

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     database::Database,
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
-    host::{HostChange, HostFacts, Link, Route, RouteKind, Rule},
+    host::{HostChange, HostFacts, Link, PathMtu, Route, RouteKind, Rule},
     policy::{
         Action, DefaultPolicy, Direction, Family, Mark, OffloadKind, Origin, Policy, PolicyType, PortMatch,
         SecurityAssociation, Template, Templates,
@@ -33,6 +33,8 @@ pub(super) enum Step {
     Routes(Vec<(IpNet, RouteKind)>),
     /// A table has this route for a prefix now, or none.
     Route(u32, IpNet, Option<RouteKind>),
+    /// The kernel has learnt a path MTU, or knows none any longer.
+    PathMtu(IpAddr, Option<u32>),
     /// A rule asks [`TABLE`] before the table main, or no longer.
     Rule(bool),
     Flush,
@@ -155,8 +157,15 @@ impl Choices<'_> {
         Step::Route(table, self.prefix(v6).trunc(), kind)
     }
 
+    /// The last one is no less than the MTU of the devices.
+    fn path_mtu(&mut self) -> Step {
+        let v6 = self.next() % 2 == 1;
+        let mtu = self.one_of(&[Some(1300), Some(1300), Some(1499), Some(1500), None, None]);
+        Step::PathMtu(self.prefix(v6).addr(), mtu)
+    }
+
     fn step(&mut self) -> Step {
-        match self.next() % 34 {
+        match self.next() % 37 {
             0..12 => Step::Policy(Box::new(self.policy())),
             12..16 => Step::RemovePolicy(self.next().into()),
             16..18 => Step::Sa(Box::new(self.sa())),
@@ -168,6 +177,7 @@ impl Choices<'_> {
             24 => Step::Resync,
             25 => Step::OtherOrder,
             26 => Step::Rule(self.next() % 3 != 2),
+            27..30 => self.path_mtu(),
             _ => self.change_of_route(),
         }
     }
@@ -286,6 +296,10 @@ impl World {
                 let routes = kind.map(|kind| Route::new(table, destination, kind)).into_iter().collect();
                 self.change_host(HostChange::Routes { table, destination, routes });
             }
+            Step::PathMtu(destination, Some(mtu)) => {
+                self.change_host(HostChange::PathMtu(PathMtu { destination, mtu }));
+            }
+            Step::PathMtu(destination, None) => self.change_host(HostChange::PathMtuGone(destination)),
             Step::Rule(is_there) => {
                 for family in [Family::V4, Family::V6] {
                     let mut rules = Rule::ordinary(family).to_vec();
@@ -335,6 +349,11 @@ impl World {
             routes.max_by_key(|route| route.destination.prefix_len()).map(|route| route.kind)
         };
         tables.filter_map(longest).collect()
+    }
+
+    /// Whether the kernel has learnt that packets to an address must be shorter than those that a device takes.
+    fn has_path_mtu(&self, destination: IpAddr) -> bool {
+        self.host.path_mtus.iter().any(|learnt| learnt.destination == destination && learnt.mtu < 1500)
     }
 
     /// Whether the kernel takes a packet from an address.
@@ -423,6 +442,7 @@ impl Judge<'_> {
         };
         let leads_there = |address| self.world.route(address) == Some(via(device));
         let routed = leads_there(packet.destination)
+            && !self.world.has_path_mtu(packet.destination)
             && leads_there(best.templates[0].destination)
             && self.world.takes_from(packet.source);
         let is_served = best.assumed.is_some() || self.sas.iter().any(is_live);

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     database::{Database, Freshness},
-    host::Hook,
+    host::{Hook, PathMtu},
     policy::{Direction, Family, Policy, PolicyId, SaId, Selector, Template},
     table::{Fact, Forwarding, Port, Side, Verdict},
 };
@@ -196,6 +196,9 @@ pub enum Cause {
     Hook(Hook),
     /// The table has no room.
     Capacity,
+    /// The kernel has learnt that packets to the destination must be shorter than the policy's device takes: it answers those
+    /// that are too long.
+    PathMtu(PathMtu),
     /// An address is one that the host does not forward to or from, or has no route. The prefix is the one that is
     /// known about.
     Address {
@@ -325,6 +328,9 @@ impl Compiler {
     fn of_address(&self, side: Side, flow: &Flow) -> Cause {
         let address = if side == Side::Source { flow.source } else { flow.destination };
         let facts = AddressFacts::new(&self.paths, Family::from(address));
+        if let (Side::Destination, Some(mtu)) = (side, facts.limiting_path_mtu(address)) {
+            return Cause::PathMtu(PathMtu { destination: address, mtu });
+        }
         let (prefix, fact) = facts.known(side, address.into()).unzip();
         Cause::Address { side, prefix, fact, rule: facts.rule(side, address) }
     }
@@ -539,6 +545,12 @@ impl fmt::Display for Cause {
             }
             Self::Hook(hook) => write!(f, "the fast path would skip {hook}"),
             Self::Capacity => f.write_str("the table has no room to tell it apart from others"),
+            Self::PathMtu(PathMtu { destination, mtu }) => {
+                write!(
+                    f,
+                    "a path MTU of {mtu} has been learnt for {destination}: the kernel tells what is too long"
+                )
+            }
             Self::Address { side, prefix, fact, rule } => {
                 let side = match side {
                     Side::Destination => "destination",

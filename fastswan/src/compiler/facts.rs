@@ -46,6 +46,11 @@ impl<'p> AddressFacts<'p> {
             return Err(PassReason::NoPath);
         }
         let fact = self.at(Side::Destination, prefix);
+        // Of these there may be many, and mostly the first one says enough.
+        let mut learnt = self.routes.path_mtus_inside(prefix);
+        if learnt.any(|address| self.at(Side::Destination, address) != fact) {
+            return Ok(true);
+        }
         let is_one = !self.others_inside(Side::Destination, prefix).any(|(_, other)| other != fact);
         match (fact, is_one) {
             (Fact::Via(ifindex), true) if ifindex == device => Ok(false),
@@ -126,7 +131,8 @@ impl<'p> AddressFacts<'p> {
     /// The longest prefix that contains one, or is it, and has a fact of its own.
     fn covering(&self, side: Side, prefix: IpNet) -> Option<IpNet> {
         let special = self.special_sources(side).filter(|special| special.contains(&prefix));
-        self.routes.covering(prefix).into_iter().chain(special).max_by_key(IpNet::prefix_len)
+        let learnt = (self.path_mtu(side, prefix).is_some()).then_some(prefix);
+        self.routes.covering(prefix).into_iter().chain(special).chain(learnt).max_by_key(IpNet::prefix_len)
     }
 
     /// The prefixes strictly inside one for which something else may hold, and what does, in order.
@@ -138,11 +144,30 @@ impl<'p> AddressFacts<'p> {
         let mut inside = self.routes.inside(prefix, same);
         let special = self.special_sources(side);
         inside.extend(special.filter(|special| *special != prefix && prefix.contains(special)));
+        inside.extend(self.routes.path_mtus_inside(prefix).filter(|_| side == Side::Destination));
         inside.into_iter().map(move |prefix| (prefix, self.at(side, prefix)))
     }
 
     fn special_sources(&self, side: Side) -> impl Iterator<Item = IpNet> {
         self.routes.special_sources().filter(move |_| side == Side::Source)
+    }
+
+    /// The path MTU that is learnt for a prefix that is one address.
+    fn path_mtu(&self, side: Side, prefix: IpNet) -> Option<u32> {
+        let is_address = prefix.prefix_len() == prefix.max_prefix_len() && side == Side::Destination;
+        self.routes.path_mtu(prefix.addr()).filter(|_| is_address)
+    }
+
+    /// The path MTU that is learnt for an address, if packets to it pass because of that.
+    pub(super) fn limiting_path_mtu(&self, destination: IpAddr) -> Option<u32> {
+        let family = self.routes.family();
+        match self.routes.answer(destination.into(), Purpose::Forward) {
+            RouteKind::Unicast { ifindex, mtu, .. } => self
+                .routes
+                .path_mtu(destination)
+                .filter(|learnt| mtu == Some(*learnt) && !self.paths.takes_less(ifindex, *learnt, family)),
+            _ => None,
+        }
     }
 
     /// Whether a route of a table may decide about addresses for which a longer prefix counts.

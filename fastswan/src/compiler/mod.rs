@@ -22,7 +22,7 @@
 //!
 //! A change of a policy costs a few searches for each pair of prefix lengths that policies have, and as much
 //! for each cell inside the policy's region; a change of an association, as much for each policy that asks for
-//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix. Four things
+//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix, and of a path MTU, for each cell with its address. Four things
 //! look at every cell: another highest priority of packet-offloaded policies, everything that is known of the host told
 //! anew, other rules of policy routing, and every change while the table cannot hold all cells.
 
@@ -60,6 +60,7 @@ pub use self::brute_force::fuzz;
 use std::{collections::BTreeMap, iter};
 
 use fastswan_ebpf::PassReason;
+use ipnet::IpNet;
 
 pub use self::{
     explain::{Cause, Explanation, Flow, ParseFlowError, Shadow},
@@ -76,7 +77,7 @@ use self::{
 };
 use crate::{
     database::{Change, Database, PolicyKey, Revision},
-    host::{HostChange, HostFacts},
+    host::{HostChange, HostFacts, PathMtu},
     policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
     table::{Capacity, Slot, Standing, TableUpdate, Verdict},
 };
@@ -199,25 +200,33 @@ impl Compiler {
         self.everything_changed();
     }
 
-    /// Takes up a change of that. It costs what it concerns: for a route, the cells whose addresses its prefix has.
+    /// Takes up a change of that. It costs what it concerns: for a route, the cells whose addresses its prefix has, and
+    /// for a path MTU, those that have its address.
     pub fn change_host(&mut self, change: &HostChange) {
-        let HostChange::Routes { table, destination, .. } = change else {
-            let concerns = self.paths.change(change);
-            return self.take_up(concerns);
+        let (destination, table) = match change {
+            HostChange::Routes { table, destination, .. } => (*destination, Some(*table)),
+            HostChange::PathMtu(PathMtu { destination, .. }) | HostChange::PathMtuGone(destination) => {
+                (IpNet::from(*destination), None)
+            }
+            _ => {
+                let concerns = self.paths.change(change);
+                return self.take_up(concerns);
+            }
         };
-        let family = Family::of(destination);
+        let family = Family::of(&destination);
         let facts = AddressFacts::new(&self.paths, family);
-        let before = facts.both(*destination);
+        let before = facts.both(destination);
         match family {
-            Family::V4 => self.v4.forget_addresses(*destination, facts),
-            Family::V6 => self.v6.forget_addresses(*destination, facts),
+            Family::V4 => self.v4.forget_addresses(destination, facts),
+            Family::V6 => self.v6.forget_addresses(destination, facts),
         }
         let concerns = self.paths.change(change);
         let facts = AddressFacts::new(&self.paths, family);
-        let is_other = facts.both(*destination) != before || facts.reaches_inside(*table, *destination);
+        let is_other = facts.both(destination) != before
+            || table.is_some_and(|table| facts.reaches_inside(table, destination));
         match family {
-            Family::V4 => self.v4.learn_addresses(*destination, facts, is_other),
-            Family::V6 => self.v6.learn_addresses(*destination, facts, is_other),
+            Family::V4 => self.v4.learn_addresses(destination, facts, is_other),
+            Family::V6 => self.v6.learn_addresses(destination, facts, is_other),
         }
         self.take_up(concerns);
     }

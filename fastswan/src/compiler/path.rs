@@ -7,7 +7,8 @@ use ipnet::IpNet;
 use super::{hooks::HooksAhead, obstacles::Obstacle};
 use crate::{
     host::{
-        Hook, HostChange, HostFacts, Link, Neighbour, RouteKind,
+        Hook, HostChange, HostFacts, Link, Neighbour, PathMtu, RouteKind,
+        path_mtu::least,
         routing::{Effect, Purpose, Routes},
     },
     policy::{Family, MacAddr, NextHop, OffloadDev, Overhead, Policy, Template},
@@ -22,6 +23,8 @@ pub(super) struct Paths {
     v4: Routes,
     v6: Routes,
     vouched: bool,
+    /// Families of which more path MTUs may have been learnt than are known.
+    unclear_path_mtus: Vec<Family>,
     /// A link asks for the reverse path, or did: that a link comes and goes which does changes nothing else.
     filters_by_reverse_path: bool,
     hooks: HooksAhead,
@@ -39,6 +42,7 @@ impl Paths {
             v4: Routes::new(host, Family::V4),
             v6: Routes::new(host, Family::V6),
             vouched: host.vouched,
+            unclear_path_mtus: host.unclear_path_mtus.clone(),
             filters_by_reverse_path: false,
             hooks: HooksAhead::new(&host.hooks),
         };
@@ -97,6 +101,15 @@ impl Paths {
                 let key = (*ifindex, *destination);
                 self.neighbours.remove(&key).map_or(Concerns::Nothing, |_| Concerns::Neighbour(key))
             }
+            HostChange::PathMtu(PathMtu { destination, mtu }) => self.set_path_mtu(*destination, Some(*mtu)),
+            HostChange::PathMtuGone(destination) => self.set_path_mtu(*destination, None),
+            HostChange::UnclearPathMtus(families) => {
+                if *families == self.unclear_path_mtus {
+                    return Concerns::Nothing;
+                }
+                self.unclear_path_mtus.clone_from(families);
+                Concerns::Policies
+            }
             HostChange::Hooks(hooks) => {
                 let hooks = HooksAhead::new(hooks);
                 if hooks == self.hooks {
@@ -105,6 +118,15 @@ impl Paths {
                 self.hooks = hooks;
                 Concerns::Policies
             }
+        }
+    }
+
+    fn set_path_mtu(&mut self, destination: IpAddr, mtu: Option<u32>) -> Concerns {
+        let known = self.routes_mut(destination.into());
+        if !known.is_vouched() && known.set_path_mtu(destination, mtu) {
+            Concerns::Addresses(destination.into())
+        } else {
+            Concerns::Nothing
         }
     }
 
@@ -213,11 +235,14 @@ impl Paths {
         }
         let (gateway, route_mtu) = self.outer_route(template, device.ifindex)?;
         let longest = link.and_then(|link| {
-            let outer_mtu = bytes(route_mtu.unwrap_or(u32::MAX).min(link.mtu(family)));
+            let outer_mtu = route_mtu.unwrap_or(u32::MAX).min(link.mtu(family));
+            let outer_mtu = bytes(self.longest_if_unclear(template.destination.into()).min(outer_mtu));
             // A rekey is no reason for a packet that is too long for one of the two associations.
             overheads.map(|overhead| Some(overhead?.longest_inner_packet(outer_mtu))).min()?
         });
         let max_length = [policy.egress.max_length, longest].into_iter().flatten().min()?;
+        // What was learnt for the inner destination may be what is not known.
+        let max_length = max_length.min(bytes(self.longest_if_unclear(family)));
         let rewrite = match policy.egress.next_hop {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),
@@ -263,6 +288,12 @@ impl Paths {
             RouteKind::Unicast { ifindex, gateway, mtu } if ifindex == device => Some((gateway, mtu)),
             _ => None,
         }
+    }
+
+    /// The longest packet that no path MTU keeps back, as far as they are known.
+    fn longest_if_unclear(&self, family: Family) -> u32 {
+        let is_unclear = !self.vouched && self.unclear_path_mtus.contains(&family);
+        if is_unclear { least(family) } else { u32::MAX }
     }
 
     fn is_vrf(&self, ifindex: u32) -> bool {

@@ -14,7 +14,9 @@ use super::{
 use crate::{
     database::Database,
     event::{PolicyEvent, PolicyOrder, Snapshot, StaleCause},
-    host::{HostChange, HostFacts, Link, Neighbour, Route, RouteKind, Rule, RuleAction, RuleSelector},
+    host::{
+        HostChange, HostFacts, Link, Neighbour, PathMtu, Route, RouteKind, Rule, RuleAction, RuleSelector,
+    },
     policy::{
         Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
         PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
@@ -857,6 +859,107 @@ fn a_route_with_a_length_limit_of_its_own_stays_with_the_kernel() {
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::DeniedDestination);
     let mut scene = Scene::new().has(site()).routes("10.2.0.0/16", limited(1500));
     assert_eq!(scene.fate("10.1.0.1", "10.2.0.1"), Ok(site().id), "the device allows no more either");
+}
+
+fn learnt(destination: &str, mtu: u32) -> PathMtu {
+    PathMtu { destination: destination.parse().unwrap(), mtu }
+}
+
+#[test]
+fn an_address_with_a_learnt_path_mtu_stays_with_the_kernel_and_nothing_else_does() {
+    let mut scene = Scene::new().has(site());
+    scene.host.path_mtus =
+        vec![learnt("10.2.0.9", 1300), learnt("10.2.0.10", 1500), learnt("10.1.0.5", 1300)];
+    assert_eq!(scene.reason("10.1.0.5", "10.2.0.9"), PassReason::DeniedDestination);
+    assert_eq!(scene.fate("10.1.0.5", "10.2.0.8"), Ok(site().id));
+    assert_eq!(scene.fate("10.1.0.5", "10.2.0.10"), Ok(site().id), "the device takes no longer ones either");
+    assert_eq!(scene.fate("10.2.0.9", "10.1.0.5"), Err(PassReason::NoPolicy));
+    let text = explanation(&mut scene, "10.1.0.5", "10.2.0.9");
+    assert!(text.contains("path MTU of 1300 has been learnt for 10.2.0.9"), "{text}");
+
+    // A shorter MTU of the route makes no difference, nor does another reason.
+    scene.host.routes.push(route("10.2.0.9/32", RouteKind::Blackhole));
+    let text = explanation(&mut scene, "10.1.0.5", "10.2.0.9");
+    assert!(text.contains("unroutable"), "{text}");
+}
+
+#[test]
+fn a_path_mtu_comes_and_goes_with_the_cells_of_its_address() {
+    let mut scene = Scene::new().has(site()).has(offloaded("10.1.0.0/16", "10.3.0.9/32"));
+    scene.compile();
+    let change = |scene: &mut Scene, change: HostChange| {
+        scene.compiler.change_host(&change);
+        let update = scene.compiler.compile(&scene.database);
+        scene.table.apply(&update);
+        update
+    };
+    let update = change(&mut scene, HostChange::PathMtu(learnt("10.2.0.9", 1300)));
+    // The cell looks destinations up from now on: those of the prefix, and of the address.
+    assert_eq!((update.cells.len(), update.facts.len(), update.slots.len()), (1, 2, 0));
+    assert_eq!(scene.table.decide(&packet("10.1.0.5", "10.2.0.9")), Err(PassReason::DeniedDestination));
+    let update = change(&mut scene, HostChange::PathMtu(learnt("10.2.0.10", 1300)));
+    assert_eq!((update.cells.len(), update.facts.len()), (0, 1), "{update:?}");
+    let update = change(&mut scene, HostChange::PathMtu(learnt("10.2.0.10", 1200)));
+    assert!(update.is_empty(), "as before: {update:?}");
+    let update = change(&mut scene, HostChange::PathMtu(learnt("10.3.0.9", 1300)));
+    assert_eq!((update.cells.len(), update.facts.len()), (1, 0), "the whole cell passes: {update:?}");
+    let update = change(&mut scene, HostChange::PathMtu(learnt("172.16.0.9", 1300)));
+    assert!(update.is_empty(), "in no policy: {update:?}");
+    for address in ["10.2.0.9", "10.2.0.10", "10.3.0.9", "172.16.0.9"] {
+        change(&mut scene, HostChange::PathMtuGone(address.parse().unwrap()));
+    }
+    assert_eq!(scene.table.facts.len(), 0, "{:?}", scene.table.facts);
+    assert!(["10.2.0.9", "10.3.0.9"].iter().all(|to| scene.table.decide(&packet("10.1.0.5", to)).is_ok()));
+}
+
+#[test]
+fn a_device_with_another_mtu_may_take_what_a_path_mtu_kept_back() {
+    let mut scene = Scene::new().has(site());
+    scene.host.path_mtus = vec![learnt("10.2.0.9", 1300)];
+    scene.compile();
+    for (mtu, is_fast) in [(1300, true), (1400, false)] {
+        let link = Link { mtu, ..scene.link(NIC).clone() };
+        scene.compiler.change_host(&HostChange::Link(link));
+        let update = scene.compiler.compile(&scene.database);
+        scene.table.apply(&update);
+        assert_eq!(scene.table.decide(&packet("10.1.0.5", "10.2.0.9")).is_ok(), is_fast, "{mtu}");
+    }
+}
+
+#[test]
+fn a_path_mtu_of_the_outer_destination_limits_the_longest_packet() {
+    let mut scene = Scene::new().has(site());
+    let mut longest = |change: Option<HostChange>| {
+        match change {
+            None => scene.compiler.set_host(&scene.host),
+            Some(change) => scene.compiler.change_host(&change),
+        }
+        let update = scene.compiler.compile(&scene.database);
+        scene.table.apply(&update);
+        assert!(update.cells.is_empty() || update.slots.len() == 1, "{update:?}");
+        scene.table.slots.values().next().and_then(|standing| standing.ok()).map(|way| way.max_length)
+    };
+    assert_eq!(longest(None), Some(1446));
+    assert_eq!(longest(Some(HostChange::PathMtu(learnt("192.0.2.2", 1300)))), Some(1246));
+    assert_eq!(longest(Some(HostChange::PathMtu(learnt("192.0.2.3", 1200)))), Some(1246), "another's");
+    assert_eq!(longest(Some(HostChange::PathMtu(learnt("192.0.2.2", 2000)))), Some(1446));
+    // Nothing is known about the other family.
+    assert_eq!(longest(Some(HostChange::UnclearPathMtus(vec![Family::V6]))), Some(1446));
+    // No longer than any path MTU may be, neither inside nor outside.
+    let unclear = longest(Some(HostChange::UnclearPathMtus(vec![Family::V4, Family::V6])));
+    assert!(unclear.is_none_or(|longest| longest <= 68 - 54), "{unclear:?}");
+    assert_eq!(longest(Some(HostChange::UnclearPathMtus(Vec::new()))), Some(1446));
+}
+
+#[test]
+fn while_path_mtus_are_unclear_short_ipv6_packets_are_fast() {
+    let mut scene = Scene::new().has(offloaded("2001:db8:1::/48", "2001:db8:2::/48"));
+    scene.host.unclear_path_mtus = vec![Family::V6];
+    let longest = forwarding(&mut scene).map(|way| way.max_length);
+    assert_eq!(longest, Some(1206), "1280 without the overhead");
+    // The embedder answers for the host.
+    scene.host.vouched = true;
+    assert_eq!(forwarding(&mut scene).map(|way| way.max_length), Some(1426));
 }
 
 #[test]

@@ -846,6 +846,9 @@ fn may_obstruct(change: &HostChange) -> bool {
             | HostChange::Neighbour(_)
             | HostChange::NeighbourGone { .. }
             | HostChange::Device { .. }
+            | HostChange::PathMtu(_)
+            | HostChange::PathMtuGone(_)
+            | HostChange::UnclearPathMtus(_)
     )
 }
 

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Hook, HostFacts, Link, Neighbour, Route, Rule};
+use super::{Hook, HostFacts, Link, Neighbour, PathMtu, Route, Rule};
 use crate::policy::Family;
 
 /// What a [`HostSource`](crate::HostSource) says.
@@ -54,6 +54,12 @@ pub enum HostChange {
         /// Its interface index; `None` is any device.
         ifindex: Option<u32>,
     },
+    /// The kernel has learnt this path MTU; it replaces the one of the same address.
+    PathMtu(PathMtu),
+    /// No path MTU is learnt for this address any longer.
+    PathMtuGone(IpAddr),
+    /// These are all families now of which more path MTUs may have been learnt than were told.
+    UnclearPathMtus(Vec<Family>),
     /// These are all hooks now.
     Hooks(Vec<Hook>),
 }

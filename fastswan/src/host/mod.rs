@@ -1,4 +1,4 @@
-//! What the host does with addresses: links, routes, rules, neighbours and the sysctls that matter.
+//! What the host does with addresses: links, routes, rules, neighbours, learnt path MTUs and the sysctls that matter.
 //!
 //! [`HostFacts`] are plain data. A [`HostSource`](crate::HostSource) tells them, first all, then again after each change:
 //! `NetlinkHost` follows the kernel's, [`VouchedHost`](crate::VouchedHost) has those that the embedder states. The
@@ -10,6 +10,7 @@ mod broken;
 mod error;
 mod event;
 pub mod hooks;
+pub(crate) mod path_mtu;
 mod port;
 mod route;
 pub(crate) mod routing;
@@ -26,6 +27,7 @@ pub use self::{
     error::HostError,
     event::{HostChange, HostEvent, HostStaleCause},
     hooks::{Hook, HookKind, HookPlace, Hooks, ParseHookKindError},
+    path_mtu::PathMtu,
     port::{Forwards, Port, ReversePath},
     route::{Route, RouteKind},
     rule::{Rule, RuleAction, RuleSelector},
@@ -65,6 +67,13 @@ pub struct HostFacts {
     pub rules: Vec<Rule>,
     /// Neighbours with a known Ethernet address.
     pub neighbours: Vec<Neighbour>,
+    /// Path MTUs that the kernel has learnt, one for each address at most. Packets to an address inside a policy for which there
+    /// is one pass, unless it is no less than the MTU of the device; that of a tunnel's outer destination limits how long the
+    /// policy's packets may be.
+    pub path_mtus: Vec<PathMtu>,
+    /// Families of which more path MTUs may have been learnt than are in [`Self::path_mtus`]: of these, only packets are fast
+    /// that are no longer than any path MTU can be (68 bytes for IPv4, 1280 for IPv6).
+    pub unclear_path_mtus: Vec<Family>,
     /// What may change the fate of packets on their way. What one of them may concern is not fast; [`Self::allow`] takes out
     /// those that may be skipped.
     pub hooks: Vec<Hook>,
@@ -77,7 +86,8 @@ impl HostFacts {
     ///
     /// It states that the host forwards every packet that a policy matches to the policy's device: that no
     /// destination inside a policy is the host's own, broadcast or unroutable, that no source is the host's
-    /// own, and that the outer destination is reached through the device. Routes are then not looked at. A link
+    /// own, and that the outer destination is reached through the device. It states that no path MTU is learnt that
+    /// matters, too. Routes and path MTUs are then not looked at. A link
     /// that is not listed is taken to be up, but how long its packets may be is not known, so its policies need
     /// [`Egress::max_length`](crate::policy::Egress::max_length).
     #[must_use]
@@ -174,7 +184,7 @@ impl HostFacts {
         })
     }
 
-    /// Takes up a change. Looks at all links, routes, rules or neighbours, whichever it is about.
+    /// Takes up a change. Looks at all links, routes, rules, neighbours or path MTUs, whichever it is about.
     pub fn apply(&mut self, change: HostChange) {
         match change {
             HostChange::Link(link) => {
@@ -197,6 +207,12 @@ impl HostFacts {
                 self.neighbours.push(neighbour);
             }
             HostChange::NeighbourGone { ifindex, destination } => self.forget_neighbour(ifindex, destination),
+            HostChange::PathMtu(learnt) => {
+                self.forget_path_mtu(learnt.destination);
+                self.path_mtus.push(learnt);
+            }
+            HostChange::PathMtuGone(destination) => self.forget_path_mtu(destination),
+            HostChange::UnclearPathMtus(families) => self.unclear_path_mtus = families,
             HostChange::Hooks(hooks) => self.hooks = hooks,
             // What a device can do is not among these facts.
             HostChange::Device { .. } => {}
@@ -205,6 +221,10 @@ impl HostFacts {
 
     fn forget_neighbour(&mut self, ifindex: u32, destination: IpAddr) {
         self.neighbours.retain(|other| (other.ifindex, other.destination) != (ifindex, destination));
+    }
+
+    fn forget_path_mtu(&mut self, destination: IpAddr) {
+        self.path_mtus.retain(|other| other.destination != destination);
     }
 }
 

@@ -84,6 +84,8 @@ pub(crate) struct Routes {
     may_be_merged: bool,
     /// The priority of a rule that cannot be followed.
     obscure: Option<u32>,
+    /// Path MTUs that the kernel has learnt, by destination.
+    path_mtus: BTreeMap<IpAddr, u32>,
 }
 
 /// What a table has for a prefix.
@@ -152,10 +154,13 @@ impl Routes {
             instead: None,
             may_be_merged: false,
             obscure: None,
+            path_mtus: BTreeMap::new(),
         };
         if host.vouched {
             return new;
         }
+        let learnt = host.path_mtus.iter().filter(|learnt| Family::from(learnt.destination) == family);
+        new.path_mtus = learnt.map(|learnt| (learnt.destination, learnt.mtu)).collect();
         let rules = host.rules.iter().filter(|rule| rule.family == family).cloned().collect();
         new.set_rules(rules, |name| host.ifindex(name).is_some());
         let mut routes: Vec<&Route> =
@@ -195,8 +200,12 @@ impl Routes {
         self.family
     }
 
-    /// Whether some route is for packets up to a length of its own, by a device.
+    /// Whether some route, or a path MTU, is for packets up to a length of its own, by a device.
     pub(crate) fn limits_on(&self, ifindex: u32) -> bool {
+        let is_by_device = |address: &IpAddr| matches!(self.answer((*address).into(), Purpose::Forward), RouteKind::Unicast { ifindex: device, .. } if device == ifindex);
+        if self.path_mtus.keys().any(is_by_device) {
+            return true;
+        }
         let limits = |(entry, _): &(Entry, u32)| matches!(entry.kind, RouteKind::Unicast { ifindex: device, mtu: Some(_), .. } if device == ifindex);
         self.entries.known.iter().any(limits)
     }
@@ -310,8 +319,42 @@ impl Routes {
         self.look_up(LOCAL, address.into()).is_some_and(|(_, entry)| entry.kind == RouteKind::Local)
     }
 
-    /// What happens to packets to a prefix for which no longer prefix counts. If there is no route they are unreachable.
+    /// The path MTU that the kernel has learnt for an address.
+    pub(crate) fn path_mtu(&self, destination: IpAddr) -> Option<u32> {
+        self.path_mtus.get(&destination).copied()
+    }
+
+    /// The addresses strictly inside a prefix for which the kernel has learnt a path MTU.
+    pub(crate) fn path_mtus_inside(&self, prefix: IpNet) -> impl Iterator<Item = IpNet> {
+        let inside = self.path_mtus.range(prefix.network()..=prefix.broadcast());
+        inside.map(|(address, _)| IpNet::from(*address)).filter(move |address| *address != prefix)
+    }
+
+    /// Takes up that the kernel has learnt a path MTU, or knows none any longer. Returns whether that is new.
+    pub(crate) fn set_path_mtu(&mut self, destination: IpAddr, mtu: Option<u32>) -> bool {
+        let old = match mtu {
+            Some(mtu) => self.path_mtus.insert(destination, mtu),
+            None => self.path_mtus.remove(&destination),
+        };
+        old != mtu
+    }
+
+    /// What happens to packets to a prefix for which no longer prefix counts. If there is no route they are unreachable. The
+    /// MTU is the lesser one of the route and of what was learnt for the address, if the prefix is one.
     pub(crate) fn answer(&self, prefix: IpNet, purpose: Purpose) -> RouteKind {
+        let answer = self.route(prefix, purpose);
+        let is_address = prefix.prefix_len() == prefix.max_prefix_len() && purpose != Purpose::Return;
+        match (answer, self.path_mtus.get(&prefix.addr()).filter(|_| is_address)) {
+            (RouteKind::Unicast { ifindex, gateway, mtu }, Some(learnt)) => {
+                let mtu = mtu.map_or(*learnt, |mtu| mtu.min(*learnt));
+                RouteKind::Unicast { ifindex, gateway, mtu: Some(mtu) }
+            }
+            (answer, _) => answer,
+        }
+    }
+
+    /// The same without what was learnt.
+    fn route(&self, prefix: IpNet, purpose: Purpose) -> RouteKind {
         let mut answer = self.follow(&self.steps, prefix, purpose);
         if let Some(steps) = &self.instead {
             answer = agree(answer, self.follow(steps, prefix, purpose));

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 
 use super::{
     link_state::{ConfTold, Everywhere, LinkState, LinkTold},
+    path_mtu::{PathMtus, PathMtusRead},
     route::{NeighbourTold, Read, RoutesRead, RuleState, Sysctls, Told, read_all},
     route_message::{RouteInfo, RouteKey, RouteMessage},
     route_store::{Effect, RouteAction, RouteList, RouteStore, RouteTold, take_up},
@@ -64,6 +65,7 @@ pub(crate) enum Wanted {
     Routes(Family, Arc<RouteStore>),
     Rules(Family),
     Neighbours,
+    PathMtus(Family),
 }
 
 /// What has been read.
@@ -72,6 +74,7 @@ pub(crate) enum Found {
     Routes(Family, RoutesRead),
     Rules(Family, Vec<RuleState>),
     Neighbours(Vec<NeighbourTold>),
+    PathMtus(Family, PathMtusRead),
 }
 
 /// Follows the host.
@@ -89,6 +92,7 @@ pub(crate) struct Follower {
     rules_v4: Rules,
     rules_v6: Rules,
     neighbours: Neighbours,
+    path_mtus: PathMtus,
     devices: Vec<HostChange>,
     changed_links: BTreeSet<u32>,
     /// Sysctls may have changed without a word.
@@ -177,14 +181,22 @@ pub(crate) fn read_host() -> Result<HostFacts, HostError> {
 impl Follower {
     /// Begins with what was read.
     pub(crate) fn new(read: Read, now: Instant) -> (Self, HostFacts) {
-        let Read { links, everywhere, addresses, rules: [rules_v4, rules_v6], routes: [v4, v6], neighbours } =
-            read;
+        let Read {
+            links,
+            everywhere,
+            addresses,
+            rules: [rules_v4, rules_v6],
+            routes: [v4, v6],
+            neighbours,
+            path_mtus,
+        } = read;
         let mut follower = Self {
             everywhere,
             v4: Routes::new(v4, now),
             v6: Routes::new(v6, now),
             rules_v4: Rules { list: rules_v4, ..Rules::default() },
             rules_v6: Rules { list: rules_v6, ..Rules::default() },
+            path_mtus: PathMtus::new(path_mtus, now),
             ..Self::default()
         };
         for (ifindex, address) in addresses {
@@ -209,8 +221,11 @@ impl Follower {
 
     /// Everything.
     fn facts(&self, now: Instant) -> HostFacts {
+        let (path_mtus, unclear_path_mtus) = self.path_mtus.facts();
         let mut facts = HostFacts {
             links: self.links.values().filter_map(|link| link.told.clone()).collect(),
+            path_mtus,
+            unclear_path_mtus,
             ..HostFacts::default()
         };
         for rules in [&self.rules_v4, &self.rules_v6] {
@@ -267,6 +282,11 @@ impl Follower {
     /// Notifications about neighbours were lost.
     pub(crate) fn lose_neighbours(&mut self) {
         self.neighbours.lose();
+    }
+
+    /// Which path MTUs the kernel has learnt.
+    pub(crate) fn path_mtus(&mut self) -> &mut PathMtus {
+        &mut self.path_mtus
     }
 
     fn rules(&mut self, family: Family) -> &mut Rules {
@@ -407,7 +427,8 @@ impl Follower {
     pub(crate) fn due(&self, is_busy: bool) -> Option<Instant> {
         let wanted = [&self.v4, &self.v6].map(|routes| routes.wanted.filter(|_| !is_busy));
         let ends = [&self.v4, &self.v6].map(|routes| routes.timers.peek().map(|Reverse((at, _))| *at));
-        wanted.into_iter().chain(ends).flatten().min()
+        let path_mtus = self.path_mtus.due(is_busy);
+        wanted.into_iter().chain(ends).chain([path_mtus]).flatten().min()
     }
 
     /// Takes up the time: lifetimes end.
@@ -432,9 +453,10 @@ impl Follower {
             self.neighbours.touched = Some(HashSet::new());
             return Some(Wanted::Neighbours);
         }
-        [Family::V4, Family::V6].into_iter().find_map(|family| {
+        let routes = [Family::V4, Family::V6].into_iter().find_map(|family| {
             self.routes(family).start_reading(now).map(|store| Wanted::Routes(family, store))
-        })
+        });
+        routes.or_else(|| self.path_mtus.start_reading(now).map(Wanted::PathMtus))
     }
 
     /// It could not be read.
@@ -443,6 +465,7 @@ impl Follower {
             Wanted::Routes(family, _) => self.routes(*family).give_up(now),
             Wanted::Rules(family) => self.rules(*family).is_undisturbed = false,
             Wanted::Neighbours => self.neighbours.touched = None,
+            Wanted::PathMtus(family) => self.path_mtus.give_up(*family, now),
         }
     }
 
@@ -460,6 +483,11 @@ impl Follower {
             }
             Found::Neighbours(all) => {
                 self.neighbours.finish_reading(all);
+                None
+            }
+            Found::PathMtus(family, read) => {
+                let routes = self.routes(family).store.len();
+                self.path_mtus.finish_reading(family, read, routes, now);
                 None
             }
         }
@@ -490,6 +518,7 @@ impl Follower {
             }
         }
         changes.append(&mut self.neighbours.changes);
+        changes.append(&mut self.path_mtus.changes());
         for routes in [&mut self.v4, &mut self.v6] {
             for _ in 0..MOST_ROUTES {
                 let Some(key) = routes.changed.pop_front() else { break };
@@ -971,12 +1000,12 @@ impl Neighbours {
     }
 }
 
-trait PopIfDue {
-    fn pop_if_due(&mut self, now: Instant) -> Option<Reverse<(Instant, RouteKey)>>;
+pub(super) trait PopIfDue<T> {
+    fn pop_if_due(&mut self, now: Instant) -> Option<Reverse<(Instant, T)>>;
 }
 
-impl PopIfDue for BinaryHeap<Reverse<(Instant, RouteKey)>> {
-    fn pop_if_due(&mut self, now: Instant) -> Option<Reverse<(Instant, RouteKey)>> {
+impl<T: Ord> PopIfDue<T> for BinaryHeap<Reverse<(Instant, T)>> {
+    fn pop_if_due(&mut self, now: Instant) -> Option<Reverse<(Instant, T)>> {
         if self.peek().is_some_and(|Reverse((at, _))| *at <= now) { self.pop() } else { None }
     }
 }

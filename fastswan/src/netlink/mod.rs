@@ -10,11 +10,13 @@ mod decode;
 mod dump;
 mod follow;
 mod hooks;
+mod icmp;
 #[cfg(feature = "bpf")]
 mod interface;
 mod link_state;
 mod links;
 mod netdev;
+mod path_mtu;
 mod request;
 mod route;
 mod route_message;
@@ -34,8 +36,12 @@ pub(crate) use self::{
     dump::{Dump, DumpConfig, DumpError, Dumped, settle as settle_requests},
     follow::{Follower, Found, Wanted, read_host},
     hooks::{HookWatch, read_hooks},
+    icmp::take as take_icmp,
     links::{Links, settle as settle_links},
-    route::{Sysctls, Told, read_all, read_neighbours, read_routes, read_rules, read_sysctls},
+    path_mtu::Question,
+    route::{
+        Sysctls, Told, read_all, read_neighbours, read_path_mtus, read_routes, read_rules, read_sysctls,
+    },
     socket::{Datagram, NetlinkSocket},
     thresholds::{ThresholdWatch, Thresholds, thresholds},
     watch::{HostSockets, hear, heard_device},

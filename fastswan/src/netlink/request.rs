@@ -85,6 +85,11 @@ impl Requests {
         set_receive_buffer(&self.socket, bytes)
     }
 
+    /// Has the kernel refuse what it does not understand, and heed what else it would ignore (`NETLINK_GET_STRICT_CHK`).
+    pub(super) fn check_strictly(&self) -> io::Result<()> {
+        self.socket.set_netlink_get_strict_chk(true)
+    }
+
     /// Sends a request. At the return the kernel has handled it, and so has taken the locks that it handles such
     /// requests under; the answer, or the first part of a dump, is there to be [read](Self::read).
     pub(super) fn send(&mut self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {

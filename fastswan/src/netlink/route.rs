@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::{
     link_state::{ConfTold, Everywhere, LinkState, LinkTold},
     links::settle as settle_links,
+    path_mtu::{PathMtusRead, Question, RTM_F_CLONED, learnt},
     remedy,
     request::{DUMP, RequestError, Requests},
     route_message::{RouteInfo, RouteKey, RouteMessage},
@@ -153,6 +154,7 @@ pub(crate) struct Read {
     pub(crate) rules: [Vec<RuleState>; 2],
     pub(crate) routes: [RoutesRead; 2],
     pub(crate) neighbours: Vec<NeighbourTold>,
+    pub(crate) path_mtus: [PathMtusRead; 2],
 }
 
 /// The routes of a family, as they were read.
@@ -185,6 +187,7 @@ pub(crate) fn read_all() -> Result<Read, HostError> {
         rules: [dumps.rules(Family::V4)?, dumps.rules(Family::V6)?],
         routes: [dumps.routes(Family::V4)?, dumps.routes(Family::V6)?],
         neighbours: dumps.neighbours()?,
+        path_mtus: [read_path_mtus(Family::V4)?, read_path_mtus(Family::V6)?],
     })
 }
 
@@ -204,6 +207,31 @@ pub(crate) fn read_rules(family: Family) -> Result<Vec<RuleState>, HostError> {
 /// Reads all neighbours.
 pub(crate) fn read_neighbours() -> Result<Vec<NeighbourTold>, HostError> {
     Dumps::open()?.neighbours()
+}
+
+/// Reads the path MTUs of a family that the kernel has learnt.
+pub(crate) fn read_path_mtus(family: Family) -> Result<PathMtusRead, HostError> {
+    let mut dumps = Dumps::open()?;
+    // Otherwise the kernel tells the routes too.
+    dumps.0.check_strictly().map_err(|error| system("asking for exceptions of routes", error))?;
+    dumps.path_mtus(family)
+}
+
+/// Asks what path MTU the kernel has learnt for an address. `None` too if the kernel has no such route.
+pub(crate) fn ask_path_mtu(kernel: &mut Requests, question: &Question) -> Result<Option<u32>, RequestError> {
+    let (mut mtu, mut cut_off) = (None, None);
+    let asked = kernel.ask((RTM_GETROUTE, 0, &question.request()), |_, payload| {
+        match learnt(payload) {
+            Ok(found) => mtu = mtu.or(found.map(|found| found.mtu)),
+            Err(error) => cut_off = Some(error),
+        }
+        Ok::<_, RequestError>(())
+    });
+    match (asked, cut_off) {
+        (_, Some(cut_off)) => Err(RequestError::Undecodable(cut_off.to_string())),
+        (Ok(()) | Err(RequestError::Refused(_)), None) => Ok(mtu),
+        (Err(error), None) => Err(error),
+    }
 }
 
 /// Reads the sysctls of all links and of the host.
@@ -297,6 +325,19 @@ impl Dumps {
         routes.0.store.shrink();
         routes.0.parts = routes.1;
         Ok(routes.0)
+    }
+
+    fn path_mtus(&mut self, family: Family) -> Result<PathMtusRead, HostError> {
+        let mut request = of_family(family, ROUTE_LENGTH);
+        request[8..].copy_from_slice(&RTM_F_CLONED.to_ne_bytes());
+        let read = self.dump("path MTUs", RTM_GETROUTE, &request, |all: &mut PathMtusRead, payload| {
+            let learnt = learnt(payload)?.filter(|learnt| Family::from(learnt.destination) == family);
+            if let Some(learnt) = learnt {
+                all.take(learnt);
+            }
+            Ok(())
+        });
+        Ok(read?.0)
     }
 
     fn list<T>(

@@ -6,6 +6,7 @@ use netlink_packet_core::NetlinkBuffer;
 use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_ROUTE};
 
 use super::{
+    icmp::IcmpSockets,
     netdev::management_group,
     route::Told,
     socket::{Datagram, NetlinkSocket},
@@ -33,6 +34,8 @@ pub(crate) struct HostSockets {
     pub(crate) neighbours: NetlinkSocket,
     /// Whether devices take redirected frames. Kernels before Linux 6.3 do not tell.
     pub(crate) devices: Option<NetlinkSocket>,
+    /// What the kernel may learn path MTUs from.
+    pub(crate) icmp: IcmpSockets,
 }
 
 impl HostSockets {
@@ -46,6 +49,7 @@ impl HostSockets {
             route: NetlinkSocket::open(NETLINK_ROUTE, &GROUPS, Some(route))?,
             neighbours: NetlinkSocket::open(NETLINK_ROUTE, &NEIGHBOURS, Some(neighbours))?,
             devices,
+            icmp: IcmpSockets::open()?,
         })
     }
 }

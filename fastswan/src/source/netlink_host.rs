@@ -15,10 +15,11 @@ use crate::host::BrokenHostRule;
 use crate::{
     host::{Hook, HostChange, HostError, HostEvent, HostFacts, HostStaleCause},
     netlink::{
-        Anchor, BackOff, Datagram, Follower, Found, HookWatch, HostSockets, Job, NetlinkSocket, Sysctls,
-        Told, Wanted, hear, heard_device, read_all, read_hooks, read_host, read_neighbours, read_routes,
-        read_rules, read_sysctls, remedy,
+        Anchor, BackOff, Datagram, Follower, Found, HookWatch, HostSockets, Job, NetlinkSocket, Question,
+        Sysctls, Told, Wanted, hear, heard_device, read_all, read_hooks, read_host, read_neighbours,
+        read_path_mtus, read_routes, read_rules, read_sysctls, remedy, take_icmp,
     },
+    policy::Family,
 };
 
 /// What a burst of changes brings: some 40,000 notifications, and a tenth of that about neighbours.
@@ -39,7 +40,7 @@ const SYSCTL_LINKS: usize = 256;
 /// What the running kernel does with addresses, in the network namespace of the thread that opens it, on whatever thread
 /// it is polled.
 ///
-/// It yields everything at first, and then each change of links, routes, rules, neighbours and sysctls, as the kernel tells of
+/// It yields everything at first, and then each change of links, routes, rules, neighbours, path MTUs and sysctls, as the kernel tells of
 /// it. A neighbour that is only heard from again is no change. Where the kernel changes routes in silence, because a link, an
 /// address or a next hop object goes or a lifetime ends, those that may be concerned are told as
 /// [unclear](crate::host::RouteKind::Unclear) at once, the routes of the family are read again on another thread, and what is
@@ -50,6 +51,12 @@ const SYSCTL_LINKS: usize = 256;
 /// When there were more notifications about links, routes and rules than its receive buffer of 32 MiB holds, it says so, and
 /// yields everything again. An overrun of neighbours, which have a buffer of their own, makes it tell that none is known,
 /// until they have been read again.
+///
+/// Which path MTUs it learns, the kernel does not tell either. It learns them from ICMP messages to the host, of which this gets
+/// copies, and asks the kernel about each. That takes `CAP_NET_RAW`: without, those that some packet of the kernel's has used are
+/// found within 200 ms, with more than 2,000 routes in proportion later, and others are missed. What has expired or was flushed
+/// goes within about five seconds. When there are more messages than can be asked about, the path MTUs of the family are
+/// [unclear](HostFacts::unclear_path_mtus) until all have been read.
 ///
 /// Netfilter, filters of tc and other [hooks](crate::host::hooks) are followed on a thread of their own, which looks ten times a
 /// second at what the kernel does not tell of. They take `CAP_NET_ADMIN` to read: without, each kind counts as there.
@@ -94,7 +101,7 @@ enum State {
     /// Everything is read then.
     Waiting(Instant),
     /// It is being read.
-    Reading(Beginning),
+    Reading(Box<Beginning>),
     /// What was yielded is what the kernel has.
     Following(Box<Following>),
 }
@@ -139,6 +146,7 @@ enum Woken {
     Found(Result<Found, HostError>),
     Sysctls(Result<Sysctls, HostError>),
     Hooks(io::Result<Vec<Hook>>),
+    Icmp((Family, io::Result<Option<Question>>)),
 }
 
 impl NetlinkHost {
@@ -208,7 +216,10 @@ impl NetlinkHost {
     /// Begins to read everything.
     fn begin(&mut self) -> Result<(), HostError> {
         // What was told before may have gaps.
-        let HostSockets { route, neighbours, devices } = &mut self.sockets;
+        let HostSockets { route, neighbours, devices, icmp } = &mut self.sockets;
+        for family in [Family::V4, Family::V6] {
+            icmp.discard(family);
+        }
         for socket in [Some(route), Some(neighbours), devices.as_mut()].into_iter().flatten() {
             for _ in 0..MOST_UNREAD {
                 match socket.try_receive() {
@@ -220,8 +231,8 @@ impl NetlinkHost {
             }
         }
         let job = self.anchor.run("fastswan-host", begin);
-        self.state =
-            State::Reading(Beginning { job, read: None, backlog: Vec::new(), has_lost_neighbours: false });
+        let beginning = Beginning { job, read: None, backlog: Vec::new(), has_lost_neighbours: false };
+        self.state = State::Reading(Box::new(beginning));
         Ok(())
     }
 
@@ -254,6 +265,7 @@ impl NetlinkHost {
                     following.take_found(now, &self.anchor);
                     following.start_reading(now, &self.anchor);
                 }
+                self.sockets.icmp.follow(following.follower.path_mtus(), now);
                 following.follower.handle_time(now);
                 if following.follower.doubts_sysctls() && matches!(following.sysctls, Look::Waiting(_)) {
                     following.sysctls = Look::Waiting(now);
@@ -362,6 +374,9 @@ impl NetlinkHost {
                 if beginning.has_lost_neighbours {
                     follower.lose_neighbours();
                 }
+                for family in self.sockets.icmp.unheard() {
+                    follower.path_mtus().poll(family, now);
+                }
                 self.back_off.settled(now);
                 self.ready.push_back(HostEvent::Snapshot(facts));
                 let sysctls = Look::Waiting(now + SYSCTLS);
@@ -388,7 +403,7 @@ impl NetlinkHost {
             }
             return self.begin();
         }
-        let HostSockets { route, neighbours, devices } = &mut self.sockets;
+        let HostSockets { route, neighbours, devices, icmp } = &mut self.sockets;
         let woken = match &mut self.state {
             State::Waiting(_) => Woken::Again,
             State::Reading(beginning) => tokio::select! {
@@ -399,11 +414,14 @@ impl NetlinkHost {
             },
             State::Following(following) => {
                 let due = following.follower.due(following.reading.is_some() || following.found.is_some());
+                let listens =
+                    [Family::V4, Family::V6].map(|family| following.follower.path_mtus().listens(family));
                 let Following { reading, sysctls, .. } = &mut **following;
                 tokio::select! {
                     told = route.receive() => Woken::Route(told),
                     told = neighbours.receive() => Woken::Neighbours(told),
                     told = device(devices) => Woken::Device(told),
+                    message = icmp.receive(listens) => Woken::Icmp(message),
                     found = found(reading) => Woken::Found(found),
                     hooks = self.hooks.changed() => Woken::Hooks(hooks),
                     looked = sysctls.looked() => looked.map_or(Woken::Again, Woken::Sysctls),
@@ -423,6 +441,11 @@ impl NetlinkHost {
                 self.hear_neighbours(told, now)?;
             }
             Woken::Device(told) => self.hear_device(told)?,
+            Woken::Icmp((family, message)) => {
+                if let State::Following(following) = &mut self.state {
+                    take_icmp(message, family, following.follower.path_mtus(), now);
+                }
+            }
             Woken::Hooks(hooks) => {
                 let hooks = hooks.map_err(|error| system(FOLLOWING_HOOKS, error))?;
                 self.take_hooks(hooks);
@@ -483,6 +506,7 @@ impl Following {
             }
             Wanted::Rules(family) => read_rules(family).map(|rules| Found::Rules(family, rules)),
             Wanted::Neighbours => read_neighbours().map(Found::Neighbours),
+            Wanted::PathMtus(family) => read_path_mtus(family).map(|read| Found::PathMtus(family, read)),
         });
         self.reading = Some((wanted.without_routes(), job));
     }

@@ -29,11 +29,13 @@ pub enum HostMutant {
     RuleOrder,
     /// It does not look at hooks.
     Hooks,
+    /// It does not look at what path MTUs the kernel learns.
+    PathMtus,
 }
 
 impl HostMutant {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Routes,
         Self::Rules,
         Self::Links,
@@ -42,6 +44,7 @@ impl HostMutant {
         Self::Lifetime,
         Self::RuleOrder,
         Self::Hooks,
+        Self::PathMtus,
     ];
 
     /// The kinds of change that it lies about.
@@ -55,6 +58,7 @@ impl HostMutant {
             Self::Lifetime => &["v6-expires"],
             Self::Hooks => &["tc", "nft-filter", "nft-policy"],
             Self::RuleOrder => &["rule-order", "rule-table"],
+            Self::PathMtus => &["path-mtu"],
         }
     }
 
@@ -70,6 +74,7 @@ impl HostMutant {
             Self::Lifetime => "lifetime",
             Self::RuleOrder => "rule-order",
             Self::Hooks => "hooks",
+            Self::PathMtus => "path-mtus",
         }
     }
 }
@@ -118,6 +123,7 @@ impl<S> Lying<S> {
                 );
             }
             HostMutant::Hooks => facts.hooks.clear(),
+            HostMutant::PathMtus => facts.path_mtus.clear(),
             HostMutant::RuleOrder => {
                 facts.rules = [Family::V4, Family::V6].map(|family| turned(&facts.rules, family)).concat();
             }

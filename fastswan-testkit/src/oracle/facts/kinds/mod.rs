@@ -135,7 +135,7 @@ pub(super) const KINDS: &[Kind] = &[
     kind("proxy-ndp", devices::proxy_ndp).silent(),
     kind("proxy-arp", devices::proxy_arp).silent(),
     kind("router-advertisement", devices::advertisement).at_last(),
-    kind("path-mtu", devices::path_mtu).silent().at_last(),
+    kind("path-mtu", devices::path_mtu).at_last(),
     kind("vlan", devices::vlan),
     kind("vrf", devices::vrf).at_last(),
     kind("bond", devices::bond).at_last(),
@@ -159,7 +159,7 @@ pub(super) const OF_GUESTS: &[&str] =
     &["vlan", "vrf", "bond", "ipvlan", "dummy", "xfrm-interface", "tc-flower", "nft-flowtable", "ipvs"];
 
 /// Kinds that packets are wrong in so far, from known causes.
-pub(super) const KNOWN_WRONG: &[&str] = &["mixed", "path-mtu"];
+pub(super) const KNOWN_WRONG: &[&str] = &[];
 
 #[cfg(test)]
 mod tests {
