@@ -290,6 +290,10 @@ impl<A: Address> Plane<A> {
 
     /// Says that cells whose destination or source has addresses of a prefix may need another verdict.
     pub(super) fn touch_addresses(&mut self, prefix: Prefix<A>) {
+        if prefix.length() == 0 {
+            // In order, and each cell once.
+            return self.touch_all();
+        }
         let everything = prefix.shortened(0);
         let all = |destination: Prefix<A>, last| {
             Region { destination, source: everything }..=Region {

@@ -6,7 +6,6 @@ use aya::maps::{
     MapData, MapError,
     xdp::{DevMapHash, XdpMapError},
 };
-use hashbrown::HashMap;
 
 use super::{Slot, Standing, store::Store};
 use crate::{netlink::takes_redirected_frames, sys::transmitting_cpus};
@@ -31,7 +30,9 @@ impl DeviceMap {
     /// Makes the devices of an update's slots reachable. Those that its slots leave still are, until
     /// [`Self::leave`].
     pub(super) fn enter(&mut self, slots: &[(Slot, Option<Standing>)], store: &mut Store) {
-        for (slot, standing) in slots {
+        // The store refuses the others.
+        let limit = store.capacity().slots;
+        for (slot, standing) in slots.iter().filter(|(slot, _)| (slot.0 as usize) < limit) {
             let device = standing.and_then(Result::ok).map(|forwarding| forwarding.ifindex);
             if let Some(ifindex) = device.filter(|ifindex| !self.users.has(*ifindex)) {
                 self.ask(ifindex, store);
@@ -102,7 +103,8 @@ fn io_error(error: XdpMapError) -> io::Error {
 /// Which device each slot uses, and how many slots each device has.
 #[derive(Debug, Default)]
 struct Users {
-    device_of: HashMap<Slot, u32>,
+    /// By slot.
+    device_of: Vec<Option<u32>>,
     slots: BTreeMap<u32, usize>,
     /// Devices that slots have left, once for each slot.
     left: Vec<u32>,
@@ -115,11 +117,11 @@ impl Users {
 
     /// Notes the device that a slot uses from now on.
     fn enter(&mut self, slot: Slot, device: Option<u32>) {
-        let before = match device {
-            Some(device) => self.device_of.insert(slot, device),
-            None => self.device_of.remove(&slot),
-        };
-        self.left.extend(before);
+        let number = slot.0 as usize;
+        if self.device_of.len() <= number {
+            self.device_of.resize(number + 1, None);
+        }
+        self.left.extend(std::mem::replace(&mut self.device_of[number], device));
         if let Some(device) = device {
             *self.slots.entry(device).or_default() += 1;
         }
