@@ -5,7 +5,7 @@
 //! default route, and the program is run on their packets. What is measured:
 //!
 //! 1. how long the first reading takes, and what memory it needs;
-//! 2. how many packets are fast while [routes and neighbours](kernel) change that concern no policy;
+//! 2. how many packets are fast while routes and neighbours change that concern no policy;
 //! 3. meanwhile: how long it takes until a route that leads an address of a policy elsewhere is followed, and until the
 //!    address is fast again when that route is gone;
 //! 4. how long it takes until all policies have followed when the default route goes and comes back.

@@ -247,7 +247,7 @@ impl Paths {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),
             NextHop::Neighbour => {
-                let neighbour = (device.ifindex, gateway.unwrap_or(template.destination));
+                let neighbour = (device.ifindex, neighbour(gateway, template)?);
                 Some((link?.address?, *self.neighbours.get(&neighbour)?))
             }
         };
@@ -265,7 +265,7 @@ impl Paths {
             return None;
         }
         let (gateway, _) = self.outer_route(template, device.ifindex)?;
-        Some((device.ifindex, gateway.unwrap_or(template.destination)))
+        Some((device.ifindex, neighbour(gateway, template)?))
     }
 
     /// Whether the kernel finds a route for packets from an outer source: IPv4 asks whether it is an address of the host
@@ -316,6 +316,11 @@ pub(super) enum Concerns {
     Policies,
     /// All of it.
     Everything,
+}
+
+/// The neighbour that a template's packets go to; `None` if it is one of several.
+fn neighbour(gateway: Option<IpAddr>, template: &Template) -> Option<IpAddr> {
+    Some(gateway.unwrap_or(template.destination)).filter(|address| !address.is_unspecified())
 }
 
 fn is_named(links: &HashMap<u32, Link>, name: &str) -> bool {

@@ -1,6 +1,6 @@
 //! Each clause of the rule, and of what surrounds it, told as a packet's fate.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use fastswan_ebpf::PassReason;
 
@@ -1125,6 +1125,14 @@ fn the_next_hop_is_the_devices_the_given_one_or_the_kernels_neighbour() {
     assert_eq!(behind_a_gateway.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
     behind_a_gateway.host.neighbours.push(neighbour(NIC, "192.0.2.254"));
     assert_eq!(rewrite(&mut behind_a_gateway), Some(Some((NIC_MAC, ROUTER_MAC))));
+
+    // Which of several is not known, and does not matter if the device finds it.
+    let several = RouteKind::Unicast { ifindex: NIC, gateway: Some(Ipv4Addr::UNSPECIFIED.into()), mtu: None };
+    let mut behind_several = Scene::new().has(hop(NextHop::Neighbour)).routes("192.0.2.0/24", several);
+    behind_several.host.neighbours.extend(["192.0.2.2", "0.0.0.0"].map(|address| neighbour(NIC, address)));
+    assert_eq!(behind_several.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPath);
+    let mut by_the_device = Scene::new().has(site()).routes("192.0.2.0/24", several);
+    assert_eq!(rewrite(&mut by_the_device), Some(None));
 }
 
 #[test]

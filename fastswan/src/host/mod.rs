@@ -110,15 +110,18 @@ impl HostFacts {
     /// The port for frames that arrive on an interface with a VLAN tag, or, for 0, without one.
     ///
     /// `None` if the kernel does not give such frames to its IP layer, or may not: no such interface or VLAN
-    /// device, a device that is down, has no carrier or no Ethernet address, a member of a bridge, bond or VRF, one that
-    /// macvlan or ipvlan devices share, or one with a hook where packets come in. Devices of other network namespaces are
-    /// not seen.
+    /// device, a device that is down, has no carrier or no Ethernet address, a member of a bridge, bond or VRF, one whose
+    /// frames go to a [device on it](Link::takes_frames), or one with a hook where packets come in. Devices of other network
+    /// namespaces are not seen.
     #[must_use]
     pub fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
         let device = self.link(ifindex)?;
         let on_device = |link: &&Link| link.parent == Some(ifindex);
-        let shared = |link: &Link| matches!(link.kind.as_str(), "macvlan" | "macvtap" | "ipvlan" | "ipvtap");
-        if device.controller.is_some() || self.links.iter().filter(on_device).any(shared) {
+        // The kernel looks for a macvlan device with the address first.
+        let is_macvlan = |link: &Link| matches!(link.kind.as_str(), "macvlan" | "macvtap");
+        let takes_frames =
+            |link: &Link| link.takes_frames || is_macvlan(link) && link.address == device.address;
+        if device.controller.is_some() || self.links.iter().filter(on_device).any(takes_frames) {
             return None;
         }
         let tagged = self.links.iter().filter(on_device).find(|link| link.vlan == Some(vlan));
@@ -249,6 +252,9 @@ pub struct Link {
     pub carrier: bool,
     /// The interface below it, as a VLAN device has.
     pub parent: Option<u32>,
+    /// It takes frames that are for its parent, or may: an ipvlan device, or a macvlan device whose mode is `passthru` or
+    /// `source`. In the other modes that takes those for its own address.
+    pub takes_frames: bool,
     /// The VLAN id of an IEEE 802.1Q device on its parent.
     pub vlan: Option<u16>,
     /// The bridge, bond or VRF that it is a member of.
@@ -325,8 +331,17 @@ mod tests {
     fn frames_that_go_to_a_bridge_or_may_be_another_devices_have_no_port() {
         assert_eq!(receivers(&[Link { controller: Some(8), ..link(1, "lan") }, vlan(3, 20)]), []);
         assert_eq!(receivers(&[link(1, "lan"), Link { controller: Some(8), ..vlan(3, 20) }]), [(0, 1)]);
-        let ipvlan = Link { kind: "ipvlan".to_owned(), parent: Some(1), ..link(3, "container") };
+        let container = Link { parent: Some(1), ..link(3, "container") };
+        let ipvlan = Link { kind: "ipvlan".to_owned(), takes_frames: true, ..container.clone() };
         assert_eq!(receivers(&[link(1, "lan"), ipvlan]), []);
+        let macvlan = Link { kind: "macvlan".to_owned(), ..container };
+        assert_eq!(
+            receivers(&[link(1, "lan"), macvlan.clone()]),
+            [(0, 1)],
+            "it takes those for its own address"
+        );
+        let address = link(1, "lan").address;
+        assert_eq!(receivers(&[link(1, "lan"), Link { address, ..macvlan }]), [], "that is the port's");
         assert_eq!(receivers(&[link(1, "lan"), vlan(3, 0)]), [], "who takes which frame is not clear");
     }
 

@@ -44,11 +44,12 @@ impl Route {
 /// What a route does (`RTN_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouteKind {
-    /// Forwards to one next hop.
+    /// Forwards by one device.
     Unicast {
         /// Interface index of the device.
         ifindex: u32,
-        /// The next hop's address; `None` if the destination is a neighbour itself.
+        /// The next hop's address; `None` if the destination is a neighbour itself, unspecified (0.0.0.0) if there are
+        /// several next hops by this device.
         gateway: Option<IpAddr>,
         /// Longest packet in bytes, if the route says (`RTAX_MTU`).
         mtu: Option<u32>,

@@ -23,6 +23,7 @@ const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_VLAN_ID: u16 = 1;
+const IFLA_MACVLAN_MODE: u16 = 1;
 const IFLA_VLAN_PROTOCOL: u16 = 5;
 const ETH_P_8021Q: [u8; 2] = [0x81, 0];
 const IFLA_INET_CONF: u16 = 1;
@@ -143,14 +144,31 @@ impl LinkTold {
             link.parent = None;
         }
         link.vlan = data.filter(|_| link.kind == "vlan").and_then(vlan_id);
+        link.takes_frames = match link.kind.as_str() {
+            "ipvlan" | "ipvtap" => true,
+            "macvlan" | "macvtap" => !data.and_then(macvlan_mode).is_some_and(is_by_address),
+            _ => false,
+        };
         Ok(Self::Is(LinkState { link, conf }))
     }
 }
 
 fn vlan_id(data: &[u8]) -> Option<u16> {
-    let find = |sought| attributes(data, 0).find(|(kind, _)| *kind == sought).map(|(_, value)| value);
-    let id = u16_at(find(IFLA_VLAN_ID)?, 0);
-    id.filter(|_| find(IFLA_VLAN_PROTOCOL) == Some(&ETH_P_8021Q))
+    let id = u16_at(find(data, IFLA_VLAN_ID)?, 0);
+    id.filter(|_| find(data, IFLA_VLAN_PROTOCOL) == Some(&ETH_P_8021Q))
+}
+
+fn macvlan_mode(data: &[u8]) -> Option<u32> {
+    u32_at(find(data, IFLA_MACVLAN_MODE)?, 0)
+}
+
+/// Whether a macvlan device takes frames by their destination address alone: `private`, `vepa`, `bridge`.
+fn is_by_address(mode: u32) -> bool {
+    matches!(mode, 1 | 2 | 4)
+}
+
+fn find(data: &[u8], sought: u16) -> Option<&[u8]> {
+    attributes(data, 0).find(|(kind, _)| *kind == sought).map(|(_, value)| value)
 }
 
 impl Conf {

@@ -2,7 +2,7 @@
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     time::Duration,
 };
 
@@ -264,7 +264,7 @@ impl RouteInfo {
     /// What it does, if the links that are usable are these.
     pub(crate) fn kind(&self, is_usable: impl Fn(u32) -> bool) -> RouteKind {
         match self.kind {
-            RTN_UNICAST => match self.only_hop().filter(|hop| is_usable(hop.device)) {
+            RTN_UNICAST => match self.common_hop().filter(|hop| is_usable(hop.device)) {
                 Some(hop) => RouteKind::Unicast { ifindex: hop.device, gateway: hop.gateway, mtu: self.mtu },
                 None => RouteKind::Unclear,
             },
@@ -280,13 +280,21 @@ impl RouteInfo {
         }
     }
 
-    /// The next hop, if all are the same and nothing else matters.
-    fn only_hop(&self) -> Option<Hop> {
+    /// The next hop, if all are the same and nothing else matters; without a neighbour of its own, if all are by one device. Of
+    /// IPv6, what else there is may depend on them.
+    fn common_hop(&self) -> Option<Hop> {
         let first = *self.hops.first()?;
         let is_clear = !self.unclear && first.device != 0 && first.encapsulation == 0;
-        let is_only =
-            self.hops.iter().all(|hop| *hop == first) && (self.next_hop == 0 || self.hops.len() == 1);
-        (is_clear && is_only).then_some(first)
+        if !is_clear || self.next_hop != 0 && self.hops.len() > 1 {
+            return None;
+        }
+        if self.hops.iter().all(|hop| *hop == first) {
+            return Some(first);
+        }
+        let is_v4 = |hop: &Hop| hop.gateway.is_none_or(|gateway| gateway.is_ipv4());
+        let is_like = |hop: &Hop| hop.device == first.device && hop.encapsulation == 0 && is_v4(hop);
+        let several = Hop { gateway: Some(Ipv4Addr::UNSPECIFIED.into()), ..first };
+        self.hops.iter().all(is_like).then_some(several)
     }
 }
 
@@ -369,6 +377,11 @@ mod tests {
             |hops: &[Vec<u8>]| read(1, &[destination.clone(), attribute(RTA_MULTIPATH, &hops.concat())]).info;
         assert_eq!(multipath(&[hop(7, GATEWAY), hop(7, GATEWAY)]).kind(|_| true), clear);
         assert_eq!(multipath(&[hop(7, GATEWAY), hop(8, GATEWAY)]).kind(|_| true), RouteKind::Unclear);
+        let several =
+            RouteKind::Unicast { ifindex: 7, gateway: Some(Ipv4Addr::UNSPECIFIED.into()), mtu: None };
+        let other = [192, 0, 2, 3];
+        assert_eq!(multipath(&[hop(7, GATEWAY), hop(7, other)]).kind(|_| true), several);
+        assert_eq!(multipath(&[hop(7, GATEWAY), hop(7, other)]).kind(|_| false), RouteKind::Unclear);
         assert!(
             multipath(&[hop(7, GATEWAY), hop(8, GATEWAY)])
                 .has_hops_of(&multipath(&[hop(8, GATEWAY), hop(7, GATEWAY)]))
