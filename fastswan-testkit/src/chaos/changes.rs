@@ -3,11 +3,7 @@
 //! The changes depend on the seed alone, and not on what the kernel has made of earlier ones: what expires has an
 //! identity that is not used for anything else.
 
-use std::{
-    collections::HashSet,
-    net::{Ipv4Addr, Ipv6Addr},
-    ops::Range,
-};
+use std::{collections::HashSet, net::Ipv6Addr, ops::Range};
 
 use fastswan::{
     Policy, PolicyId, SecurityAssociation, Selector,
@@ -21,6 +17,7 @@ use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use super::{
     hindrance::{Hindrance, noise},
+    host::v4,
     judge::{Packet, inside},
     offload::is_offered,
 };
@@ -478,11 +475,6 @@ fn tunnel(reqid: u32) -> Template {
 
 fn selector(source: IpNet, destination: IpNet) -> Selector {
     Selector::between(source, destination).expect("prefixes of one family")
-}
-
-/// 10.`zone`.`net`.`host`/`length`
-pub(super) fn v4(zone: u8, net: u8, host: u8, length: u8) -> IpNet {
-    IpNet::new(Ipv4Addr::new(10, zone, net, host).into(), length).expect("a length of the family").trunc()
 }
 
 /// 2001:db8:`zone`:`net`::`host`, with as many bits less as the same prefix of IPv4 has.

@@ -6,7 +6,7 @@ use std::{fmt::Write as _, time::Duration};
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng};
 
-use super::{changes::v4, mirror::LEASE};
+use super::{host::v4, mirror::LEASE};
 
 /// How often what the kernel does not tell of is looked at, and how long that may take: ARCHITECTURE.md has the table.
 const POLLED: Duration = Duration::from_millis(250);

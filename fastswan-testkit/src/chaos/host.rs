@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use fastswan::policy::MacAddr;
+use ipnet::IpNet;
 
 use crate::lab::{End, LabError, Namespace, join};
 
@@ -27,6 +28,11 @@ pub(super) const MOVED_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xf,
 /// Those of tunnels through the device that is lost from time to time.
 pub(super) const LOOSE_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1));
 pub(super) const LOOSE_PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 2));
+
+/// 10.`zone`.`net`.`host`/`length`
+pub(super) fn v4(zone: u8, net: u8, host: u8, length: u8) -> IpNet {
+    IpNet::new(Ipv4Addr::new(10, zone, net, host).into(), length).expect("a length of the family").trunc()
+}
 
 /// A gateway in a namespace of its own: packets come in by one device and leave by another. Those to 10.3.0.0/16
 /// leave by a third one, which is lost from time to time.

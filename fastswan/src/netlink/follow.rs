@@ -13,7 +13,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::IpAddr,
     sync::Arc,
     time::Duration,
@@ -23,6 +23,7 @@ use hashbrown::{HashMap, HashSet};
 use tokio::time::Instant;
 
 use super::{
+    due::{Due, PopIfDue as _},
     link_state::{ConfTold, Everywhere, LinkState, LinkTold},
     path_mtu::{PathMtus, PathMtusRead},
     route::{NeighbourTold, Read, RoutesRead, RuleState, Sysctls, Told, read_all},
@@ -143,7 +144,7 @@ struct Routes {
     not_before: Option<Instant>,
     /// Routes with a lifetime.
     ends: HashMap<RouteKey, Vec<(RouteInfo, Instant)>>,
-    timers: BinaryHeap<Reverse<(Instant, RouteKey)>>,
+    timers: Due<RouteKey>,
 }
 
 #[derive(Clone, Debug)]
@@ -997,16 +998,6 @@ impl Neighbours {
         for (key, address) in all.into_iter().filter(|(key, _)| !touched.contains(key)) {
             self.set(key, address);
         }
-    }
-}
-
-pub(super) trait PopIfDue<T> {
-    fn pop_if_due(&mut self, now: Instant) -> Option<Reverse<(Instant, T)>>;
-}
-
-impl<T: Ord> PopIfDue<T> for BinaryHeap<Reverse<(Instant, T)>> {
-    fn pop_if_due(&mut self, now: Instant) -> Option<Reverse<(Instant, T)>> {
-        if self.peek().is_some_and(|Reverse((at, _))| *at <= now) { self.pop() } else { None }
     }
 }
 

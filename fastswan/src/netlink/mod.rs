@@ -7,6 +7,7 @@ mod anchor;
 mod audit;
 mod back_off;
 mod decode;
+mod due;
 mod dump;
 mod follow;
 mod hooks;

@@ -16,14 +16,14 @@
 //! The kernel (6.18) lists an exception of IPv4 only once a packet, or a question, has used it. So a reading misses what was
 //! learnt and not used while nothing was heard: before the source began, and while path MTUs were unclear.
 
-use std::{cmp::Reverse, collections::BinaryHeap, net::IpAddr, time::Duration};
+use std::{cmp::Reverse, net::IpAddr, time::Duration};
 
 use hashbrown::{HashMap, HashSet};
 use tokio::time::Instant;
 
 use super::{
     back_off::BackOff,
-    follow::PopIfDue as _,
+    due::{Due, PopIfDue as _},
     wire::{CutOff, address, attributes, i32_at, u32_at},
 };
 use crate::{
@@ -151,7 +151,7 @@ struct Learnt {
     known: HashMap<IpAddr, u32>,
     changes: Vec<HostChange>,
     questions: HashMap<Question, Asked>,
-    due: BinaryHeap<Reverse<(Instant, Question)>>,
+    due: Due<Question>,
     track: Track,
     back_off: BackOff,
     /// Messages are not heard, so all is read again and again.
@@ -366,7 +366,7 @@ impl Learnt {
             tracing::debug!("what path MTUs the kernel has learnt is not clear");
         }
         self.questions = HashMap::new();
-        self.due = BinaryHeap::new();
+        self.due.clear();
         self.track = Track::Pausing(now + self.back_off.next(now));
     }
 
