@@ -58,7 +58,8 @@ fn links_are_told_as_they_are() {
         gateway.ip("link add br0 type bridge").unwrap();
         gateway.ip("link add member type veth peer name idle").unwrap();
         gateway.ip("link set member master br0 mtu 1400").unwrap();
-        gateway.ip("link add link out0 name container type macvlan").unwrap();
+        gateway.ip("link add link out0 name container type macvlan mode bridge").unwrap();
+        gateway.ip("link add link idle name greedy type macvlan mode source").unwrap();
         gateway.sysctl("net.ipv6.conf.lan0.mtu", "1300").unwrap();
         let host = read(gateway);
 
@@ -70,11 +71,13 @@ fn links_are_told_as_they_are() {
         let member = named(&host, "member");
         assert_eq!((member.up, member.carrier, member.mtu), (false, false, 1400));
         assert_eq!(member.controller, host.ifindex("br0"));
-        assert_eq!(named(&host, "container").parent, host.ifindex("out0"));
+        let container = named(&host, "container");
+        assert_eq!((container.parent, container.takes_frames), (host.ifindex("out0"), false));
+        assert!(named(&host, "greedy").takes_frames);
 
         let has_port = |name| host.port(host.ifindex(name).unwrap(), 0).is_some();
-        assert!(has_port("lan0"));
-        for name in ["lo", "member", "idle", "out0"] {
+        assert!(has_port("lan0") && has_port("out0"));
+        for name in ["lo", "member", "idle"] {
             assert!(!has_port(name), "{name}");
         }
     });
