@@ -1139,6 +1139,36 @@ fn more_messages_than_are_asked_about_make_path_mtus_unclear_for_a_while() {
     });
 }
 
+/// Messages that an inbound policy asks IPsec of come to nobody: the kernel learns nothing, and nothing is unclear.
+#[test]
+fn messages_that_a_policy_keeps_from_the_host_are_no_loss() {
+    if !lab::require_root("ICMP messages without IPsec") {
+        return;
+    }
+    let site = narrow_site();
+    let selector = "src 192.0.2.2/32 dst 192.0.2.1/32 proto icmp";
+    let template = "tmpl src 192.0.2.2 dst 192.0.2.1 proto esp mode tunnel";
+    site.gateway.ip(&format!("xfrm policy add dir in {selector} {template}")).unwrap();
+    site.gateway.enter(|| {
+        runtime().block_on(async {
+            let mut followed = Followed::open().await;
+            let send = long_packets(false);
+            for last in 0..20 {
+                send([10, 3, 0, last].into());
+                followed.follow_for(Duration::from_millis(50)).await;
+            }
+            let sockets = fs::read_to_string("/proc/thread-self/net/raw").unwrap();
+            let dropped = |socket: &str| socket.split_whitespace().last()?.parse::<u64>().ok();
+            assert!(sockets.lines().filter_map(dropped).sum::<u64>() > 0, "{sockets}");
+            assert!(
+                !followed.changes.iter().any(|change| matches!(change, HostChange::UnclearPathMtus(_))),
+                "path MTUs were unclear"
+            );
+            assert_eq!(followed.facts.path_mtus, []);
+        });
+    });
+}
+
 /// Sysctls are those of the thread that reads them, and sockets belong where they were opened.
 #[test]
 fn a_host_source_stays_in_the_namespace_that_it_was_opened_in() {

@@ -188,10 +188,22 @@ pub(crate) fn icmp_socket(v6: bool) -> io::Result<OwnedFd> {
     if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }
 }
 
-/// How many datagrams for a socket were dropped, for whatever reason (Linux 4.12). It goes on after its highest number with 0.
-pub(crate) fn dropped_datagrams(socket: impl AsFd) -> io::Result<u32> {
+/// What waits in a socket, and what did not come so far.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unread {
+    /// Bytes of memory that unread datagrams take, and that they may take.
+    pub(crate) taken: u32,
+    pub(crate) room: u32,
+    /// Datagrams that were dropped, for whatever reason. It goes on after its highest number with 0.
+    pub(crate) dropped: u32,
+}
+
+/// What waits in a socket (Linux 4.12).
+pub(crate) fn unread(socket: impl AsFd) -> io::Result<Unread> {
     /// `linux/socket.h`, `linux/sock_diag.h`
     const SO_MEMINFO: libc::c_int = 55;
+    const SK_MEMINFO_RMEM_ALLOC: usize = 0;
+    const SK_MEMINFO_RCVBUF: usize = 1;
     const SK_MEMINFO_DROPS: usize = 8;
     let mut numbers = [0_u32; SK_MEMINFO_DROPS + 1];
     let mut length = libc::socklen_t::try_from(size_of_val(&numbers)).map_err(io::Error::other)?;
@@ -205,7 +217,14 @@ pub(crate) fn dropped_datagrams(socket: impl AsFd) -> io::Result<u32> {
             &raw mut length,
         )
     };
-    if result == 0 { Ok(numbers[SK_MEMINFO_DROPS]) } else { Err(io::Error::last_os_error()) }
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Unread {
+        taken: numbers[SK_MEMINFO_RMEM_ALLOC],
+        room: numbers[SK_MEMINFO_RCVBUF],
+        dropped: numbers[SK_MEMINFO_DROPS],
+    })
 }
 
 /// What the kernel says about a legacy table of iptables (`linux/netfilter_ipv4/ip_tables.h`), the same for IPv6.

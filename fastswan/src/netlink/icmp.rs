@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     policy::Family,
-    sys::{dropped_datagrams, icmp_socket, watch_descriptor},
+    sys::{Unread, icmp_socket, unread, watch_descriptor},
 };
 
 /// Some thousand messages.
@@ -186,11 +186,13 @@ impl IcmpSocket {
         Ok(Self { family, socket: watch_descriptor(socket)?, dropped: 0 })
     }
 
-    /// Whether messages were dropped since it was asked last: they did not fit into the buffer, or the kernel kept them from
-    /// this socket, for one because of an inbound policy, which it may judge otherwise for itself.
+    /// Whether messages were dropped since it was asked last because they did not fit into the buffer: then it is nearly full
+    /// now, since no more than [`MOST_MESSAGES`] are read in between. Others were dropped because an inbound policy asks
+    /// for IPsec; these the kernel does not take up itself, and anybody could send them to make path MTUs unclear.
     fn has_lost(&mut self) -> io::Result<bool> {
-        let dropped = dropped_datagrams(&self.socket)?;
-        Ok(std::mem::replace(&mut self.dropped, dropped) != dropped)
+        let Unread { taken, room, dropped } = unread(&self.socket)?;
+        let is_new = std::mem::replace(&mut self.dropped, dropped) != dropped;
+        Ok(is_new && taken >= room / 2)
     }
 
     /// The next message: what to ask the kernel, if it is of the right kind. `WouldBlock` if there is none.
