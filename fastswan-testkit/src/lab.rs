@@ -147,6 +147,23 @@ impl Namespace {
         ip(&all)
     }
 
+    /// Runs a program in the namespace, with arguments that are separated by spaces.
+    ///
+    /// # Errors
+    ///
+    /// [`LabError::Start`] or [`LabError::Command`].
+    pub fn run(&self, command: &str) -> Result<(), LabError> {
+        let mut words = command.split_whitespace();
+        let mut program = Command::new(words.next().unwrap_or_default());
+        let output = self.enter(|| program.args(words).output());
+        let output = output.map_err(|error| LabError::Start { command: command.to_owned(), error })?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(LabError::Command { command: command.to_owned(), message })
+    }
+
     /// Sets a sysctl, written with dots, or with slashes if a name in it has a dot.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Single frames through the XDP program (`BPF_PROG_TEST_RUN`): what it does with them, and what it counts.
 
 use std::{
+    io,
     mem::offset_of,
     time::{Duration, Instant},
 };
@@ -16,6 +17,10 @@ use fastswan::{
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
 use fastswan_ebpf::{Control, Forwarding, LISTS, SpaceControl};
+use nix::{
+    sys::time::TimeValLike as _,
+    time::{ClockId, clock_getres},
+};
 
 /// The program and its table, with nothing attached.
 #[derive(Debug)]
@@ -150,4 +155,10 @@ fn map_of(forwarder: &XdpForwarder, name: &str) -> anyhow::Result<MapData> {
         }
     }
     anyhow::bail!("the program has no map {name}")
+}
+
+/// The clock that leases are judged by does not tick more often than this.
+pub(crate) fn lease_tick() -> io::Result<Duration> {
+    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?;
+    Ok(Duration::from_nanos(u64::try_from(tick.num_nanoseconds()).map_err(io::Error::other)?))
 }

@@ -154,16 +154,14 @@ pub(crate) fn network_namespace() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `linux/icmp.h`, `linux/icmpv6.h`: the option and its level, and the types of message.
+/// `linux/icmp.h`, `linux/icmpv6.h`
 const ICMP_FILTER: libc::c_int = 1;
 const SOL_RAW: libc::c_int = 255;
 const ICMPV6_FILTER: libc::c_int = 1;
-const ICMP_DEST_UNREACH: u32 = 3;
-const ICMPV6_PKT_TOOBIG: u32 = 2;
 
-/// A raw socket in this thread's network namespace that gets a copy of each ICMP message to the host which says that a
-/// destination is unreachable, or of each ICMPv6 message which says that a packet is too big. Does not block. Takes `CAP_NET_RAW`.
-pub(crate) fn icmp_socket(v6: bool) -> io::Result<OwnedFd> {
+/// A raw socket in this thread's network namespace that gets a copy of each ICMP or ICMPv6 message to the host of a type, which is
+/// below 32. Does not block. Takes `CAP_NET_RAW`.
+pub(crate) fn icmp_socket(v6: bool, kind: u8) -> io::Result<OwnedFd> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let (family, protocol, level, option) = if v6 {
         (AddressFamily::INET6, ipproto::ICMPV6, libc::IPPROTO_ICMPV6, ICMPV6_FILTER)
@@ -173,7 +171,7 @@ pub(crate) fn icmp_socket(v6: bool) -> io::Result<OwnedFd> {
     let socket = socket_with(family, SocketType::RAW, flags, Some(protocol))?;
     // A bit for each type that is kept out: of IPv4 one word, of IPv6 eight.
     let mut filter = [u32::MAX; 8];
-    filter[0] &= !(1 << if v6 { ICMPV6_PKT_TOOBIG } else { ICMP_DEST_UNREACH });
+    filter[0] &= !(1 << (kind % 32));
     let length = if v6 { size_of_val(&filter) } else { size_of::<u32>() };
     // SAFETY: the kernel reads `length` bytes of the filter, which has at least as many and lives through the call.
     let result = unsafe {

@@ -1,16 +1,12 @@
 //! The host that everything happens on.
 
-use std::{
-    io::Write as _,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    process::{Command, Stdio},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use fastswan::policy::MacAddr;
 use ipnet::IpNet;
 
-use crate::lab::{End, LabError, Namespace, join};
+use crate::lab::{self, End, LabError, Namespace, join};
 
 /// Where packets come from, and the port that they enter by.
 pub(super) const SENDER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xaa]);
@@ -98,32 +94,18 @@ impl Host {
 
     /// Runs command lines of `ip`, `nft` and `sysctl` on it.
     pub(super) fn run(&self, lines: &[String]) -> anyhow::Result<()> {
-        lines.iter().try_for_each(|line| {
-            let (program, arguments) = line.split_once(' ').context("a program and its arguments")?;
-            if program == "sysctl" {
-                let (key, value) = arguments.split_once('=').context("a sysctl and its value")?;
-                return Ok(self.gateway.sysctl(key, value)?);
+        lines.iter().try_for_each(|line| match line.strip_prefix("sysctl ") {
+            Some(setting) => {
+                let (key, value) = setting.split_once('=').context("a sysctl and its value")?;
+                Ok(self.gateway.sysctl(key, value)?)
             }
-            self.feed(program, &arguments.split_whitespace().collect::<Vec<_>>(), "")
+            None => Ok(self.gateway.run(line)?),
         })
     }
 
     /// Gives lines to `ip -batch`.
-    pub(super) fn batch(&self, lines: &str) -> anyhow::Result<()> {
-        self.feed("ip", &["-batch", "-"], lines)
-    }
-
-    fn feed(&self, program: &str, arguments: &[&str], lines: &str) -> anyhow::Result<()> {
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child =
-            self.gateway.enter(|| command.spawn()).with_context(|| format!("running {program}"))?;
-        // What does not want it says why.
-        let _ = child.stdin.take().context("a pipe")?.write_all(lines.as_bytes());
-        let output = child.wait_with_output()?;
-        let error = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), error.trim());
-        Ok(())
+    pub(super) fn batch(&self, lines: &str) -> Result<(), LabError> {
+        lab::batch(&["-n", self.gateway.name()], lines)
     }
 
     /// Takes the device down, or brings it back. Returns when the kernel has done so.

@@ -20,10 +20,11 @@ use super::{
     mirror::Question,
     offload::pretend_snapshot,
     report::Report,
-    witness::{Ended, tick},
+    witness::Ended,
 };
 use crate::{
     host_facts,
+    prog_run::lease_tick,
     promote::named,
     requests::{self, BATCH, Change, Message, Requests, request},
     xfrm::{Group, inject},
@@ -165,7 +166,7 @@ impl<'r> Kernel<'r> {
     /// Looks at packets, once they may not be fast any longer, and takes away what is in their way.
     fn relent(&mut self, packets: &[Packet], report: &mut Report) -> anyhow::Result<()> {
         let Some((hindrance, since)) = self.hindrance.take() else { return Ok(()) };
-        let allowed = hindrance.within + tick()?;
+        let allowed = hindrance.within + lease_tick()?;
         if !packets.is_empty() {
             thread::sleep(allowed.saturating_sub(since.elapsed()));
         }

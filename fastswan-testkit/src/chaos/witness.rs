@@ -22,15 +22,11 @@ use fastswan::{
 use netlink_sys::{Socket, protocols::NETLINK_XFRM};
 use nix::{
     errno::Errno,
-    sys::{
-        socket::{MsgFlags, NetlinkAddr, recvmsg, setsockopt, sockopt::RcvBufForce},
-        time::TimeValLike as _,
-    },
-    time::{ClockId, clock_getres},
+    sys::socket::{MsgFlags, NetlinkAddr, recvmsg, setsockopt, sockopt::RcvBufForce},
 };
 
 use super::{EXAMPLES, judge::frame, mirror::LEASE};
-use crate::{promote::named, xfrm::Group};
+use crate::{prog_run::lease_tick, promote::named, xfrm::Group};
 
 /// More than ever comes while this thread does not run.
 const RECEIVE_BUFFER: usize = 256 << 20;
@@ -101,7 +97,7 @@ pub(super) fn run(
     ended: &Receiver<Ended>,
 ) -> anyhow::Result<Testimony> {
     let mut testimony = Testimony::default();
-    let allowed = LEASE + tick()?;
+    let allowed = LEASE + lease_tick()?;
     let mut queues = [VecDeque::new(), VecDeque::new()];
     let mut over = false;
     while !over || queues.iter().any(|queue| !queue.is_empty()) {
@@ -130,12 +126,6 @@ pub(super) fn run(
         thread::sleep(Duration::from_millis(1));
     }
     Ok(testimony)
-}
-
-/// The clock that the program reads does not tick more often than this.
-pub(super) fn tick() -> anyhow::Result<Duration> {
-    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?;
-    Ok(Duration::from_nanos(u64::try_from(tick.num_nanoseconds())?))
 }
 
 impl Testimony {

@@ -1,20 +1,17 @@
 //! Looks whether packets of policies are fast.
 
 use std::{
-    thread,
+    io, thread,
     time::{Duration, Instant},
 };
 
 use anyhow::ensure;
 use fastswan::{XdpForwarder, forwarder::RunAction, gateway::DEFAULT_LEASE};
-use nix::{
-    sys::time::TimeValLike as _,
-    time::{ClockId, clock_getres},
-};
 
 use super::mirror::destination;
 use crate::{
     frames::Frame,
+    prog_run::lease_tick,
     site::{CLIENT, LAN},
 };
 
@@ -70,9 +67,8 @@ impl Probe<'_> {
 
 impl Followed {
     /// Whether it certainly took longer than the lease, by the clock that the program reads: it ticks that often.
-    pub(super) fn is_late(&self) -> anyhow::Result<bool> {
-        let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?;
-        let tick = Duration::from_nanos(u64::try_from(tick.num_nanoseconds())?);
-        Ok(self.last_otherwise.is_some_and(|asked| asked > DEFAULT_LEASE + tick))
+    pub(super) fn is_late(&self) -> io::Result<bool> {
+        let allowed = DEFAULT_LEASE + lease_tick()?;
+        Ok(self.last_otherwise.is_some_and(|asked| asked > allowed))
     }
 }

@@ -48,6 +48,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     remove_leftovers();
     clean_up_on_signals()?;
     let seed = arguments.seed.unwrap_or_else(rand::random);
+    println!("seed {seed}");
     let chaos = Chaos::new(seed, Duration::from_secs(arguments.seconds));
     let report = watch(&match (arguments.host, arguments.mutant) {
         (false, None) => chaos,
@@ -65,7 +66,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
 /// For `cargo testkit ci`: a fresh seed, without changes of the host and with them, and two broken mirrors.
 pub(crate) fn check() -> anyhow::Result<Count> {
-    let chaos = |seconds| Chaos::new(rand::random(), Duration::from_secs(seconds));
+    let seed = rand::random();
+    println!("seed {seed}");
+    let chaos = |seconds| Chaos::new(seed, Duration::from_secs(seconds));
     let mut count = Count::default();
     acquit(&watch(&chaos(CI_SECONDS))?)?;
     count.pass();

@@ -131,7 +131,8 @@ impl<'p> AddressFacts<'p> {
     /// The longest prefix that contains one, or is it, and has a fact of its own.
     fn covering(&self, side: Side, prefix: IpNet) -> Option<IpNet> {
         let special = self.special_sources(side).filter(|special| special.contains(&prefix));
-        let learnt = (self.path_mtu(side, prefix).is_some()).then_some(prefix);
+        let is_learnt = side == Side::Destination && self.routes.path_mtu(prefix).is_some();
+        let learnt = is_learnt.then_some(prefix);
         self.routes.covering(prefix).into_iter().chain(special).chain(learnt).max_by_key(IpNet::prefix_len)
     }
 
@@ -152,19 +153,13 @@ impl<'p> AddressFacts<'p> {
         self.routes.special_sources().filter(move |_| side == Side::Source)
     }
 
-    /// The path MTU that is learnt for a prefix that is one address.
-    fn path_mtu(&self, side: Side, prefix: IpNet) -> Option<u32> {
-        let is_address = prefix.prefix_len() == prefix.max_prefix_len() && side == Side::Destination;
-        self.routes.path_mtu(prefix.addr()).filter(|_| is_address)
-    }
-
     /// The path MTU that is learnt for an address, if packets to it pass because of that.
     pub(super) fn limiting_path_mtu(&self, destination: IpAddr) -> Option<u32> {
         let family = self.routes.family();
         match self.routes.answer(destination.into(), Purpose::Forward) {
             RouteKind::Unicast { ifindex, mtu, .. } => self
                 .routes
-                .path_mtu(destination)
+                .path_mtu(destination.into())
                 .filter(|learnt| mtu == Some(*learnt) && !self.paths.takes_less(ifindex, *learnt, family)),
             _ => None,
         }

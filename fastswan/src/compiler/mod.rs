@@ -22,9 +22,10 @@
 //!
 //! A change of a policy costs a few searches for each pair of prefix lengths that policies have, and as much
 //! for each cell inside the policy's region; a change of an association, as much for each policy that asks for
-//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix, and of a path MTU, for each cell with its address. Four things
-//! look at every cell: another highest priority of packet-offloaded policies, everything that is known of the host told
-//! anew, other rules of policy routing, and every change while the table cannot hold all cells.
+//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix, and of a
+//! path MTU, for each cell with its address. Four things look at every cell: another highest priority of packet-offloaded
+//! policies, everything that is known of the host told anew, other rules of policy routing, and every change while the
+//! table cannot hold all cells.
 
 mod broken;
 #[cfg(any(test, fuzzing))]

@@ -202,12 +202,13 @@ impl Routes {
 
     /// Whether some route, or a path MTU, is for packets up to a length of its own, by a device.
     pub(crate) fn limits_on(&self, ifindex: u32) -> bool {
-        let is_by_device = |address: &IpAddr| matches!(self.answer((*address).into(), Purpose::Forward), RouteKind::Unicast { ifindex: device, .. } if device == ifindex);
-        if self.path_mtus.keys().any(is_by_device) {
-            return true;
-        }
-        let limits = |(entry, _): &(Entry, u32)| matches!(entry.kind, RouteKind::Unicast { ifindex: device, mtu: Some(_), .. } if device == ifindex);
-        self.entries.known.iter().any(limits)
+        let limits = |kind| match kind {
+            RouteKind::Unicast { ifindex: device, mtu: Some(_), .. } => device == ifindex,
+            _ => false,
+        };
+        let mut learnt =
+            self.path_mtus.keys().map(|address| self.answer((*address).into(), Purpose::Forward));
+        learnt.any(limits) || self.entries.known.iter().any(|(entry, _)| limits(entry.kind))
     }
 
     /// Takes up all rules. Returns whether that may change an answer.
@@ -319,9 +320,10 @@ impl Routes {
         self.look_up(LOCAL, address.into()).is_some_and(|(_, entry)| entry.kind == RouteKind::Local)
     }
 
-    /// The path MTU that the kernel has learnt for an address.
-    pub(crate) fn path_mtu(&self, destination: IpAddr) -> Option<u32> {
-        self.path_mtus.get(&destination).copied()
+    /// The path MTU that the kernel has learnt for a prefix that is one address.
+    pub(crate) fn path_mtu(&self, prefix: IpNet) -> Option<u32> {
+        let is_address = prefix.prefix_len() == prefix.max_prefix_len();
+        is_address.then(|| self.path_mtus.get(&prefix.addr()).copied())?
     }
 
     /// The addresses strictly inside a prefix for which the kernel has learnt a path MTU.
@@ -343,10 +345,9 @@ impl Routes {
     /// MTU is the lesser one of the route and of what was learnt for the address, if the prefix is one.
     pub(crate) fn answer(&self, prefix: IpNet, purpose: Purpose) -> RouteKind {
         let answer = self.route(prefix, purpose);
-        let is_address = prefix.prefix_len() == prefix.max_prefix_len() && purpose != Purpose::Return;
-        match (answer, self.path_mtus.get(&prefix.addr()).filter(|_| is_address)) {
+        match (answer, self.path_mtu(prefix).filter(|_| purpose != Purpose::Return)) {
             (RouteKind::Unicast { ifindex, gateway, mtu }, Some(learnt)) => {
-                let mtu = mtu.map_or(*learnt, |mtu| mtu.min(*learnt));
+                let mtu = mtu.map_or(learnt, |mtu| mtu.min(learnt));
                 RouteKind::Unicast { ifindex, gateway, mtu: Some(mtu) }
             }
             (answer, _) => answer,

@@ -180,7 +180,10 @@ struct IcmpSocket {
 
 impl IcmpSocket {
     fn open(family: Family) -> io::Result<Self> {
-        let socket = icmp_socket(family == Family::V6)?;
+        let socket = match family {
+            Family::V4 => icmp_socket(false, ICMP_DEST_UNREACH)?,
+            Family::V6 => icmp_socket(true, ICMPV6_PKT_TOOBIG)?,
+        };
         set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER)
             .or_else(|_| set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER))?;
         Ok(Self { family, socket: watch_descriptor(socket)?, dropped: 0 })

@@ -70,10 +70,7 @@ pub(crate) struct Question {
 impl Question {
     /// The body of a request for the route (`RTM_GETROUTE`).
     pub(super) fn request(&self) -> Vec<u8> {
-        let (family, octets): (_, fn(IpAddr) -> Vec<u8>) = match self.destination {
-            IpAddr::V4(_) => (libc::AF_INET, octets),
-            IpAddr::V6(_) => (libc::AF_INET6, octets),
-        };
+        let family = if self.destination.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
         let (destination, source) = (octets(self.destination), octets(self.source));
         let length = |octets: &[u8]| u8::try_from(8 * octets.len()).unwrap_or(0);
         let mut body = vec![0; ROUTE_LENGTH];

@@ -1,11 +1,14 @@
 //! Firewalls, filters and load balancers that the fast path must not skip, on kernels that have all of them.
 
-use std::{fs, process::Command};
+use std::fs;
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 
 use super::scene::{Plan, Scene};
-use crate::{guest::Story, lab::Namespace};
+use crate::{
+    guest::Story,
+    lab::{LabError, Namespace},
+};
 
 /// What comes in the way, how it comes, and how it goes. None of it has to do with the packets under way.
 const HOOKS: [(&str, &str, &str); 6] = [
@@ -76,14 +79,6 @@ fn drops(statistics: &str) -> u64 {
 }
 
 /// Runs commands in a namespace.
-fn run(namespace: &Namespace, commands: &str) -> anyhow::Result<()> {
-    for command in commands.lines() {
-        let mut words = command.split_whitespace();
-        let program = words.next().context("an empty command")?;
-        let output = namespace.enter(|| Command::new(program).args(words).output());
-        let output = output.with_context(|| format!("running {program}"))?;
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "{command}: {error}");
-    }
-    Ok(())
+fn run(namespace: &Namespace, commands: &str) -> Result<(), LabError> {
+    commands.lines().try_for_each(|command| namespace.run(command))
 }
