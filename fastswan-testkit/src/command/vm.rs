@@ -13,11 +13,14 @@ use clap::Subcommand;
 use fastswan_testkit::{
     guest::{Outcome, Scenario},
     lab::clean_up_on_signals,
-    vm::{Guest, Image, Kernel, Run, Store},
+    vm::{Guest, Image, Kernel, Run, Store, VmError},
 };
 use serde_json::{Value, json};
 
 use super::{cargo, count::Count, workspace};
+
+/// How often a kernel is booted for the scenarios, if the emulator lets it die.
+const MOST_BOOTS: u32 = 3;
 
 /// What is done with guests.
 #[derive(Debug, Subcommand)]
@@ -179,19 +182,40 @@ pub(crate) fn side_by_side<T: Send>(images: &[Image], run: impl Fn(&Image) -> T 
 }
 
 fn tell_on(store: &Store, image: &Image, scenarios: &[Scenario], programs: &[PathBuf]) -> Told {
-    let names: Vec<&str> = scenarios.iter().map(|scenario| scenario.name).collect();
-    let limit: Duration = scenarios.iter().map(|scenario| scenario.limit + Duration::from_secs(5)).sum();
-    let command = format!("./fastswan-testkit guest run {} --results results --logs logs", names.join(" "));
-    let mut outcomes = Vec::new();
-    let run = boot(store, image, programs, &command, limit, |line| {
-        if let Ok(outcome) = serde_json::from_str::<Outcome>(line) {
-            print(&image.version, &outcome);
-            outcomes.push(outcome);
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    let mut boots = 1;
+    let (missing, run) = loop {
+        let has_run = |scenario: &&Scenario| outcomes.iter().any(|outcome| outcome.name == scenario.name);
+        let left: Vec<_> = scenarios.iter().filter(|scenario| !has_run(scenario)).collect();
+        let names: Vec<_> = left.iter().map(|scenario| scenario.name).collect();
+        let limit: Duration = left.iter().map(|scenario| scenario.limit + Duration::from_secs(5)).sum();
+        let command =
+            format!("./fastswan-testkit guest run {} --results results --logs logs", names.join(" "));
+        let run = boot(store, image, programs, &command, limit, |line| {
+            if let Ok(outcome) = serde_json::from_str::<Outcome>(line) {
+                print(&image.version, &outcome);
+                outcomes.push(outcome);
+            }
+        });
+        match &run {
+            Err(error) if is_of_the_emulator(error) && boots < MOST_BOOTS => {
+                eprintln!(
+                    "{error:#}\nThat is the emulator's fault: once more, with the scenarios that are left"
+                );
+                boots += 1;
+            }
+            _ => {
+                let ran = |name: &&str| outcomes.iter().any(|outcome| outcome.name == *name);
+                break (names.into_iter().filter(|name| !ran(name)).collect(), run);
+            }
         }
-    });
-    let is_missing = |name: &&str| outcomes.iter().all(|outcome| outcome.name != *name);
-    let missing = names.into_iter().filter(is_missing).collect();
+    };
     Told { version: image.version.clone(), outcomes, missing, run }
+}
+
+/// Whether a guest died of what its emulated processors did wrong.
+fn is_of_the_emulator(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<VmError>().is_some_and(VmError::is_of_the_emulator)
 }
 
 /// Boots a kernel, and runs a command in a fresh folder with the programs.

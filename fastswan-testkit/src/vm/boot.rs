@@ -18,6 +18,9 @@ const NO_SUCH_PROGRAM: i32 = 127;
 /// How often it is booted until it starts.
 const ATTEMPTS: u32 = 3;
 
+/// What a kernel says last that runs into a breakpoint which nobody has set.
+const STALE_BREAKPOINT: &str = "Oops: int3";
+
 /// An emulated CPU may not run for seconds on a busy machine, which is no stall of the guest's.
 const BOOT_OPTIONS: &str =
     "console=ttyS0 panic=-1 quiet rdinit=/init rcupdate.rcu_cpu_stall_timeout=100 watchdog_thresh=50";
@@ -113,8 +116,10 @@ impl<'a> Guest<'a> {
         };
         let failed = |what: String| {
             let console = fs::read(&console).unwrap_or_default();
-            let console = last_lines(&String::from_utf8_lossy(&console), 30);
-            VmError::Guest { kernel: self.image.kernel, what, console }
+            let console = String::from_utf8_lossy(&console);
+            let stale_breakpoint = console.contains(STALE_BREAKPOINT);
+            let console = last_lines(&console, 30);
+            VmError::Guest { kernel: self.image.kernel, what, console, stale_breakpoint }
         };
         let Some(ended) = ended else {
             end(&mut machine);

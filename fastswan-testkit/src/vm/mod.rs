@@ -108,10 +108,19 @@ pub enum VmError {
         what: String,
         /// The last lines of its console.
         console: String,
+        /// Whether it ran into a breakpoint that its kernel had already taken away. Where a kernel patches itself, it puts
+        /// such a one in the way of other CPUs for a moment, and QEMU 7.2 does not always emulate that right.
+        stale_breakpoint: bool,
     },
 }
 
 impl VmError {
+    /// Whether it is the emulator's fault, so that another attempt makes sense.
+    #[must_use]
+    pub fn is_of_the_emulator(&self) -> bool {
+        matches!(self, Self::Guest { stale_breakpoint: true, .. })
+    }
+
     fn system(attempt: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let attempt = attempt.into();
         move |error| Self::System { attempt, error }

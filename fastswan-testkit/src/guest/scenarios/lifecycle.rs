@@ -37,7 +37,7 @@ pub(super) fn delete(story: &mut Story) -> anyhow::Result<()> {
     for (logs, leak, guard) in [("closed", false, "on"), ("unguarded", true, "off"), ("guarded", true, "on")]
     {
         let mirror = &["--guard", guard];
-        // One for each of the two removals below.
+        // For each of the two removals below one packet may have been looked up before.
         let plan = Plan { leak, logs, mirror, refuse_clear: true, in_flight: 2, ..Plan::default() };
         let mut scene = Scene::established(story, plan)?;
         for what in [["--child", "net"], ["--ike", "gateway"]] {

@@ -19,7 +19,7 @@ use crate::{
 const ELSEWHERE: &str = "192.0.2.20";
 
 pub(super) fn migrate(story: &mut Story) -> anyhow::Result<()> {
-    // For each move the stack may have looked one packet up before.
+    // For each move one packet may have been looked up before.
     let mirror = &["--guard", "on"];
     let plan = Plan { leak: true, refuse_clear: true, mirror, in_flight: 3, ..Plan::default() };
     let mut scene = Scene::established(story, plan)?;
