@@ -80,9 +80,9 @@ pub struct Control {
     pub sequence: Word,
     /// The kill switch: 0 passes everything.
     pub enabled: Word,
-    /// The mirror is known to be alive and caught up until then, in nanoseconds of `bpf_ktime_get_coarse_ns`.
+    /// The mirror is known to be alive and caught up until the kernel's ticks (`bpf_jiffies64`) are so many.
     pub deadline: Word,
-    /// A deadline further ahead than this, in nanoseconds, does not count.
+    /// A deadline further ahead than so many ticks does not count.
     pub lease: Word,
     /// Removals that the kernel has begun, as the guard counts them; 0 without one.
     pub removals: Word,
@@ -341,28 +341,126 @@ pub const fn upper_layer(protocol: u8, source_port: u16, destination_port: u16) 
     (protocol as u64) << 32 | (source_port as u64) << 16 | destination_port as u64
 }
 
-/// How the packets of a slot leave, or why they pass.
+/// How the packets of a slot leave, or why they pass, and what one CPU has forwarded for it: all that the program needs of
+/// a slot, in half a cache line. Each CPU has a record of its own for each slot.
 #[repr(C)]
 #[derive(Debug, Default)]
-pub struct Forwarding {
+pub struct SlotRecord {
     /// Interface index in bits 0–31, longest packet in bits 32–47; packets are redirected there from CPUs whose numbers
     /// are lower than bits 48–63. Without an interface, bits 32–63 are the number of a [`PassReason`] plus 1; 0 is a
     /// free slot.
-    pub device_and_length: Word,
-    /// Destination address to write, as in [`packed_mac`]; 0 with a source of 0 leaves both as they are.
-    pub destination: Word,
-    /// Source address to write.
-    pub source: Word,
-    /// The kernel's index of the policy, 0 if it has none. The program does not read it: it tells whoever takes
-    /// over from a process that is gone whose counters these are.
-    pub policy: Word,
+    pub way: Word,
+    /// Index of the [`NextHop`] in bits 0–31, [`NO_NEXT_HOP`](Self::NO_NEXT_HOP) leaves the addresses as they are. The
+    /// kernel's index of the policy in bits 32–63, 0 if it has none. The program does not read that: it tells whoever
+    /// takes over from a process that is gone whose counters these are.
+    pub next_hop_and_policy: Word,
+    /// Packets.
+    pub packets: Word,
+    /// Bytes, from the IP header on.
+    pub bytes: Word,
+}
+
+impl SlotRecord {
+    /// The [`way`](Self::way) of a free slot.
+    pub const FREE: u64 = 0;
+    /// The index of no next hop.
+    pub const NO_NEXT_HOP: u32 = 0;
+
+    /// The word for packets that leave.
+    #[must_use]
+    pub fn way(device: u32, max_length: u16, cpus: u16) -> u64 {
+        u64::from(device) | u64::from(max_length) << 32 | u64::from(cpus) << 48
+    }
+
+    /// The word for packets that pass.
+    #[must_use]
+    pub fn passing(reason: PassReason) -> u64 {
+        (reason as u64 + 1) << 32
+    }
+
+    /// The interface index, 0 if packets pass.
+    #[inline(always)]
+    #[must_use]
+    pub fn device(way: u64) -> u32 {
+        way as u32
+    }
+
+    /// The longest packet.
+    #[inline(always)]
+    #[must_use]
+    pub fn max_length(way: u64) -> u64 {
+        way >> 32 & 0xffff
+    }
+
+    /// CPUs with lower numbers may redirect packets to the device.
+    #[inline(always)]
+    #[must_use]
+    pub fn cpus(way: u64) -> u32 {
+        (way >> 48) as u32
+    }
+
+    /// The number of the reason why packets pass; `None` for a free slot.
+    #[inline(always)]
+    #[must_use]
+    pub fn reason(way: u64) -> Option<u32> {
+        ((way >> 32) as u32).checked_sub(1)
+    }
+
+    /// The index of the next hop.
+    #[inline(always)]
+    #[must_use]
+    pub fn next_hop(&self) -> u32 {
+        self.next_hop_and_policy.load() as u32
+    }
+
+    /// The kernel's index of the policy.
+    #[must_use]
+    pub fn policy(&self) -> u32 {
+        (self.next_hop_and_policy.load() >> 32) as u32
+    }
+
+    /// Sets the index of the next hop.
+    pub fn set_next_hop(&self, next_hop: u32) {
+        self.next_hop_and_policy.store(u64::from(self.policy()) << 32 | u64::from(next_hop));
+    }
+
+    /// Sets the kernel's index of the policy.
+    pub fn set_policy(&self, policy: u32) {
+        self.next_hop_and_policy.store(u64::from(policy) << 32 | u64::from(self.next_hop()));
+    }
+}
+
+/// The addresses that are written into a frame, as they lie there.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct NextHop {
+    /// The first eight bytes: the destination, and the beginning of the source.
+    pub first: Word,
+    /// The other four, in memory order of 32 bits.
+    pub rest: Word,
+}
+
+impl NextHop {
+    /// Sets both addresses.
+    pub fn set(&self, [d0, d1, d2, d3, d4, d5]: [u8; 6], [s0, s1, s2, s3, s4, s5]: [u8; 6]) {
+        self.first.store(u64::from_ne_bytes([d0, d1, d2, d3, d4, d5, s0, s1]));
+        self.rest.store(u64::from(u32::from_ne_bytes([s2, s3, s4, s5])));
+    }
+
+    /// Destination and source.
+    #[must_use]
+    pub fn addresses(&self) -> ([u8; 6], [u8; 6]) {
+        let [d0, d1, d2, d3, d4, d5, s0, s1] = self.first.load().to_ne_bytes();
+        let [s2, s3, s4, s5] = (self.rest.load() as u32).to_ne_bytes();
+        ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5])
+    }
 }
 
 /// A port. The payload of the [`Value`] that its [`port_key`] is found by is its index.
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct Port {
-    /// The address that frames must be sent to, as in [`packed_mac`].
+    /// The address that frames must be sent to, as [`address_word`] has it.
     pub address: Word,
     /// The flags below in bits 0–31; in bits 32–63 the device that the kernel would receive packets on.
     pub flags_and_receiver: Word,
@@ -379,18 +477,21 @@ impl Port {
     pub const REVERSE_PATH_LOOSE: u64 = 8;
 }
 
-/// An Ethernet address as a number: the first byte is the most significant of the lower 48 bits.
+/// The bytes that an Ethernet address takes of the eight that begin with it.
+pub const ADDRESS_MASK: u64 = address_word([0xff; 6]);
+
+/// An Ethernet address as the first bytes of a word, in memory order. The others are 0.
 #[inline(always)]
 #[must_use]
-pub const fn packed_mac(mac: [u8; 6]) -> u64 {
-    u64::from_be_bytes([0, 0, mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]])
+pub const fn address_word([m0, m1, m2, m3, m4, m5]: [u8; 6]) -> u64 {
+    u64::from_ne_bytes([m0, m1, m2, m3, m4, m5, 0, 0])
 }
 
-/// The address that a number stands for.
+/// The address that a word begins with.
 #[inline(always)]
 #[must_use]
-pub const fn unpacked_mac(packed: u64) -> [u8; 6] {
-    let [_, _, mac @ ..] = packed.to_be_bytes();
+pub const fn word_address(word: u64) -> [u8; 6] {
+    let [mac @ .., _, _] = word.to_ne_bytes();
     mac
 }
 
@@ -399,16 +500,6 @@ pub const fn unpacked_mac(packed: u64) -> [u8; 6] {
 #[must_use]
 pub const fn port_key(ifindex: u32, vlan: u16) -> u64 {
     (ifindex as u64) << 16 | vlan as u64
-}
-
-/// What one CPU has forwarded for one slot.
-#[repr(C)]
-#[derive(Debug, Default)]
-pub struct Traffic {
-    /// Packets.
-    pub packets: Word,
-    /// Bytes, from the IP header on.
-    pub bytes: Word,
 }
 
 /// What is lost after the program has given it away, and what must be known to count it.
@@ -456,9 +547,9 @@ shared! {
     SpaceControl<L>, L;
     TupleList<K>, K;
     Bucket<K>, K;
-    Forwarding;
+    SlotRecord;
+    NextHop;
     Port;
-    Traffic;
     Losses;
     Passes;
 }
@@ -474,9 +565,8 @@ const _: () = {
     assert!(size_of::<Bucket<2>>() == 96 && size_of::<Bucket<5>>() == 192);
     // A list's tuples have different numbers, and a number has 8 bits.
     assert!(LISTS * MAX_TUPLES <= 256);
-    assert!(size_of::<Forwarding>() == 32);
+    assert!(size_of::<SlotRecord>() == 32 && size_of::<NextHop>() == 16);
     assert!(size_of::<Port>() == 16);
     assert!(size_of::<Losses>() == 32);
-    assert!(size_of::<Traffic>() == 16);
     assert!(size_of::<Passes>() == (PassReason::COUNT + 3) * 8);
 };

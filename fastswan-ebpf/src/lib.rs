@@ -11,13 +11,13 @@
 //! | `TUPLES_V4`, `TUPLES_V6` | [`TupleList`] | [`List`] |
 //! | `EXCEPTIONS_V4`, `EXCEPTIONS_V6` | [`Bucket`] | hash of a masked key |
 //! | `UPPER_TUPLES_V4`, `UPPER_TUPLES_V6` | [`TupleList`] | [`ExceptionList`] |
-//! | `FORWARDINGS` | [`Forwarding`] | slot |
+//! | `SLOTS` | [`SlotRecord`] | CPU × slots + slot |
+//! | `NEXT_HOPS` | [`NextHop`] | of a slot |
 //! | `PORT_BUCKETS` | [`Bucket`] | hash of a [`port_key`] |
 //! | `PORTS` | [`Port`] | payload of the entry with its key |
-//! | `TRAFFIC` | [`Traffic`] | CPU × slots + slot |
 //! | `PASSES` | [`Passes`] | CPU |
 //! | `DEVICES` | (device map) | interface index |
-//! | `CLOCK` | [`Word`] | 0: nanoseconds of the clock that leases are judged by |
+//! | `CLOCK` | [`Word`] | 0: ticks of the clock that leases are judged by |
 //! | `REMOVALS` | (ring buffer) | |
 //! | `LOSSES` | [`Losses`] | 0 |
 //! | `INGRESS` | 1 | (hash) index of an interface that has ports |
@@ -34,9 +34,10 @@ mod reason;
 mod special;
 
 pub use layout::{
-    ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarding, LISTS, List,
-    Losses, MAX_PORTS, MAX_TUPLES, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SpaceControl, Traffic,
-    Tuple, TupleList, UPPER_LAYER_BITS, Value, Word, packed_mac, port_key, unpacked_mac, upper_layer,
+    ADDRESS_MASK, ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, LISTS, List,
+    Losses, MAX_PORTS, MAX_TUPLES, NextHop, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SlotRecord,
+    SpaceControl, Tuple, TupleList, UPPER_LAYER_BITS, Value, Word, address_word, port_key, upper_layer,
+    word_address,
 };
 pub use lookup::{Buckets, Hashed, find, first_hit, hash};
 pub use reason::PassReason;

@@ -5,23 +5,26 @@
 //! [asked](asking), what is [rewritten](rewriting) and [counted](counters); beside them the [guard] and the [losses].
 
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_PASS, XDP_TX},
-    helpers::{bpf_ktime_get_coarse_ns, bpf_xdp_get_buff_len},
-    macros::xdp,
-    programs::XdpContext,
+    bindings::{
+        TC_ACT_UNSPEC,
+        xdp_action::{XDP_PASS, XDP_TX},
+    },
+    helpers::{bpf_jiffies64, bpf_xdp_get_buff_len},
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
 };
-use fastswan_ebpf::{PassReason, packed_mac};
+use fastswan_ebpf::{ADDRESS_MASK, PassReason, SlotRecord};
 
 use self::{
     arrival::port,
     asking::{ask, is_due},
-    counters::{count, cpu, passes, traffic_of},
+    counters::{count, passes},
     families::{packet_v4, packet_v6},
-    maps::{CLOCK, CONTROL, DEVICES, FORWARDINGS},
+    maps::{CLOCK, CONTROL, DEVICES, NEXT_HOPS},
     rewriting::{decrement_ttl, strip, write_ethernet},
     sequence::Sequence,
     tags::vlan_and_network,
-    wire::{ETHERNET_LENGTH, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame},
+    wire::{Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame},
 };
 
 mod arrival;
@@ -52,12 +55,12 @@ fn fastswan(context: XdpContext) -> u32 {
 }
 
 /// Tells the time by the clock that leases are judged by. Run by user space, never attached.
-#[xdp]
-fn fastswan_clock(_: XdpContext) -> u32 {
+#[classifier]
+fn fastswan_clock(_: TcContext) -> i32 {
     if let Some(clock) = CLOCK.get(0) {
-        clock.store(now());
+        clock.store(ticks());
     }
-    XDP_PASS
+    TC_ACT_UNSPEC
 }
 
 #[inline(always)]
@@ -66,7 +69,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     if control.enabled.load() == 0 {
         return Err(PassReason::Disabled.into());
     }
-    let left = control.deadline.load().wrapping_sub(now());
+    let left = control.deadline.load().wrapping_sub(ticks());
     if left == 0 || left > control.lease.load() {
         return Err(PassReason::LeaseExpired.into());
     }
@@ -80,15 +83,14 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     let ethernet = frame.header::<Ethernet>(0)?;
     // SAFETY: `Frame::header` checked the bounds, here and wherever a header is read below; fields of packed
     // structures are read byte for byte if need be.
-    let (destination, source, outer_type) =
-        unsafe { ((*ethernet).destination, (*ethernet).source, u16::from_be((*ethernet).ether_type)) };
+    let (addresses, outer_type) = unsafe { ((*ethernet).addresses, u16::from_be((*ethernet).ether_type)) };
     let (vlan, ether_type, network) = vlan_and_network(frame, outer_type)?;
     if ether_type != ETHERTYPE_IPV4 && ether_type != ETHERTYPE_IPV6 {
         return Err(PassReason::NotIp.into());
     }
 
     let port = port(control, context.ingress_ifindex() as u32, vlan)?;
-    if packed_mac(destination) != port.address {
+    if addresses.first & ADDRESS_MASK != port.address {
         return Err(PassReason::OtherDestinationMac.into());
     }
     let packet = if ether_type == ETHERTYPE_IPV4 {
@@ -96,8 +98,10 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     } else {
         packet_v6(frame, network, control, port)?
     };
-    let forwarding = FORWARDINGS.get(packet.slot).ok_or(PassReason::EgressUnavailable)?;
-    let rewrite = (forwarding.destination.load(), forwarding.source.load());
+    let addresses = match packet.slot.next_hop() {
+        SlotRecord::NO_NEXT_HOP => addresses,
+        next_hop => Addresses::of(NEXT_HOPS.get(next_hop).ok_or(PassReason::EgressUnavailable)?),
+    };
     // As late as possible, but while the tables are still those of the lookup: an acknowledgement says that they hold
     // what followed from the removals. The removals last, so that one that begins meanwhile counts.
     let acknowledged = control.acknowledged.load();
@@ -106,19 +110,16 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     }
     sequence.still_holds()?;
 
-    let cpu = cpu();
-    let traffic = traffic_of(cpu, packet.slot).ok_or(PassReason::EgressUnavailable)?;
-    if is_due(control, traffic) {
+    if is_due(control, packet.slot) {
         ask(context, network, ether_type, port.receiver, packet.device)?;
     }
     let action = if packet.device == port.ifindex {
         XDP_TX
-    } else if cpu >= packet.cpus {
+    } else if packet.cpu >= packet.cpus {
         return Err(PassReason::NoChannel.into());
     } else {
         DEVICES.redirect(packet.device, u64::from(XDP_PASS)).map_err(|_| PassReason::EgressUnavailable)?
     };
-    let addresses = if rewrite == (0, 0) { (packed_mac(destination), packed_mac(source)) } else { rewrite };
     let tags = network - ETHERNET_LENGTH;
     let padding = frame.end - frame.start - network - packet.length;
     strip(context, tags, padding)?;
@@ -126,7 +127,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     let frame = Frame::of(context);
     write_ethernet(frame, addresses, ether_type)?;
     decrement_ttl(frame, ether_type)?;
-    count(traffic, packet.length);
+    count(packet.slot, packet.length);
     Ok(action)
 }
 
@@ -141,10 +142,11 @@ impl From<PassReason> for Pass {
     }
 }
 
+/// The kernel's ticks (jiffies). The verifier puts a read of memory in place of the call.
 #[inline(always)]
-fn now() -> u64 {
+fn ticks() -> u64 {
     // SAFETY: a helper call without arguments.
-    unsafe { bpf_ktime_get_coarse_ns() }
+    unsafe { bpf_jiffies64() }
 }
 
 #[panic_handler]

@@ -16,7 +16,7 @@ use fastswan::{
     forwarder::{ForwarderError, LoadConfig, RunAction},
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
-use fastswan_ebpf::{Control, Forwarding, LISTS, SpaceControl};
+use fastswan_ebpf::{Control, LISTS, SlotRecord, SpaceControl};
 use nix::{
     sys::time::TimeValLike as _,
     time::{ClockId, clock_getres},
@@ -110,11 +110,14 @@ impl ProgRun {
     ///
     /// If the slot's record cannot be found or written.
     pub fn limit_cpus(&self, slot: Slot, cpus: u16) -> anyhow::Result<()> {
-        let map = map_of(&self.forwarder, "FORWARDINGS")?;
-        let mut records: Array<MapData, [u64; size_of::<Forwarding>() / 8]> = Map::Array(map).try_into()?;
-        let mut record = records.get(&slot.0, 0)?;
-        record[0] = record[0] & (u64::MAX >> 16) | u64::from(cpus) << 48;
-        records.set(slot.0, record, 0)?;
+        let map = map_of(&self.forwarder, "SLOTS")?;
+        let mut records: Array<MapData, [u64; size_of::<SlotRecord>() / 8]> = Map::Array(map).try_into()?;
+        let slots = u32::try_from(self.table.capacity().slots)?;
+        for index in (slot.0..records.len()).step_by(slots as usize) {
+            let mut record = records.get(&index, 0)?;
+            record[0] = record[0] & (u64::MAX >> 16) | u64::from(cpus) << 48;
+            records.set(index, record, 0)?;
+        }
         Ok(())
     }
 

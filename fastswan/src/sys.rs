@@ -11,7 +11,6 @@ use netlink_sys::Socket;
 use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, ipproto, socket, socket_with},
     thread::{MembarrierCommand, membarrier},
-    time::{ClockId, clock_gettime},
 };
 use tokio::io::unix::AsyncFd;
 
@@ -508,15 +507,6 @@ pub(crate) fn watch_descriptor(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedF
     // SAFETY: the descriptor is owned and always the same, and is closed when it is dropped, which `AsyncFd` sees to.
     let watched = unsafe { AsyncFd::register(descriptor) };
     watched.map_err(io::Error::from)
-}
-
-/// `CLOCK_MONOTONIC_COARSE` in nanoseconds: the clock of `bpf_ktime_get_coarse_ns`, but for the offset of a
-/// time namespace.
-pub(crate) fn monotonic_coarse_nanoseconds() -> u64 {
-    let now = clock_gettime(ClockId::MonotonicCoarse);
-    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or(0);
-    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }
 
 #[cfg(all(test, feature = "bpf"))]

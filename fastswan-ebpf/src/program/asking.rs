@@ -5,15 +5,14 @@
 
 use aya_ebpf::{
     bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as Params},
-    helpers::bpf_fib_lookup,
+    helpers::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
     programs::XdpContext,
 };
-use fastswan_ebpf::{ASK_NEVER, Control, PassReason, Traffic};
+use fastswan_ebpf::{ASK_NEVER, Control, PassReason, SlotRecord};
 
 use super::{
     counters::passes,
     maps::REMOVALS,
-    now,
     wire::{ETHERTYPE_IPV4, Frame, Ipv4, Ipv6, ports_for_rules},
 };
 
@@ -26,8 +25,8 @@ const BETWEEN_SIGNALS: u64 = 10_000_000;
 /// Whether the kernel is to be asked about the next packet of a slot. As long as it does not agree the number stays, so
 /// that the slot's packets are asked about one by one.
 #[inline(always)]
-pub(super) fn is_due(control: &Control, traffic: &Traffic) -> bool {
-    traffic.packets.load() & control.ask_mask.load() == 0
+pub(super) fn is_due(control: &Control, slot: &SlotRecord) -> bool {
+    slot.packets.load() & control.ask_mask.load() == 0
 }
 
 /// Fails if the kernel would not forward a packet that came in on `receiver` to `device`.
@@ -60,7 +59,8 @@ fn leads_to(context: &XdpContext, network: usize, ether_type: u16, receiver: u32
     if answer(context, network, ether_type, receiver) == Some(device) {
         return true;
     }
-    let now = now();
+    // SAFETY: a helper call without arguments.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
     if now.wrapping_sub(passes.woken.load()) >= BETWEEN_SIGNALS {
         passes.woken.store(now);
         // Without room there is something to be read already.

@@ -1,22 +1,22 @@
 //! What is counted, for each CPU apart.
 
 use aya_ebpf::helpers::bpf_get_smp_processor_id;
-use fastswan_ebpf::{Passes, Traffic};
+use fastswan_ebpf::{Passes, SlotRecord};
 
-use super::maps::{PASSES, SLOTS, TRAFFIC};
+use super::maps::{PASSES, SLOT_COUNT, SLOTS};
 
-/// What a CPU has forwarded for a slot.
+/// What a CPU knows of a slot, and counts for it.
 #[inline(always)]
-pub(super) fn traffic_of(cpu: u32, slot: u32) -> Option<&'static Traffic> {
+pub(super) fn slot_of(cpu: u32, slot: u32) -> Option<&'static SlotRecord> {
     // SAFETY: a global that is set when the program is loaded.
-    let slots = unsafe { (&raw const SLOTS).read_volatile() };
-    TRAFFIC.get(cpu * slots + slot)
+    let count = unsafe { (&raw const SLOT_COUNT).read_volatile() };
+    SLOTS.get(cpu * count + slot)
 }
 
 #[inline(always)]
-pub(super) fn count(traffic: &Traffic, length: usize) {
-    traffic.packets.add(1);
-    traffic.bytes.add(length as u64);
+pub(super) fn count(slot: &SlotRecord, length: usize) {
+    slot.packets.add(1);
+    slot.bytes.add(length as u64);
 }
 
 #[inline(always)]

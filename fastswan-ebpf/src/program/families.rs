@@ -3,14 +3,15 @@
 use core::arch::asm;
 
 use fastswan_ebpf::{
-    Control, ExceptionList, List, PassReason, Port, Value, is_special_v4, is_special_v6, upper_layer,
+    Control, ExceptionList, List, PassReason, Port, SlotRecord, Value, is_special_v4, is_special_v6,
+    upper_layer,
 };
 
 use super::{
     Pass,
     arrival::Arrival,
+    counters::{cpu, slot_of},
     lookup::{first_hit_v4, first_hit_v6, has_exceptions, is_exception_v4, is_exception_v6},
-    maps::FORWARDINGS,
     wire::{
         Frame, ICMPV6, Ipv4, Ipv6, Ports, checksum_is_good, is_extension_header, is_neighbour_discovery,
         ports_of,
@@ -19,7 +20,9 @@ use super::{
 
 /// A packet that is to be forwarded.
 pub(super) struct Packet {
-    pub(super) slot: u32,
+    /// This CPU.
+    pub(super) cpu: u32,
+    pub(super) slot: &'static SlotRecord,
     pub(super) device: u32,
     /// CPUs from which the device takes packets: those with lower numbers.
     pub(super) cpus: u32,
@@ -195,13 +198,12 @@ impl<F, E> Family<F, E> {
         if cell.kind() != Value::FAST {
             return Err(Pass(cell.payload()));
         }
-        let slot = cell.payload();
-        let forwarding = FORWARDINGS.get(slot).ok_or(PassReason::EgressUnavailable)?;
-        let device_and_length = forwarding.device_and_length.load();
-        let device = device_and_length as u32;
+        let cpu = cpu();
+        let slot = slot_of(cpu, cell.payload()).ok_or(PassReason::EgressUnavailable)?;
+        let way = slot.way.load();
+        let device = SlotRecord::device(way);
         if device == 0 {
-            let reason = (device_and_length >> 32) as u32;
-            return Err(if reason == 0 { PassReason::EgressUnavailable.into() } else { Pass(reason - 1) });
+            return Err(SlotRecord::reason(way).map_or(PassReason::EgressUnavailable.into(), Pass));
         }
         if cell.probes_guards() && (self.first_hit)(List::Guards, key).is_some() {
             return Err(PassReason::Guarded.into());
@@ -228,10 +230,10 @@ impl<F, E> Family<F, E> {
                 }
             }
         }
-        if length as u64 > device_and_length >> 32 & 0xffff {
+        if length as u64 > SlotRecord::max_length(way) {
             return Err(PassReason::TooLong.into());
         }
-        Ok(Packet { slot, device, cpus: (device_and_length >> 48) as u32, length })
+        Ok(Packet { cpu, slot, device, cpus: SlotRecord::cpus(way), length })
     }
 }
 

@@ -4,10 +4,10 @@ use aya_ebpf::{
     helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
     programs::XdpContext,
 };
-use fastswan_ebpf::{PassReason, unpacked_mac};
+use fastswan_ebpf::PassReason;
 
 use super::wire::{
-    ETHERNET_LENGTH, ETHERTYPE_IPV4, Ethernet, Frame, Ipv4, Ipv6, checksum_after_ttl_decrement,
+    Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, Ethernet, Frame, Ipv4, Ipv6, checksum_after_ttl_decrement,
 };
 
 /// Takes VLAN tags and Ethernet padding off the frame. The frame's bytes are as before if this fails.
@@ -27,12 +27,11 @@ pub(super) fn strip(context: &XdpContext, tags: usize, padding: usize) -> Result
 }
 
 #[inline(always)]
-pub(super) fn write_ethernet(frame: Frame, addresses: (u64, u64), ether_type: u16) -> Result<(), PassReason> {
+pub(super) fn write_ethernet(frame: Frame, addresses: Addresses, ether_type: u16) -> Result<(), PassReason> {
     let ethernet = frame.header::<Ethernet>(0)?;
     // SAFETY: bounds-checked.
     unsafe {
-        (*ethernet).destination = unpacked_mac(addresses.0);
-        (*ethernet).source = unpacked_mac(addresses.1);
+        (*ethernet).addresses = addresses;
         (*ethernet).ether_type = ether_type.to_be();
     }
     Ok(())

@@ -3,7 +3,7 @@
 //! Fields are in network order and may lie at any address.
 
 use aya_ebpf::programs::XdpContext;
-use fastswan_ebpf::PassReason;
+use fastswan_ebpf::{NextHop, PassReason};
 
 pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
 pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -24,9 +24,23 @@ const UDP_LITE: u8 = 136;
 
 #[repr(C, packed)]
 pub(super) struct Ethernet {
-    pub(super) destination: [u8; 6],
-    pub(super) source: [u8; 6],
+    pub(super) addresses: Addresses,
     pub(super) ether_type: u16,
+}
+
+/// Destination and source, in two pieces that are read and written at once.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub(super) struct Addresses {
+    pub(super) first: u64,
+    pub(super) rest: u32,
+}
+
+impl Addresses {
+    #[inline(always)]
+    pub(super) fn of(next_hop: &NextHop) -> Self {
+        Self { first: next_hop.first.load(), rest: next_hop.rest.load() as u32 }
+    }
 }
 
 #[repr(C, packed)]
@@ -86,14 +100,16 @@ impl Frame {
 /// Whether the one's complement sum over the header is right (RFC 1071).
 #[inline(always)]
 pub(super) fn checksum_is_good(header: *const Ipv4) -> bool {
-    let words = header.cast::<u16>();
-    let mut sum = 0_u32;
+    let words = header.cast::<u32>();
+    let mut sum = 0_u64;
     let mut word = 0;
-    while word < size_of::<Ipv4>() / 2 {
+    while word < size_of::<Ipv4>() / 4 {
         // SAFETY: `header` was bounds-checked by `Frame::header`.
-        sum += u32::from(unsafe { words.add(word).read_unaligned() });
+        sum += u64::from(unsafe { words.add(word).read_unaligned() });
         word += 1;
     }
+    // From 35 bits to 19, to 17, to 16.
+    sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
     sum == 0xffff

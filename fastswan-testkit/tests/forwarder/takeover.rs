@@ -94,7 +94,7 @@ const OBSTACLES: [Obstacle; 7] = [
         what: "the counters cannot be pinned",
         configs: three_ports,
         lay: |_, pins, second| {
-            fs::create_dir_all(pins.join(format!("{}/TRAFFIC", second.program_id()))).unwrap();
+            fs::create_dir_all(pins.join(format!("{}/SLOTS", second.program_id()))).unwrap();
             None
         },
         clear: |_, pins, second| {

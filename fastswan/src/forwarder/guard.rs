@@ -15,7 +15,7 @@ use super::{
     XdpForwarder,
     error::{chain, errno},
 };
-use crate::table::begin_removal;
+use crate::table::{begin_removal, verify};
 
 /// The programs of the object, and the kernel's functions that they are attached to. What is on a device that goes down
 /// passes through the first two as well, but only after its driver was told to stop.
@@ -137,7 +137,7 @@ fn attach(
         .ok_or(ProgramError::NotLoaded)
         .and_then(TryInto::try_into)
         .map_err(error)?;
-    match program.load(function, btf) {
+    match verify(|| program.load(function, btf)) {
         // By an earlier guard.
         Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
         Err(failure) => return Err(error(failure)),

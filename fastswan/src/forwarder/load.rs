@@ -4,7 +4,6 @@ use std::{error::Error, os::fd::AsFd as _};
 
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::Array,
     programs::{ProgramError, Xdp},
     util::{KernelVersion, nr_cpus},
 };
@@ -14,22 +13,16 @@ use super::{
     ForwarderError, XdpForwarder,
     error::{chain, errno, lacking},
     hook::xdp::Program,
-    test_run::test_run,
 };
-use crate::{
-    sys::monotonic_coarse_nanoseconds,
-    table::{BpfTable, TableConfig},
-};
+use crate::table::{BpfTable, TableConfig, verify};
 
 #[cfg(target_endian = "little")]
 static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfel.o");
 #[cfg(target_endian = "big")]
 static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfeb.o");
 
-/// The program, and the one that tells its time, by their names in the object, and what each needs of the kernel.
+/// The name of the program in the object, and what it, the one that tells its time and the maps need of the kernel.
 pub(super) const PROGRAM: &str = "fastswan";
-const CLOCK_PROGRAM: &str = "fastswan_clock";
-const CLOCK_NEEDS: &str = "XDP programs with bpf_ktime_get_coarse_ns (Linux 5.11)";
 const PROGRAM_NEEDS: &str = "XDP programs for frames in several buffers (Linux 5.18)";
 const MAPS_NEED: &str = "array maps that can be mapped (Linux 5.5) and hashed device maps (Linux 5.4)";
 
@@ -145,40 +138,21 @@ pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), Forw
     let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
     let weakly_ordered = u32::from(!cfg!(any(target_arch = "x86_64", target_arch = "s390x")));
     let mut loader = EbpfLoader::new();
-    loader.override_global("SLOTS", &config.slots, true);
+    loader.override_global("SLOT_COUNT", &config.slots, true);
     loader.override_global("WEAKLY_ORDERED", &weakly_ordered, true);
     for (map, length) in BpfTable::map_lengths(config, cpus) {
         loader.map_max_entries(map, length);
     }
     let mut ebpf =
         loader.load(BYTECODE).map_err(|error| refused("creating the BPF maps", MAPS_NEED, error))?;
-    for (name, needs) in [(CLOCK_PROGRAM, CLOCK_NEEDS), (PROGRAM, PROGRAM_NEEDS)] {
-        program_mut(&mut ebpf, name)
-            .and_then(verify)
-            .map_err(|error| refused(format!("loading the XDP program {name}"), needs, error))?;
-    }
-    let clock_offset = learn_clock_offset(&mut ebpf)?;
-    let table = BpfTable::take(&mut ebpf, config, cpus, clock_offset, ask_mask)
+    program_mut(&mut ebpf, PROGRAM)
+        .and_then(|program| verify(|| program.load()))
+        .map_err(|error| refused("loading the XDP program", PROGRAM_NEEDS, error))?;
+    let table = BpfTable::take(&mut ebpf, config, cpus, ask_mask)
         .map_err(|error| ForwarderError::new("mapping the BPF maps", error))?;
     let program =
         loaded(&ebpf).map_err(|error| ForwarderError::new("reading about the XDP program", error))?;
     Ok((XdpForwarder { ebpf, program, attached: Vec::new(), pinned_in: None }, table))
-}
-
-/// Has the kernel verify a program. A signal interrupts the verifier (`EAGAIN`), and then it is to be asked again.
-fn verify(program: &mut Xdp) -> Result<(), ProgramError> {
-    const ATTEMPTS: u32 = 10;
-    let mut attempt = 1;
-    loop {
-        match program.load() {
-            Err(ProgramError::LoadError { io_error, .. })
-                if attempt < ATTEMPTS && io_error.raw_os_error() == Some(libc::EAGAIN) =>
-            {
-                attempt += 1;
-            }
-            result => return result,
-        }
-    }
 }
 
 fn loaded(ebpf: &Ebpf) -> Result<Program, Box<dyn Error + Send + Sync>> {
@@ -243,27 +217,6 @@ pub(super) fn program<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Xdp, Program
 
 fn program_mut<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, ProgramError> {
     ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
-}
-
-/// The program's time minus this process's, in nanoseconds. They differ in a time namespace.
-fn learn_clock_offset(ebpf: &mut Ebpf) -> Result<i64, ForwarderError> {
-    let error = |error: Box<dyn Error + Send + Sync>| {
-        ForwarderError::new("learning the clock of the XDP program", error)
-    };
-    // Both clocks tick together, but a tick may fall between the two readings: then the difference comes out
-    // too small. The largest of a few is right, and a smaller one would only shorten the lease.
-    let mut offset = i64::MIN;
-    for _ in 0..8 {
-        let program = program(ebpf, CLOCK_PROGRAM).map_err(|failure| error(failure.into()))?;
-        test_run(program, &[0; 14], None, 0).map_err(|failure| error(failure.into()))?;
-        let clock = ebpf.map("CLOCK").ok_or_else(|| error("the object has no map CLOCK".into()))?;
-        let clock: Array<_, u64> =
-            clock.try_into().map_err(|failure: aya::maps::MapError| error(failure.into()))?;
-        let theirs = clock.get(&0, 0).map_err(|failure| error(failure.into()))?;
-        let ours = monotonic_coarse_nanoseconds();
-        offset = offset.max(theirs.cast_signed().wrapping_sub(ours.cast_signed()));
-    }
-    Ok(offset)
 }
 
 #[cfg(test)]

@@ -16,15 +16,13 @@ use fastswan_ebpf::{ASK_NEVER, EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, 
 use super::{
     Asked, Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters,
     TableError, TableUpdate, Traffic,
+    clock::Clock,
     devices::DeviceMap,
     losses::Losses,
     maps::{MapsError, map},
     store::{Regions, Store, read_back},
 };
-use crate::{
-    policy::Family,
-    sys::{grace_period, monotonic_coarse_nanoseconds},
-};
+use crate::{policy::Family, sys::grace_period};
 
 /// The table that the XDP program of an [`XdpForwarder`](crate::XdpForwarder) reads.
 ///
@@ -52,9 +50,7 @@ pub struct BpfTable {
     /// The VLANs of each interface that have ports.
     ports_on: BTreeMap<u32, BTreeSet<u16>>,
     removals: RingBuf<MapData>,
-    /// What to add to `CLOCK_MONOTONIC_COARSE` here to get the program's time: a time namespace shifts the
-    /// one and not the other.
-    clock_offset: i64,
+    clock: Clock,
     /// When the kernel is asked, as [`Control::ask_mask`](fastswan_ebpf::Control::ask_mask).
     ask_mask: u64,
 }
@@ -75,8 +71,8 @@ impl BpfTable {
             ("CELLS_V6", config.cell_buckets(Family::V6)),
             ("EXCEPTIONS_V4", config.exception_buckets()),
             ("EXCEPTIONS_V6", config.exception_buckets()),
-            ("FORWARDINGS", config.slots),
-            ("TRAFFIC", config.slots.saturating_mul(cpus + 1)),
+            ("SLOTS", config.slots.saturating_mul(cpus + 1)),
+            ("NEXT_HOPS", config.next_hops()),
             ("PASSES", cpus + 1),
         ]
     }
@@ -86,12 +82,10 @@ impl BpfTable {
         ebpf: &mut Ebpf,
         config: &TableConfig,
         cpus: u32,
-        clock_offset: i64,
         ask_mask: u64,
     ) -> Result<Self, MapsError> {
         let buckets = |family| config.cell_buckets(family) as usize;
         let exception_buckets = config.exception_buckets() as usize;
-        let slots = config.slots as usize;
         let columns = cpus as usize + 1;
         let regions = Regions {
             control: map(ebpf, "CONTROL", 1)?,
@@ -103,10 +97,10 @@ impl BpfTable {
             exceptions_v6: map(ebpf, "EXCEPTIONS_V6", exception_buckets)?,
             exception_tuples_v4: map(ebpf, "UPPER_TUPLES_V4", EXCEPTION_LISTS)?,
             exception_tuples_v6: map(ebpf, "UPPER_TUPLES_V6", EXCEPTION_LISTS)?,
-            forwardings: map(ebpf, "FORWARDINGS", slots)?,
+            slots: map(ebpf, "SLOTS", config.slots as usize * columns)?,
+            next_hops: map(ebpf, "NEXT_HOPS", config.next_hops() as usize)?,
             port_buckets: map(ebpf, "PORT_BUCKETS", PORT_BUCKETS)?,
             ports: map(ebpf, "PORTS", MAX_PORTS)?,
-            traffic: map(ebpf, "TRAFFIC", slots * columns)?,
             passes: map(ebpf, "PASSES", columns)?,
         };
         let devices_id = match ebpf.map("DEVICES") {
@@ -125,7 +119,7 @@ impl BpfTable {
             losses: losses.ok(),
             ports_on: BTreeMap::new(),
             removals: removals.try_into()?,
-            clock_offset,
+            clock: Clock::take(ebpf)?,
             ask_mask,
         })
     }
@@ -145,8 +139,15 @@ impl OffloadTable for BpfTable {
 
     fn renew_lease(&mut self, until: Instant) {
         // In this order: while this thread is kept from running between the two, the lease gets shorter, not longer.
-        let now = monotonic_coarse_nanoseconds().saturating_add_signed(self.clock_offset);
-        self.store.renew_lease(now, until.saturating_duration_since(Instant::now()));
+        match self.clock.now() {
+            Ok(now) => {
+                let left = until.saturating_duration_since(Instant::now());
+                self.store.renew_lease(now, self.clock.ticks_in(left));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the program does not tell the time: the lease is not renewed")
+            }
+        }
     }
 
     fn capacity(&self) -> Capacity {

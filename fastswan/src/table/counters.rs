@@ -6,53 +6,52 @@
 use std::{collections::HashMap, os::fd::AsFd as _};
 
 use aya::maps::MapData;
-use fastswan_ebpf::{Forwarding, Passes, Shared, Traffic};
+use fastswan_ebpf::{Passes, Shared, SlotRecord};
 
 use super::{maps::MapsError, mmap::Region};
 
 /// The maps that a table's counters are in, and whose they are.
 #[derive(Debug)]
 pub(crate) struct Counters {
-    slots: Region<Forwarding>,
-    traffic: Region<Traffic>,
+    slots: Region<SlotRecord>,
     passes: Region<Passes>,
 }
 
 impl Counters {
     /// The names of the maps, as in the object.
-    pub(crate) const MAPS: [&'static str; 3] = ["FORWARDINGS", "TRAFFIC", "PASSES"];
+    pub(crate) const MAPS: [&'static str; 2] = ["SLOTS", "PASSES"];
 
     /// Maps the maps with those names.
-    pub(crate) fn map([slots, traffic, passes]: [&MapData; 3]) -> Result<Self, MapsError> {
-        let [slots_name, traffic_name, passes_name] = Self::MAPS;
-        Ok(Self {
-            slots: map(slots, slots_name)?,
-            traffic: map(traffic, traffic_name)?,
-            passes: map(passes, passes_name)?,
-        })
+    pub(crate) fn map([slots, passes]: [&MapData; 2]) -> Result<Self, MapsError> {
+        let [slots_name, passes_name] = Self::MAPS;
+        Ok(Self { slots: map(slots, slots_name)?, passes: map(passes, passes_name)? })
+    }
+
+    /// The columns of the slots, the last of which belongs to no CPU.
+    fn columns(&self) -> impl DoubleEndedIterator<Item = &[SlotRecord]> {
+        let slots = self.slots.len() / self.passes.len().max(1);
+        self.slots.chunks_exact(slots.max(1))
     }
 
     /// Adds what an earlier table has passed, and what it has forwarded for the policies that are in this one too.
     ///
     /// Slots must not be filled or freed meanwhile, and no packet be counted by the earlier table.
     pub(crate) fn inherit(&self, earlier: &Self) {
-        let mut traffic: HashMap<u64, (u64, u64)> = HashMap::new();
-        for (slot, record) in earlier.slots.iter().enumerate() {
-            let policy = record.policy.load();
+        let mut traffic: HashMap<u32, (u64, u64)> = HashMap::new();
+        for (slot, record) in earlier.columns().next_back().into_iter().flatten().enumerate() {
+            let policy = record.policy();
             if policy != 0 {
-                let columns = earlier.traffic.iter().skip(slot).step_by(earlier.slots.len());
                 let sum = traffic.entry(policy).or_default();
-                columns.for_each(|column| {
-                    sum.0 += column.packets.load();
-                    sum.1 += column.bytes.load();
-                });
+                for record in earlier.columns().filter_map(|column| column.get(slot)) {
+                    sum.0 += record.packets.load();
+                    sum.1 += record.bytes.load();
+                }
             }
         }
-        let inherited = self.traffic.iter().skip(self.traffic.len().saturating_sub(self.slots.len()));
-        for (record, inherited) in self.slots.iter().zip(inherited) {
-            if let Some((packets, bytes)) = traffic.get(&record.policy.load()) {
-                inherited.packets.add(*packets);
-                inherited.bytes.add(*bytes);
+        for record in self.columns().next_back().into_iter().flatten() {
+            if let Some((packets, bytes)) = traffic.get(&record.policy()) {
+                record.packets.add(*packets);
+                record.bytes.add(*bytes);
             }
         }
         if let Some(inherited) = self.passes.last() {

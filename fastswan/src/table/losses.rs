@@ -10,7 +10,7 @@ use aya::{
 };
 use fastswan_ebpf::Losses as Record;
 
-use super::{maps::MapsError, mmap::Region, net_device::ifindex_offset};
+use super::{maps::MapsError, mmap::Region, net_device::ifindex_offset, verify::verify};
 
 /// The programs of the object, and the tracepoints that they are attached to.
 const HOOKS: [(&str, &str); 2] =
@@ -85,7 +85,7 @@ fn offset_of_ifindex() -> io::Result<u32> {
 
 fn attach(ebpf: &mut Ebpf, name: &str, tracepoint: &str) -> Result<RawTracePointLink, ProgramError> {
     let program: &mut RawTracePoint = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()?;
-    program.load()?;
+    verify(|| program.load())?;
     let link = program.attach(tracepoint)?;
     program.take_link(link)
 }

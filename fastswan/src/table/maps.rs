@@ -5,6 +5,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use aya::{
     Ebpf,
     maps::{Map, MapData, MapError},
+    programs::ProgramError,
 };
 #[cfg(feature = "guard")]
 use fastswan_ebpf::Control;
@@ -23,6 +24,8 @@ pub(crate) enum MapsError {
     OtherLayout { name: &'static str, size: u32 },
     #[error(transparent)]
     Map(#[from] MapError),
+    #[error("the program that tells the time: {0}")]
+    Clock(#[from] ProgramError),
 }
 
 /// Counts a removal, so that everything passes until it is acknowledged.

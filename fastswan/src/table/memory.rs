@@ -53,10 +53,10 @@ impl MemoryTable {
             exceptions_v6: Region::allocate(exception_buckets),
             exception_tuples_v4: Region::allocate(EXCEPTION_LISTS),
             exception_tuples_v6: Region::allocate(EXCEPTION_LISTS),
-            forwardings: Region::allocate(slots),
+            slots: Region::allocate(slots),
+            next_hops: Region::allocate(config.next_hops() as usize),
             port_buckets: Region::allocate(PORT_BUCKETS),
             ports: Region::allocate(MAX_PORTS),
-            traffic: Region::allocate(slots),
             passes: Region::allocate(1),
         };
         Self { store: Store::new(regions, config) }

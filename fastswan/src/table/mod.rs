@@ -31,11 +31,14 @@ pub use self::{
 pub(crate) use self::{
     counters::Counters,
     maps::{MapsError, array},
+    verify::verify,
 };
 pub use crate::host::{Forwards, Port, ReversePath};
 
 #[cfg(feature = "bpf")]
 mod bpf;
+#[cfg(feature = "bpf")]
+mod clock;
 mod contents;
 #[cfg(feature = "bpf")]
 mod counters;
@@ -52,10 +55,13 @@ mod mmap;
 #[cfg(feature = "bpf")]
 mod net_device;
 mod size;
+mod slots;
 mod space;
 mod split;
 mod store;
 mod update;
+#[cfg(feature = "bpf")]
+mod verify;
 
 /// Packets and bytes (from the IP header on) that took the fast path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -39,7 +39,7 @@ impl Capacity {
 
 /// How large a table is made.
 ///
-/// The default takes about 16 MiB, and 256 KiB for each CPU.
+/// The default takes about 16 MiB, and 512 KiB for each CPU.
 ///
 /// ```
 /// use fastswan::table::TableConfig;
@@ -56,7 +56,7 @@ pub struct TableConfig {
     /// Exceptions, of each family. Takes 96 bytes each for IPv4 and 192 for IPv6, after rounding up to a power
     /// of two.
     pub exceptions: u32,
-    /// Policies that can be fast at the same time. Takes 32 bytes each, and 16 for each CPU.
+    /// Policies that can be fast at the same time. Takes 48 bytes each, and 32 for each CPU.
     pub slots: u32,
 }
 
@@ -87,6 +87,11 @@ impl TableConfig {
             Family::V4 => self.cells_v4,
             Family::V6 => self.cells_v6,
         })
+    }
+
+    /// One for each slot, one for a slot that gets another, and the first, which is none.
+    pub(super) fn next_hops(&self) -> u32 {
+        self.slots.saturating_add(2)
     }
 
     /// Each exception has an entry in two lists.

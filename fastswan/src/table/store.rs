@@ -8,24 +8,23 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::HashSet,
     net::IpAddr,
     sync::atomic::{Ordering, fence},
-    time::Duration,
 };
 
 use fastswan_ebpf::{
     ASK_NEVER, Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
-    Forwarding as ForwardingRecord, KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_PORTS, MAX_TUPLES,
-    PORT_WORDS, PassReason, Passes, Port as PortRecord, Traffic as TrafficRecord, TupleList, Value,
-    packed_mac, port_key, unpacked_mac, upper_layer,
+    KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_PORTS, MAX_TUPLES, NextHop, PORT_WORDS, PassReason, Passes,
+    Port as PortRecord, SlotRecord, TupleList, Value, address_word, port_key, upper_layer, word_address,
 };
 use ipnet::IpNet;
 
 use super::{
-    Asked, Capacity, Cell, Exception, Fact, Forwarding, Forwards, Port, Probes, Removals, ReversePath, Side,
-    Slot, Standing, TableConfig, TableError, TableUpdate, Traffic, Verdict,
+    Asked, Capacity, Cell, Exception, Fact, Forwards, Port, Probes, Removals, ReversePath, Side, Slot,
+    Standing, TableConfig, TableError, TableUpdate, Traffic, Verdict,
     mmap::Region,
+    slots::Slots,
     space::{NoRoom, Pattern, TupleSpace},
 };
 use crate::policy::{Family, MacAddr};
@@ -45,10 +44,10 @@ pub(super) struct Regions {
     pub(super) exceptions_v6: Region<Bucket<EXCEPTION_WORDS_V6>>,
     pub(super) exception_tuples_v4: Region<TupleList<EXCEPTION_WORDS_V4>>,
     pub(super) exception_tuples_v6: Region<TupleList<EXCEPTION_WORDS_V6>>,
-    pub(super) forwardings: Region<ForwardingRecord>,
+    pub(super) slots: Region<SlotRecord>,
+    pub(super) next_hops: Region<NextHop>,
     pub(super) port_buckets: Region<Bucket<PORT_WORDS>>,
     pub(super) ports: Region<PortRecord>,
-    pub(super) traffic: Region<TrafficRecord>,
     pub(super) passes: Region<Passes>,
 }
 
@@ -60,20 +59,15 @@ pub(super) struct Store {
     v6: TupleSpace<KEY_WORDS_V6, LISTS>,
     exceptions_v4: TupleSpace<EXCEPTION_WORDS_V4, EXCEPTION_LISTS>,
     exceptions_v6: TupleSpace<EXCEPTION_WORDS_V6, EXCEPTION_LISTS>,
-    forwardings: Region<ForwardingRecord>,
+    slots: Slots,
     port_index: TupleSpace<PORT_WORDS, 1>,
     ports: Region<PortRecord>,
     /// Records of ports that are free.
     free_ports: Vec<u32>,
-    traffic: Region<TrafficRecord>,
     passes: Region<Passes>,
     capacity: Capacity,
     /// Those in the table: different ones may share entries.
     exceptions: HashSet<Exception>,
-    /// Slots that were freed since the last grace period: packets may still be counted for them.
-    retired: HashSet<Slot>,
-    /// From how many CPUs each device takes redirected packets, if not from all.
-    cpus: BTreeMap<u32, u16>,
 }
 
 impl Store {
@@ -85,17 +79,14 @@ impl Store {
             v6: TupleSpace::new(regions.cells_v6, regions.tuples_v6),
             exceptions_v4: TupleSpace::new(regions.exceptions_v4, regions.exception_tuples_v4),
             exceptions_v6: TupleSpace::new(regions.exceptions_v6, regions.exception_tuples_v6),
-            forwardings: regions.forwardings,
+            slots: Slots::new(regions.slots, config.slots as usize, regions.next_hops),
             // The program needs no list of tuples to find ports: all are of the one with number 0.
             port_index: TupleSpace::new(regions.port_buckets, Region::allocate(1)),
             ports: regions.ports,
             free_ports: (0..MAX_PORTS as u32).rev().collect(),
-            traffic: regions.traffic,
             passes: regions.passes,
             capacity: config.capacity(),
             exceptions: HashSet::new(),
-            retired: HashSet::new(),
-            cpus: BTreeMap::new(),
         };
         store.set_ask_mask(ASK_NEVER);
         store.publish();
@@ -109,12 +100,10 @@ impl Store {
     /// Applies a batch. `grace_period` returns when every packet that was being looked up at its call is done.
     pub(super) fn apply(&mut self, update: &TableUpdate, grace_period: impl Fn()) -> Result<(), TableError> {
         let refilled =
-            |(slot, standing): &(Slot, Option<Standing>)| standing.is_some() && self.retired.contains(slot);
+            |(slot, standing): &(Slot, Option<Standing>)| standing.is_some() && self.slots.is_retired(*slot);
         if update.slots.iter().any(refilled) {
             grace_period();
-            for slot in self.retired.drain() {
-                clear_traffic(&self.traffic, self.capacity.slots, slot);
-            }
+            self.slots.recycle();
         }
         let handed_over = handed_over(&update.slots);
         self.begin();
@@ -123,7 +112,7 @@ impl Store {
             // get here.
             grace_period();
             for slot in handed_over {
-                clear_traffic(&self.traffic, self.capacity.slots, slot);
+                self.slots.clear(slot);
             }
         }
         let result = self.write(update);
@@ -159,10 +148,10 @@ impl Store {
             }
         }
         for (slot, standing) in slots {
-            self.set_slot(*slot, standing.as_ref())?;
+            self.slots.set(*slot, standing.as_ref())?;
         }
         for (slot, policy) in owners {
-            self.record(*slot)?.policy.store(u64::from(*policy));
+            self.slots.set_policy(*slot, *policy)?;
         }
         for chunk in cells.chunks(AT_ONCE) {
             for (cell, _) in chunk {
@@ -262,56 +251,9 @@ impl Store {
         Ok(())
     }
 
-    fn set_slot(&mut self, slot: Slot, standing: Option<&Standing>) -> Result<(), TableError> {
-        let record = self.record(slot)?;
-        match standing {
-            Some(Ok(forwarding)) => {
-                let (source, destination) = forwarding.rewrite.unwrap_or_default();
-                record.destination.store(packed_mac(destination.0));
-                record.source.store(packed_mac(source.0));
-                let length = u64::from(forwarding.max_length) << 32;
-                let cpus = u64::from(self.cpus_of(forwarding.ifindex)) << 48;
-                record.device_and_length.store(u64::from(forwarding.ifindex) | length | cpus);
-            }
-            Some(Err(reason)) => record.device_and_length.store((*reason as u64 + 1) << 32),
-            None => {
-                record.device_and_length.store(0);
-                record.policy.store(0);
-            }
-        }
-        if standing.is_some() {
-            self.retired.remove(&slot);
-        } else {
-            self.retired.insert(slot);
-        }
-        Ok(())
-    }
-
-    fn record(&self, slot: Slot) -> Result<&ForwardingRecord, TableError> {
-        let limit = self.capacity.slots;
-        self.forwardings.get(slot.0 as usize).ok_or(TableError::NoSuchSlot { slot, limit })
-    }
-
     /// Lets packets be redirected to a device from CPUs with lower numbers only, or from all.
     pub(super) fn limit_cpus(&mut self, ifindex: u32, limit: Option<u16>) {
-        let before = self.cpus_of(ifindex);
-        match limit {
-            Some(limit) => drop(self.cpus.insert(ifindex, limit)),
-            None => drop(self.cpus.remove(&ifindex)),
-        }
-        let now = self.cpus_of(ifindex);
-        if now != before {
-            for record in self.forwardings.iter() {
-                let word = record.device_and_length.load();
-                if word as u32 == ifindex {
-                    record.device_and_length.store(word & (u64::MAX >> 16) | u64::from(now) << 48);
-                }
-            }
-        }
-    }
-
-    fn cpus_of(&self, ifindex: u32) -> u16 {
-        self.cpus.get(&ifindex).copied().unwrap_or(u16::MAX)
+        self.slots.limit_cpus(ifindex, limit);
     }
 
     pub(super) fn set_port(&mut self, port: &Port) -> Result<(), TableError> {
@@ -332,7 +274,7 @@ impl Store {
         }
         self.begin();
         let record = &self.ports[number as usize];
-        record.address.store(packed_mac(port.address.0));
+        record.address.store(address_word(port.address.0));
         record.flags_and_receiver.store(u64::from(port.receiver) << 32 | flags);
         let entered = self.port_index.set(0, &pattern, Some(Value::present(number)));
         self.port_index.publish(&self.control[0].ports);
@@ -362,7 +304,7 @@ impl Store {
             ifindex,
             vlan,
             receiver: (flags_and_receiver >> 32) as u32,
-            address: MacAddr(unpacked_mac(record.address.load())),
+            address: MacAddr(word_address(record.address.load())),
             forwards: Forwards { v4: is_set(PortRecord::FORWARDS_V4), v6: is_set(PortRecord::FORWARDS_V6) },
             reverse_path: if is_set(PortRecord::REVERSE_PATH_STRICT) {
                 ReversePath::Strict
@@ -384,9 +326,8 @@ impl Store {
         self.control[0].enabled.atomic().store(u64::from(enabled), Ordering::Release);
     }
 
-    /// `now` is in nanoseconds of the program's clock.
-    pub(super) fn renew_lease(&self, now: u64, lease: Duration) {
-        let lease = u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX / 2);
+    /// From `now` on, by the program's clock. Both are ticks.
+    pub(super) fn renew_lease(&self, now: u64, lease: u64) {
         let control = &self.control[0];
         control.lease.store(lease);
         control.deadline.atomic().store(now.saturating_add(lease), Ordering::Release);
@@ -468,26 +409,11 @@ impl Store {
     }
 
     pub(super) fn standing(&self, slot: Slot) -> Option<Standing> {
-        let record = self.forwardings.get(slot.0 as usize)?;
-        let word = record.device_and_length.load();
-        let (ifindex, rest) = (word as u32, (word >> 32) as u32);
-        if ifindex == 0 {
-            return PassReason::from_index(rest.checked_sub(1)?).map(Err);
-        }
-        let (source, destination) = (record.source.load(), record.destination.load());
-        let rewrite = (source, destination) != (0, 0);
-        let mac = |packed| MacAddr(unpacked_mac(packed));
-        let rewrite = rewrite.then(|| (mac(source), mac(destination)));
-        Some(Ok(Forwarding { ifindex, max_length: rest as u16, rewrite }))
+        self.slots.standing(slot)
     }
 
     pub(super) fn traffic(&self, slot: Slot) -> Traffic {
-        let mut sum = Traffic::default();
-        for record in per_cpu(&self.traffic, self.capacity.slots, slot) {
-            sum.packets += record.packets.load();
-            sum.bytes += record.bytes.load();
-        }
-        sum
+        self.slots.traffic(slot)
     }
 
     pub(super) fn passes(&self) -> Vec<(PassReason, u64)> {
@@ -585,21 +511,6 @@ fn stored_fact(fact: Fact) -> Value {
     match fact {
         Fact::Denied => Value::denied(),
         Fact::Via(ifindex) => Value::via(ifindex),
-    }
-}
-
-fn per_cpu(
-    traffic: &Region<TrafficRecord>,
-    slots: usize,
-    slot: Slot,
-) -> impl Iterator<Item = &TrafficRecord> {
-    traffic.iter().skip(slot.0 as usize).step_by(slots)
-}
-
-fn clear_traffic(traffic: &Region<TrafficRecord>, slots: usize, slot: Slot) {
-    for record in per_cpu(traffic, slots, slot) {
-        record.packets.store(0);
-        record.bytes.store(0);
     }
 }
 

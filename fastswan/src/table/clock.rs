@@ -1,0 +1,62 @@
+//! The clock that leases are judged by: the kernel's ticks (jiffies), which cost the program one read of memory.
+//!
+//! User space cannot see them, and does not compute them from another clock: a kernel without high-resolution timers may
+//! lose some. A program tells them, when it is asked.
+
+use std::{borrow::Cow, time::Duration};
+
+use aya::{
+    Ebpf, TestRun as _, TestRunOptions,
+    programs::{ProgramError, SchedClassifier},
+};
+use fastswan_ebpf::Word;
+use rustix::time::{ClockId, clock_getres};
+
+use super::{
+    maps::{MapsError, map},
+    mmap::Region,
+    verify::verify,
+};
+
+/// The program of the object that tells the time.
+const CLOCK_PROGRAM: &str = "fastswan_clock";
+
+/// The program, and the memory where it leaves its answer.
+#[derive(Debug)]
+pub(super) struct Clock {
+    program: SchedClassifier,
+    answer: Region<Word>,
+    tick: Duration,
+}
+
+impl Clock {
+    /// Takes the clock of an object whose programs are loaded.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, MapsError> {
+        let program: &mut SchedClassifier =
+            ebpf.program_mut(CLOCK_PROGRAM).ok_or(ProgramError::NotLoaded)?.try_into()?;
+        verify(|| program.load())?;
+        let program = SchedClassifier::from_program_info(program.info()?, Cow::Borrowed(CLOCK_PROGRAM))?;
+        let clock = Self { program, answer: map(ebpf, "CLOCK", 1)?, tick: length_of_tick() };
+        clock.now()?;
+        Ok(clock)
+    }
+
+    /// Ticks of the kernel, up to now.
+    pub(super) fn now(&self) -> Result<u64, ProgramError> {
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(&[0; 14]);
+        self.program.test_run(options)?;
+        Ok(self.answer[0].load())
+    }
+
+    /// Whole ticks in a time. Added to [`now`](Self::now) they end no later than it: the tick that it is now has begun.
+    pub(super) fn ticks_in(&self, time: Duration) -> u64 {
+        u64::try_from(time.as_nanos() / self.tick.as_nanos().max(1)).unwrap_or(u64::MAX / 2)
+    }
+}
+
+/// The coarse clocks go forward with the ticks.
+fn length_of_tick() -> Duration {
+    let tick = clock_getres(ClockId::MonotonicCoarse);
+    Duration::try_from(tick).unwrap_or(Duration::from_millis(10))
+}
