@@ -8,9 +8,10 @@ use aya_ebpf::{
 };
 use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
 
-use super::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
+use super::wire::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, EthernetAddress, Frame, Ipv4, Ipv6};
 
 const UDP: u8 = 17;
+const DONT_FRAGMENT: u16 = 0x4000;
 
 /// How far a run has come.
 #[repr(C)]
@@ -42,7 +43,8 @@ pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
     let ip = frame.header::<Ipv4>(size_of::<Ethernet>())?;
     let length = frame.packet_length() as u16;
     // The one's complement sum (RFC 1071) of the words that are written.
-    let mut sum = 0x4500 + u32::from(length) + u32::from(u16::from_be_bytes([TTL, UDP]));
+    let mut sum = 0x4500 + u32::from(length) + u32::from(DONT_FRAGMENT);
+    sum += u32::from(u16::from_be_bytes([TTL, UDP]));
     for address in [u32::from_be(source), u32::from_be(destination)] {
         sum += (address >> 16) + (address & 0xffff);
     }
@@ -54,7 +56,7 @@ pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
         (*ip).traffic_class = 0;
         (*ip).total_length = length.to_be();
         (*ip).identification = 0;
-        (*ip).fragment = 0;
+        (*ip).fragment = DONT_FRAGMENT.to_be();
         (*ip).ttl = TTL;
         (*ip).protocol = UDP;
         (*ip).checksum = (!sum as u16).to_be();
@@ -79,8 +81,8 @@ pub(super) fn drive_v6(context: &XdpContext) -> Option<()> {
         (*ip).payload_length = (length as u16).to_be();
         (*ip).next_header = UDP;
         (*ip).hop_limit = TTL;
-        (*ip).source = source;
-        (*ip).destination = destination;
+        wire::write_address_v6(&raw mut (*ip).source, source);
+        wire::write_address_v6(&raw mut (*ip).destination, destination);
     }
     run(context);
     None
@@ -106,10 +108,13 @@ fn next_flow() -> Option<u32> {
 #[inline(always)]
 fn write_ethernet(frame: Frame, ether_type: u16) -> Option<()> {
     let ethernet = frame.header::<Ethernet>(0)?;
+    wire::write_addresses(
+        ethernet,
+        const { EthernetAddress::new(PORT) },
+        const { EthernetAddress::new(SENDER) },
+    );
     // SAFETY: bounds-checked.
     unsafe {
-        (*ethernet).destination = PORT;
-        (*ethernet).source = SENDER;
         (*ethernet).ether_type = ether_type.to_be();
     }
     Some(())

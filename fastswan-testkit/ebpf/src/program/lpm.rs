@@ -68,8 +68,13 @@ pub(super) fn forward_v4(frame: Frame) -> Option<()> {
 pub(super) fn forward_v6(frame: Frame) -> Option<()> {
     let ip = frame.header::<Ipv6>(size_of::<Ethernet>())?;
     // SAFETY: bounds-checked.
-    let (source, address, length) =
-        unsafe { ((*ip).source, (*ip).destination, u16::from_be((*ip).payload_length)) };
+    let (source, address, length) = unsafe {
+        (
+            wire::address_v6(&raw const (*ip).source),
+            wire::address_v6(&raw const (*ip).destination),
+            u16::from_be((*ip).payload_length),
+        )
+    };
     let destination = DestinationV6 { padding: 0, length: 128, address };
     let destination = DESTINATIONS_V6.get(destination.key())?;
     let policy = POLICIES_V6.get(Key::new(160, SourceV6 { destination: *destination, source }))?;

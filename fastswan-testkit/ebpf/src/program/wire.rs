@@ -1,6 +1,7 @@
 //! Headers as they lie in a frame, and what changes in those of a frame that is forwarded.
 //!
-//! Fields are in network order and may lie at any address.
+//! Fields are in network order and may lie at any address. Addresses are made of words, so that they are written in words:
+//! a processor is slow to read a word that has just been written in bytes, and the program under test reads words.
 
 use aya_ebpf::programs::XdpContext;
 use fastswan_testkit_ebpf::{NEXT_HOP, PORT};
@@ -10,9 +11,23 @@ pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 #[repr(C, packed)]
 pub(super) struct Ethernet {
-    pub(super) destination: [u8; 6],
-    pub(super) source: [u8; 6],
+    pub(super) destination: EthernetAddress,
+    pub(super) source: EthernetAddress,
     pub(super) ether_type: u16,
+}
+
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub(super) struct EthernetAddress {
+    start: u32,
+    end: u16,
+}
+
+impl EthernetAddress {
+    pub(super) const fn new(bytes: [u8; 6]) -> Self {
+        let [a, b, c, d, e, f] = bytes;
+        Self { start: u32::from_ne_bytes([a, b, c, d]), end: u16::from_ne_bytes([e, f]) }
+    }
 }
 
 #[repr(C, packed)]
@@ -102,10 +117,45 @@ pub(super) fn forward_v6(ip: *mut Ipv6) -> Option<()> {
 #[inline(always)]
 pub(super) fn address(frame: Frame) -> Option<()> {
     let ethernet = frame.header::<Ethernet>(0)?;
-    // SAFETY: bounds-checked.
-    unsafe {
-        (*ethernet).destination = NEXT_HOP;
-        (*ethernet).source = PORT;
-    }
+    write_addresses(ethernet, const { EthernetAddress::new(NEXT_HOP) }, const { EthernetAddress::new(PORT) });
     Some(())
+}
+
+/// Writes the addresses of a header that [`Frame::header`] gave.
+#[inline(always)]
+pub(super) fn write_addresses(header: *mut Ethernet, destination: EthernetAddress, source: EthernetAddress) {
+    // SAFETY: bounds-checked. Word by word: the compiler copies a whole address byte by byte.
+    unsafe {
+        (*header).destination.start = destination.start;
+        (*header).destination.end = destination.end;
+        (*header).source.start = source.start;
+        (*header).source.end = source.end;
+    }
+}
+
+/// Reads an address of IPv6, word by word.
+///
+/// # Safety
+///
+/// The pointer is one into a header that [`Frame::header`] gave.
+#[inline(always)]
+pub(super) unsafe fn address_v6(address: *const [u64; 2]) -> [u64; 2] {
+    let words = address.cast::<u64>();
+    // SAFETY: the caller says so.
+    unsafe { [words.read_unaligned(), words.add(1).read_unaligned()] }
+}
+
+/// Writes one.
+///
+/// # Safety
+///
+/// Likewise.
+#[inline(always)]
+pub(super) unsafe fn write_address_v6(address: *mut [u64; 2], [first, second]: [u64; 2]) {
+    let words = address.cast::<u64>();
+    // SAFETY: the caller says so.
+    unsafe {
+        words.write_unaligned(first);
+        words.add(1).write_unaligned(second);
+    }
 }
