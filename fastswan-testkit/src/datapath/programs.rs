@@ -1,6 +1,6 @@
 //! The testkit's own XDP programs, and how a program is run by the driver.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, ops::Range};
 
 use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions, include_bytes_aligned,
@@ -8,9 +8,9 @@ use aya::{
     programs::{ProgramError, ProgramFd, Xdp, loaded_programs},
 };
 use fastswan::policy::{Family, MacAddr};
-use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS, NEXT_HOP, PORT, SENDER, TTL};
+use fastswan_testkit_ebpf::{INTERVAL, NEXT_HOP, PORT, SENDER, TTL};
 
-use super::{error::DatapathError, flows::Flow, subject::Subject, timing::per_packet, tries::Tries};
+use super::{error::DatapathError, flows::Flow, subject::Subject, tries::Tries};
 use crate::frames::Frame;
 
 #[cfg(target_endian = "little")]
@@ -123,40 +123,39 @@ impl Programs {
         Ok(())
     }
 
-    /// Runs a program on the packets of the first flows, over and over, and returns the last packet's fate.
+    /// Runs a program on some of the packets of a run, which are of one flow after the other, over and over, and returns
+    /// the last packet's fate.
     pub(super) fn run(
         &mut self,
         subject: Subject,
         flows: usize,
-        packets: u32,
+        packets: Range<u32>,
     ) -> Result<Fate, DatapathError> {
-        self.start(subject, 0, flows)?;
-        let fate = self.drive(subject, packets)?;
-        let [sent, _] =
-            self.progress.get(&0, 0).map_err(DatapathError::bpf("reading the driver's progress"))?;
-        if sent == u64::from(packets) {
+        let attempt = || DatapathError::bpf("starting the driver");
+        let program = match subject {
+            Subject::Ours => &self.ours,
+            Subject::Empty => fd(&self.ebpf, "empty")?,
+            Subject::Floor => fd(&self.ebpf, "floor")?,
+            Subject::Lpm => fd(&self.ebpf, "lpm")?,
+        };
+        self.under_test.set(0, program, 0).map_err(attempt())?;
+        self.progress.set(0, [packets.start.into(), flows as u64 - 1], 0).map_err(attempt())?;
+        let fate = self.drive(subject, packets.end - packets.start)?;
+        let progress = self.progress.get(&0, 0);
+        let [sent, _] = progress.map_err(DatapathError::bpf("reading the driver's progress"))?;
+        let (sent, packets) = (sent - u64::from(packets.start), u64::from(packets.end - packets.start));
+        if sent == packets {
             Ok(fate)
         } else {
-            Err(DatapathError::Unsent { program: subject, sent, packets: packets.into() })
+            Err(DatapathError::Unsent { program: subject, sent, packets })
         }
     }
 
-    /// Runs a program on one packet of a flow.
-    pub(super) fn run_on(
-        &mut self,
-        subject: Subject,
-        flow: usize,
-        flows: usize,
-    ) -> Result<Fate, DatapathError> {
-        self.start(subject, flow, flows)?;
-        self.drive(subject, 1)
-    }
-
-    /// Nanoseconds that a packet took in the last run, with the driver.
-    pub(super) fn time_per_packet(&self, packets: u32) -> Result<f64, DatapathError> {
-        let moments: Result<Vec<u64>, MapError> =
-            (0..packets / INTERVAL).map(|index| self.times.get(&index, 0)).collect();
-        Ok(per_packet(&moments.map_err(DatapathError::bpf("reading the driver's times"))?))
+    /// When every 1,024th of these packets began, in nanoseconds.
+    pub(super) fn moments(&self, packets: Range<u32>) -> Result<Vec<u64>, DatapathError> {
+        (packets.start / INTERVAL..packets.end / INTERVAL)
+            .map(|index| self.times.get(&index, 0).map_err(DatapathError::bpf("reading the driver's times")))
+            .collect()
     }
 
     /// Packets and bytes that `lpm` has forwarded.
@@ -202,18 +201,6 @@ impl Programs {
         self.header_length() + UDP_LENGTH + PAYLOAD
     }
 
-    fn start(&mut self, subject: Subject, flow: usize, flows: usize) -> Result<(), DatapathError> {
-        let attempt = "starting the driver";
-        let program = match subject {
-            Subject::Ours => &self.ours,
-            Subject::Empty => fd(&self.ebpf, "empty")?,
-            Subject::Floor => fd(&self.ebpf, "floor")?,
-            Subject::Lpm => fd(&self.ebpf, "lpm")?,
-        };
-        self.under_test.set(0, program, 0).map_err(DatapathError::bpf(attempt))?;
-        self.progress.set(0, [flow as u64, flows as u64 - 1], 0).map_err(DatapathError::bpf(attempt))
-    }
-
     fn drive(&self, subject: Subject, packets: u32) -> Result<Fate, DatapathError> {
         let attempt = || format!("running {subject}");
         let driver = match self.family {
@@ -230,7 +217,7 @@ impl Programs {
         options.data_in = Some(&input);
         options.data_out = Some(&mut frame);
         options.ctx_in = Some(&context);
-        options.repeat = packets.min(MOST_PACKETS);
+        options.repeat = packets;
         let driver = xdp(&self.ebpf, driver).map_err(DatapathError::bpf(attempt()))?;
         let answer = driver.test_run(options).map_err(DatapathError::bpf(attempt()))?.return_value;
         frame.truncate(self.header_length());

@@ -39,18 +39,15 @@ impl Spread {
     }
 }
 
-/// The median of the intervals between moments in nanoseconds, each of as many packets, for one packet. There are at least
-/// two.
-pub(super) fn per_packet(moments: &[u64]) -> f64 {
-    // Nanoseconds since the start of a run, which a float holds.
+/// How long a packet took between moments in nanoseconds, for each interval.
+pub(super) fn intervals(moments: &[u64]) -> impl Iterator<Item = f64> {
+    // Far below the numbers that a float does not hold.
     #[allow(clippy::cast_precision_loss)]
-    let mut intervals: Vec<f64> =
-        moments.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 / f64::from(INTERVAL)).collect();
-    median(&mut intervals)
+    moments.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 / f64::from(INTERVAL))
 }
 
-/// Sorts, and returns the middle one.
-fn median(values: &mut [f64]) -> f64 {
+/// Sorts, and returns the middle one of at least one.
+pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
@@ -62,7 +59,8 @@ mod tests {
     #[test]
     fn an_interruption_does_not_change_what_a_packet_costs() {
         let moments = [0, 10, 20, 5020, 5030].map(|moment| moment * u64::from(INTERVAL));
-        assert!((per_packet(&moments) - 10.0).abs() < 1e-9);
+        let mut intervals: Vec<f64> = intervals(&moments).collect();
+        assert!((median(&mut intervals) - 10.0).abs() < 1e-9);
     }
 
     #[test]
