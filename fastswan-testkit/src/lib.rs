@@ -11,6 +11,7 @@
 //! - [`chaos`]: everything changes at once, as fast as the kernel takes it;
 //! - [`host_facts`]: what is followed of a host, compared with what is read;
 //! - [`churn`]: a full table of routes that changes all the time, and how it is followed;
+//! - [`datapath`]: what a packet costs in the XDP program, beside what it would cost elsewhere;
 //! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
@@ -21,6 +22,7 @@ pub mod capture;
 pub mod chaos;
 pub mod churn;
 pub mod conformance;
+pub mod datapath;
 pub mod frames;
 pub mod guest;
 pub mod host_facts;

@@ -24,7 +24,7 @@ enum Command {
     Oracle(oracle::Arguments),
     /// Changes everything at once, as fast as the kernel takes it, and watches the mirror.
     Chaos(chaos::Arguments),
-    /// Measures how long a mirror takes to begin, and how it follows a host that changes all the time.
+    /// Measures how long a mirror takes to begin, how it follows a host that changes all the time, and what a packet costs.
     #[command(subcommand)]
     Bench(bench::Command),
     /// Runs scenarios in guests with other kernels, a software NIC and strongSwan.

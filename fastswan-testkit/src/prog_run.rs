@@ -121,6 +121,12 @@ impl ProgRun {
         Ok(())
     }
 
+    /// The program's number in the kernel.
+    #[must_use]
+    pub fn program_id(&self) -> u32 {
+        self.forwarder.program_id()
+    }
+
     /// What a slot has forwarded.
     #[must_use]
     pub fn traffic(&self, slot: Slot) -> Traffic {

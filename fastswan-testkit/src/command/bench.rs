@@ -1,5 +1,5 @@
-//! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs; and how it
-//! follows a host that changes all the time.
+//! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs; how it follows a
+//! host that changes all the time; and what a packet costs.
 
 use std::{
     fs, io,
@@ -32,6 +32,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde_json::json;
 
 mod churn;
+mod datapath;
 
 /// What is measured.
 #[derive(Debug, Subcommand)]
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Mirror(Arguments),
     /// How a gateway follows a host whose many routes change all the time.
     Churn(churn::Arguments),
+    /// What a packet costs in the XDP program, beside two longest-prefix matches and beside only forwarding.
+    Datapath(datapath::Arguments),
     /// One round, in a namespace that has them already.
     #[command(hide = true)]
     Round(Size),
@@ -100,6 +103,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Mirror(arguments) => mirror(arguments),
         Command::Churn(arguments) => churn::run(arguments),
+        Command::Datapath(arguments) => datapath::run(arguments),
         Command::Round(size) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             println!("{}", serde_json::to_string(&runtime.block_on(round(size.policies))?)?);

@@ -20,7 +20,7 @@ use super::{cargo, workspace};
 /// What is done with the bytecode.
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Builds it and writes it into the crate.
+    /// Builds it and writes it into the crates.
     Build,
     /// Builds it elsewhere, fails if it differs from the committed one, and tells what it costs.
     Check,
@@ -31,20 +31,71 @@ pub(crate) enum Command {
 /// What the version of bpf-linker must be for the bytes to be the same.
 const BPF_LINKER: &str = "0.13.0";
 
-/// Targets, and the files of the crate.
-const OBJECTS: [(&str, &str); 2] =
-    [("bpfel-unknown-none", "fastswan.bpfel.o"), ("bpfeb-unknown-none", "fastswan.bpfeb.o")];
+/// Targets, and what the files for them end in.
+const TARGETS: [(&str, &str); 2] = [("bpfel-unknown-none", "bpfel.o"), ("bpfeb-unknown-none", "bpfeb.o")];
+
+/// A crate of programs, whose bytecode is committed.
+#[derive(Clone, Copy, Debug)]
+struct Programs {
+    /// The package, and its binary.
+    package: &'static str,
+    /// Where the bytecode is committed.
+    folder: &'static str,
+    /// What the files are called.
+    name: &'static str,
+}
+
+/// The library's.
+const LIBRARY: Programs = Programs { package: "fastswan-ebpf", folder: "fastswan/bpf", name: "fastswan" };
+/// Those that `cargo testkit bench datapath` compares it with.
+const TESTKIT: Programs =
+    Programs { package: "fastswan-testkit-ebpf", folder: "fastswan-testkit/bpf", name: "testkit" };
 
 pub(crate) fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Build => build_into(&committed()),
+        Command::Build => {
+            [LIBRARY, TESTKIT].iter().try_for_each(|programs| programs.build_into(&programs.committed()))
+        }
         Command::Check => check(),
         Command::Install => install(),
     }
 }
 
-fn committed() -> PathBuf {
-    workspace().join("fastswan/bpf")
+impl Programs {
+    fn committed(&self) -> PathBuf {
+        workspace().join(self.folder)
+    }
+
+    /// The names of the files.
+    fn files(&self) -> [String; 2] {
+        TARGETS.map(|(_, end)| format!("{}.{end}", self.name))
+    }
+
+    fn build_into(&self, folder: &Path) -> anyhow::Result<()> {
+        let missing = missing();
+        ensure!(missing.is_empty(), "cannot build the bytecode without {}", missing.join("; "));
+        fs::create_dir_all(folder)?;
+        for ((target, _), file) in TARGETS.iter().zip(self.files()) {
+            strip_dwarf(&build(self.package, target)?, &folder.join(file))?;
+        }
+        Ok(())
+    }
+
+    /// Builds them elsewhere, and names what is not as committed.
+    fn differences(&self) -> anyhow::Result<Vec<String>> {
+        let scratch = workspace().join("target/ebpf/check");
+        self.build_into(&scratch)?;
+        let mut different = Vec::new();
+        for file in self.files() {
+            let (committed, built) = (fs::read(self.committed().join(&file)), fs::read(scratch.join(&file))?);
+            let committed = committed.with_context(|| format!("reading the committed {file}"))?;
+            println!("{file}: {} bytes", committed.len());
+            if committed != built {
+                different.push(format!("{file} ({})", differing_functions(&committed, &built)?));
+            }
+        }
+        Ok(different)
+    }
 }
 
 /// What is missing to build the bytecode, and how to get it.
@@ -104,18 +155,8 @@ fn sysroot() -> anyhow::Result<PathBuf> {
     Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
 }
 
-fn build_into(folder: &Path) -> anyhow::Result<()> {
-    let missing = missing();
-    ensure!(missing.is_empty(), "cannot build the bytecode without {}", missing.join("; "));
-    fs::create_dir_all(folder)?;
-    for (target, file) in OBJECTS {
-        strip_dwarf(&build(target)?, &folder.join(file))?;
-    }
-    Ok(())
-}
-
-/// Builds the program for one target and returns where it lies.
-fn build(target: &str) -> anyhow::Result<PathBuf> {
+/// Builds a package's programs for one target and returns where they lie.
+fn build(package: &str, target: &str) -> anyhow::Result<PathBuf> {
     let workspace = workspace();
     let target_folder = workspace.join("target/ebpf");
     let home = std::env::var("CARGO_HOME").map(PathBuf::from).or_else(|_| {
@@ -138,14 +179,14 @@ fn build(target: &str) -> anyhow::Result<PathBuf> {
     let status = Process::new(cargo())
         .current_dir(&workspace)
         .args(["build", "--quiet", "--locked", "--release", "-Zbuild-std=core", "--target", target])
-        .args(["--package", "fastswan-ebpf", "--bin", "fastswan-ebpf", "--target-dir"])
+        .args(["--package", package, "--bin", package, "--target-dir"])
         .arg(&target_folder)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
         .env_remove("RUSTFLAGS")
         .status()?;
-    ensure!(status.success(), "building the program for {target} failed");
-    Ok(target_folder.join(target).join("release/fastswan-ebpf"))
+    ensure!(status.success(), "building {package} for {target} failed");
+    Ok(target_folder.join(target).join("release").join(package))
 }
 
 /// Takes the sections with DWARF out, with the tool that rustc ships for it.
@@ -165,17 +206,8 @@ fn strip_dwarf(from: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 fn check() -> anyhow::Result<()> {
-    let scratch = workspace().join("target/ebpf/check");
-    build_into(&scratch)?;
-    let mut different = Vec::new();
-    for (_, file) in OBJECTS {
-        let (committed, built) = (fs::read(committed().join(file)), fs::read(scratch.join(file))?);
-        let committed = committed.with_context(|| format!("reading the committed {file}"))?;
-        println!("{file}: {} bytes", committed.len());
-        if committed != built {
-            different.push(format!("{file} ({})", differing_functions(&committed, &built)?));
-        }
-    }
+    let mut different = LIBRARY.differences()?;
+    different.extend(TESTKIT.differences()?);
     if !different.is_empty() {
         bail!(
             "the committed bytecode is not what the source gives: {}; run `cargo testkit ebpf build` and \
@@ -226,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_changed_function_is_named() {
-        let object = fs::read(committed().join("fastswan.bpfel.o")).unwrap();
+        let object = fs::read(LIBRARY.committed().join("fastswan.bpfel.o")).unwrap();
         let file = object::File::parse(&*object).unwrap();
         let symbol = file.symbols().find(|symbol| symbol.name() == Ok("fastswan_clock")).unwrap();
         let section = file.section_by_index(symbol.section_index().unwrap()).unwrap();

@@ -1,0 +1,40 @@
+//! What the testkit and its XDP programs share: sizes, and the addresses in the frames.
+//!
+//! | program | what |
+//! |---|---|
+//! | `driver_v4`, `driver_v6` | write the headers of the next flow into the frame and run the program under test |
+//! | `empty` | sends the frame back at once: what the driver and the kernel cost |
+//! | `floor` | parses, decrements the TTL, writes Ethernet addresses: what no forwarding program goes below |
+//! | `lpm` | finds the policy by two longest-prefix matches, the classical way |
+//!
+//! | map | value | index |
+//! |---|---|---|
+//! | `PROGRESS` | packets of this run so far, and the number of flows minus 1 | 0 |
+//! | `FLOWS_V4` | source and destination, 4 bytes each | flow |
+//! | `FLOWS_V6` | source and destination, 16 bytes each | flow |
+//! | `TIMES` | nanoseconds of `bpf_ktime_get_ns` | packet / [`INTERVAL`] |
+//! | `UNDER_TEST` | (program array) the program under test | 0 |
+//! | `DESTINATIONS_V4`, `DESTINATIONS_V6` | number of the destination prefix | (LPM trie) destination |
+//! | `POLICIES_V4`, `POLICIES_V6` | number of the policy | (LPM trie) number of the destination prefix, source |
+//! | `COUNTERS` | packets, and bytes from the IP header on, of each CPU | policy |
+//!
+//! Addresses are in network order everywhere, and so is the number of a destination prefix, which is only compared.
+
+#![no_std]
+
+/// Most flows that the driver goes through.
+pub const MOST_FLOWS: u32 = 1 << 20;
+/// Most packets of a run.
+pub const MOST_PACKETS: u32 = 1 << 20;
+/// Packets between two readings of the clock.
+pub const INTERVAL: u32 = 1024;
+
+/// The Ethernet address that frames come from.
+pub const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];
+/// The Ethernet address that frames are sent to, which is that of the port.
+pub const PORT: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// The Ethernet address that forwarded frames go to.
+pub const NEXT_HOP: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+/// TTL or hop limit of the frames.
+pub const TTL: u8 = 64;

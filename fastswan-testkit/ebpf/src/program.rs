@@ -1,0 +1,81 @@
+//! The programs. All of them take frames in several buffers, since one that does calls only others that do.
+
+use aya_ebpf::{
+    bindings::xdp_action::{XDP_ABORTED, XDP_PASS, XDP_TX},
+    macros::xdp,
+    programs::XdpContext,
+};
+
+use self::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
+
+mod driver;
+mod lpm;
+mod wire;
+
+/// Runs the program under test on the next IPv4 flow.
+#[xdp(frags)]
+fn driver_v4(context: XdpContext) -> u32 {
+    driver::drive_v4(&context);
+    // Not reached if there is a program under test.
+    XDP_ABORTED
+}
+
+/// The same for IPv6.
+#[xdp(frags)]
+fn driver_v6(context: XdpContext) -> u32 {
+    driver::drive_v6(&context);
+    XDP_ABORTED
+}
+
+/// Sends the frame back as it is.
+#[xdp(frags)]
+fn empty(_: XdpContext) -> u32 {
+    XDP_TX
+}
+
+/// Does to the frame what every program that forwards must do.
+#[xdp(frags)]
+fn floor(context: XdpContext) -> u32 {
+    let frame = Frame::of(&context);
+    let forwarded = match ether_type(frame) {
+        Some(ETHERTYPE_IPV4) => frame.header::<Ipv4>(size_of::<Ethernet>()).and_then(wire::forward_v4),
+        Some(ETHERTYPE_IPV6) => frame.header::<Ipv6>(size_of::<Ethernet>()).and_then(wire::forward_v6),
+        _ => None,
+    };
+    match forwarded.and_then(|()| wire::address(frame)) {
+        Some(()) => XDP_TX,
+        None => XDP_PASS,
+    }
+}
+
+/// Finds the packet's policy, counts it there, and forwards it.
+#[xdp(frags)]
+fn lpm(context: XdpContext) -> u32 {
+    let frame = Frame::of(&context);
+    let forwarded = match ether_type(frame) {
+        Some(ETHERTYPE_IPV4) => lpm::forward_v4(frame),
+        Some(ETHERTYPE_IPV6) => lpm::forward_v6(frame),
+        _ => None,
+    };
+    match forwarded {
+        Some(()) => XDP_TX,
+        None => XDP_PASS,
+    }
+}
+
+#[inline(always)]
+fn ether_type(frame: Frame) -> Option<u16> {
+    let ethernet = frame.header::<Ethernet>(0)?;
+    // SAFETY: `Frame::header` checked the bounds.
+    Some(u16::from_be(unsafe { (*ethernet).ether_type }))
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // SAFETY: the programs have no panicking path; if one had, the verifier would refuse this loop.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,127 @@
+//! Makes the frame one of the next flow, and runs the program under test on it.
+
+use aya_ebpf::{
+    helpers::bpf_ktime_get_ns,
+    macros::map,
+    maps::{Array, ProgramArray},
+    programs::XdpContext,
+};
+use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
+
+use super::wire::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, EthernetAddress, Frame, Ipv4, Ipv6};
+
+const UDP: u8 = 17;
+const DONT_FRAGMENT: u16 = 0x4000;
+
+/// How far a run has come.
+#[repr(C)]
+struct Progress {
+    /// Packets so far.
+    packets: u64,
+    /// Flows, a power of two, minus 1.
+    mask: u64,
+}
+
+// User space sets the number of flows when it loads the maps.
+#[map]
+static PROGRESS: Array<Progress> = Array::with_max_entries(1, 0);
+#[map]
+static FLOWS_V4: Array<[u32; 2]> = Array::with_max_entries(1, 0);
+#[map]
+static FLOWS_V6: Array<[[u64; 2]; 2]> = Array::with_max_entries(1, 0);
+#[map]
+static TIMES: Array<u64> = Array::with_max_entries(MOST_PACKETS / INTERVAL, 0);
+#[map]
+static UNDER_TEST: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
+/// Returns only if something is missing.
+#[inline(always)]
+pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
+    let [source, destination] = *FLOWS_V4.get(next_flow()?)?;
+    let frame = Frame::of(context);
+    write_ethernet(frame, ETHERTYPE_IPV4)?;
+    let ip = frame.header::<Ipv4>(size_of::<Ethernet>())?;
+    let length = frame.packet_length() as u16;
+    // The one's complement sum (RFC 1071) of the words that are written.
+    let mut sum = 0x4500 + u32::from(length) + u32::from(DONT_FRAGMENT);
+    sum += u32::from(u16::from_be_bytes([TTL, UDP]));
+    for address in [u32::from_be(source), u32::from_be(destination)] {
+        sum += (address >> 16) + (address & 0xffff);
+    }
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    // SAFETY: `Frame::header` checked the bounds.
+    unsafe {
+        (*ip).version_and_length = 0x45;
+        (*ip).traffic_class = 0;
+        (*ip).total_length = length.to_be();
+        (*ip).identification = 0;
+        (*ip).fragment = DONT_FRAGMENT.to_be();
+        (*ip).ttl = TTL;
+        (*ip).protocol = UDP;
+        (*ip).checksum = (!sum as u16).to_be();
+        (*ip).source = source;
+        (*ip).destination = destination;
+    }
+    run(context);
+    None
+}
+
+/// Likewise.
+#[inline(always)]
+pub(super) fn drive_v6(context: &XdpContext) -> Option<()> {
+    let [source, destination] = *FLOWS_V6.get(next_flow()?)?;
+    let frame = Frame::of(context);
+    write_ethernet(frame, ETHERTYPE_IPV6)?;
+    let ip = frame.header::<Ipv6>(size_of::<Ethernet>())?;
+    let length = frame.packet_length() - size_of::<Ipv6>();
+    // SAFETY: bounds-checked.
+    unsafe {
+        (*ip).version_class_flow = (6_u32 << 28).to_be();
+        (*ip).payload_length = (length as u16).to_be();
+        (*ip).next_header = UDP;
+        (*ip).hop_limit = TTL;
+        wire::write_address_v6(&raw mut (*ip).source, source);
+        wire::write_address_v6(&raw mut (*ip).destination, destination);
+    }
+    run(context);
+    None
+}
+
+/// The flow whose turn it is. Reads the clock once in a while.
+#[inline(always)]
+fn next_flow() -> Option<u32> {
+    let progress = PROGRESS.get_ptr_mut(0)?;
+    // SAFETY: the pointer is that of an array's element. Only one CPU runs the driver at a time, and user space writes
+    // this between runs.
+    let (packet, mask) = unsafe { ((*progress).packets, (*progress).mask) };
+    // SAFETY: likewise.
+    unsafe { (*progress).packets = packet + 1 };
+    if packet % u64::from(INTERVAL) == 0 {
+        let time = TIMES.get_ptr_mut((packet / u64::from(INTERVAL)) as u32)?;
+        // SAFETY: a helper call without arguments, and the pointer is that of an array's element.
+        unsafe { *time = bpf_ktime_get_ns() };
+    }
+    Some((packet & mask) as u32)
+}
+
+#[inline(always)]
+fn write_ethernet(frame: Frame, ether_type: u16) -> Option<()> {
+    let ethernet = frame.header::<Ethernet>(0)?;
+    wire::write_addresses(
+        ethernet,
+        const { EthernetAddress::new(PORT) },
+        const { EthernetAddress::new(SENDER) },
+    );
+    // SAFETY: bounds-checked.
+    unsafe {
+        (*ethernet).ether_type = ether_type.to_be();
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn run(context: &XdpContext) {
+    // SAFETY: the map is one of programs, and the context is the program's own.
+    unsafe { UNDER_TEST.tail_call(context, 0) };
+}

@@ -1,0 +1,145 @@
+//! `cargo testkit bench datapath`: what a packet costs in the XDP program, beside two longest-prefix matches and beside
+//! what every program must do that forwards.
+
+mod plot;
+mod row;
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context as _, ensure};
+use fastswan_testkit::{
+    datapath::{ASK_BACK, Bench, DatapathLab, Mix, Temperature},
+    lab::{clean_up_on_signals, remove_leftovers},
+};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+use serde_json::json;
+
+use self::row::Row;
+
+/// Packets of a run of one program, and flows that are not warm.
+const PACKETS: u32 = 1 << 20;
+
+/// What `cargo testkit bench datapath` is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Numbers of outbound policies.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values_t = [1, 100, 1_000, 10_000, 100_000, 1_000_000],
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    policies: Vec<u32>,
+    /// A kind of gateway; may be given several times. All, if none is given.
+    #[arg(long, value_parser = mix)]
+    mix: Vec<Mix>,
+    /// How much lies in the processor's caches: cold, warm or zipf; may be given several times. All, if none is given.
+    #[arg(long, value_parser = temperature)]
+    temperature: Vec<Temperature>,
+    /// How often each program has all packets.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Prints one JSON object on the last line of stdout.
+    #[arg(long)]
+    json: bool,
+    /// Writes a drawing of it into this folder: datapath.svg.
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
+}
+
+fn mix(name: &str) -> Result<Mix, String> {
+    let named = Mix::ALL.into_iter().find(|mix| mix.name() == name);
+    named.ok_or_else(|| format!("one of {}", Mix::ALL.map(Mix::name).join(", ")))
+}
+
+fn temperature(name: &str) -> Result<Temperature, String> {
+    let named = Temperature::ALL.into_iter().find(|temperature| temperature.name() == name);
+    named.ok_or_else(|| format!("one of {}", Temperature::ALL.map(Temperature::name).join(", ")))
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the bench makes network namespaces and loads XDP programs: run it as root"
+    );
+    if let Some(folder) = &arguments.plot {
+        fs::create_dir_all(folder).with_context(|| format!("making the folder {}", folder.display()))?;
+    }
+    remove_leftovers();
+    clean_up_on_signals()?;
+    println!(
+        "ns per packet beyond the empty program: median (least to most) of {} rounds; fastswan asks the kernel's routes \
+         about one packet in {ASK_BACK}",
+        arguments.rounds
+    );
+    println!("{}", row::HEAD);
+    let load_before = load()?;
+    let rows = DatapathLab::new()?.enter(|device| measure(arguments, device))??;
+    if let Some(folder) = &arguments.plot {
+        let file = folder.join("datapath.svg");
+        plot::draw(&rows, &file).with_context(|| format!("drawing {}", file.display()))?;
+        println!("drawn: {}", file.display());
+    }
+    if arguments.json {
+        let rows: Vec<_> = rows.iter().map(Row::json).collect();
+        let machine = json!({
+            "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+            "cpu": processor()?,
+            "load_before": load_before,
+            "load_after": load()?,
+        });
+        println!(
+            "{}",
+            json!({ "machine": machine, "packets": PACKETS, "rounds": arguments.rounds, "ask_back": ASK_BACK, "rows": rows })
+        );
+    }
+    Ok(())
+}
+
+/// Measures everything, in the namespace of a device.
+fn measure(arguments: &Arguments, device: u32) -> anyhow::Result<Vec<Row>> {
+    // What the program asks the kernel about it counts for each CPU.
+    let cpu = nix::sched::sched_getcpu()?;
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one CPU")?;
+    let mixes = if arguments.mix.is_empty() { &Mix::ALL[..] } else { &arguments.mix };
+    let temperatures =
+        if arguments.temperature.is_empty() { &Temperature::ALL[..] } else { &arguments.temperature };
+    let mut rows = Vec::new();
+    for &mix in mixes {
+        for &family in mix.families() {
+            for &policies in &arguments.policies {
+                let place = || format!("{} of {policies} policies, {}", mix.name(), row::name(family));
+                let bench = Bench::new(mix, family, policies, PACKETS, device);
+                let mut bench = bench.with_context(place)?;
+                for &temperature in temperatures {
+                    let place = || format!("{}, {}", place(), temperature.name());
+                    bench.set_temperature(temperature).with_context(place)?;
+                    bench.verify().with_context(place)?;
+                    let figures = bench.measure(arguments.rounds).with_context(place)?;
+                    let row = Row { mix, family, temperature, policies, figures };
+                    println!("{row}");
+                    rows.push(row);
+                }
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// The load of the machine in the last minute, the last five and the last fifteen.
+fn load() -> anyhow::Result<Vec<f64>> {
+    let load = fs::read_to_string("/proc/loadavg")?;
+    load.split(' ').take(3).map(|figure| figure.parse().context("an odd loadavg")).collect()
+}
+
+/// What the kernel calls the processor; empty if it does not say.
+fn processor() -> anyhow::Result<String> {
+    let processors = fs::read_to_string("/proc/cpuinfo")?;
+    let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    Ok(model.map_or_else(String::new, |(_, model)| model.to_owned()))
+}

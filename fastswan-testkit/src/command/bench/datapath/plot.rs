@@ -1,0 +1,88 @@
+//! A drawing of what is measured: a panel for each mix, family and temperature, nanoseconds over policies.
+
+use std::path::Path;
+
+use anyhow::anyhow;
+use fastswan_testkit::datapath::{Figures, Spread};
+use plotters::{coord::Shift, prelude::*};
+
+use super::row::{Row, name};
+
+/// Width and height of a panel, and how many there are beside each other at most.
+const PANEL: (u32, u32) = (420, 320);
+const COLUMNS: usize = 3;
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// The programs by name, with the colours of their lines.
+type Line = (&'static str, RGBColor, fn(&Figures) -> Spread);
+
+const LINES: [Line; 3] = [
+    ("lpm", RGBColor(0xd5, 0x5e, 0x00), |figures| figures.lpm),
+    ("fastswan", RGBColor(0x00, 0x72, 0xb2), |figures| figures.ours),
+    ("floor", RGBColor(0x80, 0x80, 0x80), |figures| figures.floor),
+];
+
+/// Writes an SVG file.
+pub(super) fn draw(rows: &[Row], file: &Path) -> anyhow::Result<()> {
+    let same_panel = |one: &Row, other: &Row| {
+        (one.mix, one.family, one.temperature) == (other.mix, other.family, other.temperature)
+    };
+    let mut panels: Vec<Vec<Row>> = Vec::new();
+    for row in rows {
+        match panels.iter_mut().find(|panel| same_panel(&panel[0], row)) {
+            Some(panel) => panel.push(*row),
+            None => panels.push(vec![*row]),
+        }
+    }
+    let columns = panels.len().clamp(1, COLUMNS);
+    let lines = panels.len().div_ceil(columns).max(1);
+    let size = (PANEL.0 * u32::try_from(columns)?, PANEL.1 * u32::try_from(lines)?);
+    let root = SVGBackend::new(file, size).into_drawing_area();
+    let areas = root.split_evenly((lines, columns));
+    root.fill(&WHITE)
+        .and_then(|()| areas.iter().zip(&panels).try_for_each(|(area, panel)| draw_panel(area, panel)))
+        .and_then(|()| root.present())
+        .map_err(|error| anyhow!("{error}"))
+}
+
+fn draw_panel(
+    area: &Area<'_>,
+    rows: &[Row],
+) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'static> as DrawingBackend>::ErrorType>> {
+    let first = rows[0];
+    let title = format!("{}, {}, {}", first.mix.name(), name(first.family), first.temperature.name());
+    let most =
+        rows.iter().flat_map(|row| LINES.map(|(.., figure)| figure(&row.figures).max)).fold(10.0, f64::max);
+    let policies = rows.iter().map(|row| f64::from(row.policies));
+    let widest = policies.clone().fold(10.0, f64::max);
+    let narrowest = policies.fold(widest, f64::min);
+    let mut chart = ChartBuilder::on(area)
+        .caption(title, ("sans-serif", 16))
+        .margin(10)
+        .x_label_area_size(35)
+        .y_label_area_size(50)
+        .build_cartesian_2d((narrowest..widest * 1.2).log_scale(), (LEAST..most * 1.2).log_scale())?;
+    chart.configure_mesh().x_desc("policies").y_desc("ns per packet").light_line_style(WHITE).draw()?;
+    for (program, colour, figure) in LINES {
+        let points: Vec<(f64, f64)> = rows
+            .iter()
+            .map(|row| (f64::from(row.policies), figure(&row.figures).median.max(LEAST)))
+            .collect();
+        let dots = points.iter().map(|point| Circle::new(*point, 2, colour.filled()));
+        chart.draw_series(dots)?;
+        chart
+            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
+            .label(program)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE)
+        .border_style(BLACK)
+        .draw()
+}
+
+/// The least that is drawn, in nanoseconds: a logarithmic axis has no 0.
+const LEAST: f64 = 1.0;

@@ -1,0 +1,31 @@
+//! What a packet costs in the data path, beside what it would cost elsewhere.
+//!
+//! A [`Bench`] holds the same policies four times: in fastswan's own program, filled by the library's compiler; in `lpm`, the
+//! classical two longest-prefix matches; and not at all in `floor`, which only does what every program must that forwards, and
+//! `empty`, which is subtracted from the others. A driver program writes the headers of the next of many flows into the frame
+//! and calls the program under test; it reads the clock every 1,024 packets. The programs take turns in one process, so that
+//! a busy machine is as busy for each.
+//!
+//! Frames come in on a device of a lab, and leave on the same one (`XDP_TX`), with other Ethernet addresses. Before anything
+//! is measured, [`Bench::verify`] makes sure that every program forwards every flow, and forwards it right.
+
+mod bench;
+mod error;
+mod flows;
+mod lab;
+mod mix;
+mod programs;
+mod subject;
+mod timing;
+mod tries;
+
+pub use self::{
+    bench::Bench,
+    error::DatapathError,
+    flows::Temperature,
+    lab::DatapathLab,
+    mix::Mix,
+    programs::ASK_BACK,
+    subject::Subject,
+    timing::{Figures, Spread},
+};

@@ -1,0 +1,71 @@
+//! From moments to nanoseconds a packet.
+
+use fastswan_testkit_ebpf::INTERVAL;
+
+/// Nanoseconds a packet, beyond those of the empty program, over all rounds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// The middle one.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The most.
+    pub max: f64,
+}
+
+/// What the programs cost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figures {
+    /// Two longest-prefix matches.
+    pub lpm: Spread,
+    /// What every program must do.
+    pub floor: Spread,
+    /// fastswan's program.
+    pub ours: Spread,
+}
+
+impl Figures {
+    /// How many times the classical way costs of ours.
+    #[must_use]
+    pub fn ratio(&self) -> f64 {
+        self.lpm.median / self.ours.median
+    }
+}
+
+impl Spread {
+    /// Of at least one round.
+    pub(super) fn of(mut rounds: Vec<f64>) -> Self {
+        Self { median: median(&mut rounds), min: rounds[0], max: rounds[rounds.len() - 1] }
+    }
+}
+
+/// How long a packet took between moments in nanoseconds, for each interval.
+pub(super) fn intervals(moments: &[u64]) -> impl Iterator<Item = f64> {
+    // Far below the numbers that a float does not hold.
+    #[allow(clippy::cast_precision_loss)]
+    moments.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 / f64::from(INTERVAL))
+}
+
+/// Sorts, and returns the middle one of at least one.
+pub(super) fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interruption_does_not_change_what_a_packet_costs() {
+        let moments = [0, 10, 20, 5020, 5030].map(|moment| moment * u64::from(INTERVAL));
+        let mut intervals: Vec<f64> = intervals(&moments).collect();
+        assert!((median(&mut intervals) - 10.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_spread_is_of_all_rounds() {
+        let spread = Spread::of(vec![3.0, 9.0, 1.0]);
+        assert_eq!(spread, Spread { median: 3.0, min: 1.0, max: 9.0 });
+    }
+}
