@@ -163,9 +163,9 @@ impl Programs {
         Ok(())
     }
 
-    /// When every 1,024th of these packets began, in nanoseconds.
-    pub(super) fn moments(&self, packets: Range<u32>) -> Result<Vec<u64>, DatapathError> {
-        (packets.start / INTERVAL..packets.end / INTERVAL)
+    /// When every 1,024th packet of the last run began, in nanoseconds.
+    pub(super) fn moments(&self, packets: u32) -> Result<Vec<u64>, DatapathError> {
+        (0..packets / INTERVAL)
             .map(|index| self.times.get(&index, 0).map_err(DatapathError::bpf("reading the driver's times")))
             .collect()
     }
