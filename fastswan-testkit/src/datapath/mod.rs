@@ -7,7 +7,7 @@
 //! a busy machine is as busy for each.
 //!
 //! Frames come in on a device of a lab, and leave on the same one (`XDP_TX`), with other Ethernet addresses. Before anything
-//! is measured, [`Bench::verify`] makes sure that every program forwards every flow, and forwards it right.
+//! is measured, [`Bench::verify`] makes sure that the programs forward, and forward right.
 
 mod bench;
 mod error;

@@ -36,6 +36,8 @@ pub(super) struct Programs {
     progress: Array<MapData, [u64; 2]>,
     times: Array<MapData, u64>,
     under_test: ProgramArray<MapData>,
+    /// What is in there. The kernel rewrites the driver's code to change that, for which all processors must wait.
+    subject: Option<Subject>,
     counters: PerCpuArray<MapData, [u64; 2]>,
     policies: u32,
     ours: ProgramFd,
@@ -98,6 +100,7 @@ impl Programs {
             progress: take(&mut ebpf, "PROGRESS")?,
             times: take(&mut ebpf, "TIMES")?,
             under_test: take(&mut ebpf, "UNDER_TEST")?,
+            subject: None,
             counters: take(&mut ebpf, "COUNTERS")?,
             policies,
             ours,
@@ -131,15 +134,11 @@ impl Programs {
         flows: usize,
         packets: Range<u32>,
     ) -> Result<Fate, DatapathError> {
-        let attempt = || DatapathError::bpf("starting the driver");
-        let program = match subject {
-            Subject::Ours => &self.ours,
-            Subject::Empty => fd(&self.ebpf, "empty")?,
-            Subject::Floor => fd(&self.ebpf, "floor")?,
-            Subject::Lpm => fd(&self.ebpf, "lpm")?,
-        };
-        self.under_test.set(0, program, 0).map_err(attempt())?;
-        self.progress.set(0, [packets.start.into(), flows as u64 - 1], 0).map_err(attempt())?;
+        if self.subject != Some(subject) {
+            self.put_under_test(subject)?;
+        }
+        let start = [u64::from(packets.start), flows as u64 - 1];
+        self.progress.set(0, start, 0).map_err(DatapathError::bpf("starting the driver"))?;
         let fate = self.drive(subject, packets.end - packets.start)?;
         let progress = self.progress.get(&0, 0);
         let [sent, _] = progress.map_err(DatapathError::bpf("reading the driver's progress"))?;
@@ -151,9 +150,22 @@ impl Programs {
         }
     }
 
-    /// When every 1,024th of these packets began, in nanoseconds.
-    pub(super) fn moments(&self, packets: Range<u32>) -> Result<Vec<u64>, DatapathError> {
-        (packets.start / INTERVAL..packets.end / INTERVAL)
+    fn put_under_test(&mut self, subject: Subject) -> Result<(), DatapathError> {
+        let program = match subject {
+            Subject::Ours => &self.ours,
+            Subject::Empty => fd(&self.ebpf, "empty")?,
+            Subject::Floor => fd(&self.ebpf, "floor")?,
+            Subject::Lpm => fd(&self.ebpf, "lpm")?,
+        };
+        let put = self.under_test.set(0, program, 0);
+        put.map_err(DatapathError::bpf(format!("putting {subject} under test")))?;
+        self.subject = Some(subject);
+        Ok(())
+    }
+
+    /// When every 1,024th packet of the last run began, in nanoseconds.
+    pub(super) fn moments(&self, packets: u32) -> Result<Vec<u64>, DatapathError> {
+        (0..packets / INTERVAL)
             .map(|index| self.times.get(&index, 0).map_err(DatapathError::bpf("reading the driver's times")))
             .collect()
     }

@@ -63,7 +63,15 @@ fn draw_panel(
         .x_label_area_size(35)
         .y_label_area_size(50)
         .build_cartesian_2d((narrowest..widest * 1.2).log_scale(), (LEAST..most * 1.2).log_scale())?;
-    chart.configure_mesh().x_desc("policies").y_desc("ns per packet").light_line_style(WHITE).draw()?;
+    let whole = |number: &f64| format!("{number:.0}");
+    chart
+        .configure_mesh()
+        .x_desc("policies")
+        .y_desc("ns per packet")
+        .x_label_formatter(&whole)
+        .y_label_formatter(&whole)
+        .light_line_style(WHITE)
+        .draw()?;
     for (program, colour, figure) in LINES {
         let points: Vec<(f64, f64)> = rows
             .iter()

@@ -22,7 +22,10 @@ pub(super) const HEAD: &str = "mix          family temperature  policies        
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { mix, family, temperature, policies, figures } = self;
-        let spread = |Spread { median, min, max }| format!("{median:.0} ({min:.0} to {max:.0})");
+        // What is added makes 0 of a negative zero.
+        let whole = |figure: f64| figure.round() + 0.0;
+        let spread =
+            |Spread { median, min, max }| format!("{} ({} to {})", whole(median), whole(min), whole(max));
         write!(
             f,
             "{:<12} {:<6} {:<11} {policies:>9} {:>22} {:>16} {:>22} {:>13.1}",
