@@ -91,34 +91,14 @@ pub struct Control {
     /// The kernel's routes are asked about a packet that would be forwarded if these bits of the number of those that its
     /// slot has forwarded on its CPU are 0. [`ASK_NEVER`] asks about none.
     pub ask_mask: Word,
-    /// Cells, facts and guards of IPv4, by [`List`].
-    pub v4: SpaceControl<LISTS>,
-    /// Those of IPv6.
-    pub v6: SpaceControl<LISTS>,
-    /// Exceptions of IPv4, by [`ExceptionList`].
-    pub exceptions_v4: SpaceControl<EXCEPTION_LISTS>,
-    /// Those of IPv6.
-    pub exceptions_v6: SpaceControl<EXCEPTION_LISTS>,
-    /// Ports: all are of one tuple, whose number is 0.
-    pub ports: SpaceControl<1>,
-}
-
-/// What one must know to search a tuple space: a hash, and lists of the tuples that its entries belong to.
-#[repr(C)]
-#[derive(Debug)]
-pub struct SpaceControl<const L: usize> {
-    /// Seed of the hash.
-    pub seed: Word,
-    /// Buckets in use, a power of two, minus 1.
-    pub bucket_mask: Word,
-    /// Length of each list of tuples.
-    pub tuples: [Word; L],
-}
-
-impl<const L: usize> Default for SpaceControl<L> {
-    fn default() -> Self {
-        Self::zeroed()
-    }
+    /// Not 0 if there are exceptions of IPv4.
+    pub exceptions_v4: Word,
+    /// Not 0 if there are exceptions of IPv6.
+    pub exceptions_v6: Word,
+    /// Where the hash of ports begins, see [`start`](crate::start); all are of one tuple, whose number is 0.
+    pub ports_start: Word,
+    /// Its buckets, a power of two, minus 1.
+    pub ports_mask: Word,
 }
 
 /// How many lists there are of tuples of cells, facts and guards.
@@ -152,20 +132,31 @@ pub enum ExceptionList {
     Protocols = 1,
 }
 
-/// The bits of a key that count for the entries that carry the tuple's number.
+/// The bits of a key that count for the entries that carry the tuple's number, and what the lookup would have to compute of
+/// that number again and again.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Tuple<const K: usize> {
     /// Ones where the key counts.
     pub mask: [Word; K],
-    /// Number of the tuple, from 0 to 255, different from every other of the hash.
-    pub number: Word,
+    /// Where its hash begins, see [`start`](crate::start).
+    pub start: Word,
+    /// What its entries have of their [`identity`](Value::identity) without the tag. A tuple's number is from 0 to 255,
+    /// different from every other of the hash.
+    pub identity: Word,
 }
 
-/// A list of tuples, in the order in which they are looked up.
+/// A list of tuples, in the order in which they are looked up: all that a lookup needs to know but the buckets.
 #[repr(C)]
 #[derive(Debug)]
-pub struct TupleList<const K: usize>(pub [Tuple<K>; MAX_TUPLES]);
+pub struct TupleList<const K: usize> {
+    /// How many there are.
+    pub length: Word,
+    /// Buckets of their hash, a power of two, minus 1.
+    pub bucket_mask: Word,
+    /// The tuples.
+    pub tuples: [Tuple<K>; MAX_TUPLES],
+}
 
 /// A bucket of the hash.
 ///
@@ -201,6 +192,7 @@ impl Value {
     const PROBE_GUARDS: u64 = 1 << 37;
     const NUMBER_SHIFT: u32 = 38;
     const TAG_SHIFT: u32 = 46;
+    const TAG_MASK: u64 = 0xffff << Self::TAG_SHIFT;
     const USED: u64 = 1 << 62;
     const IDENTITY_MASK: u64 = ((1 << 63) - 1) & !((1 << Self::NUMBER_SHIFT) - 1);
     /// The bucket has spilled into another.
@@ -267,18 +259,25 @@ impl Value {
         self.0 & !(Self::IDENTITY_MASK | Self::SPILLED) | identity
     }
 
-    /// The bits by which an entry is recognised before its key is compared.
+    /// The bits by which an entry is recognised before its key is compared, without the tag: the number of its tuple.
     #[inline(always)]
     #[must_use]
-    pub fn identity(number: u64, hash: u64) -> u64 {
-        (number << Self::NUMBER_SHIFT | hash << Self::TAG_SHIFT | Self::USED) & Self::IDENTITY_MASK
+    pub const fn numbered(number: u8) -> u64 {
+        (number as u64) << Self::NUMBER_SHIFT | Self::USED
+    }
+
+    /// The bits by which an entry is recognised, with the tag that is taken from its hash.
+    #[inline(always)]
+    #[must_use]
+    pub const fn identity(numbered: u64, hash: u64) -> u64 {
+        numbered | hash << Self::TAG_SHIFT & Self::TAG_MASK
     }
 
     /// All ones if a stored word is an entry with this identity, else 0.
     #[inline(always)]
     #[must_use]
     pub fn mask_if(stored: u64, identity: u64) -> u64 {
-        let difference = (stored & Self::IDENTITY_MASK) ^ identity;
+        let difference = opaque((stored & Self::IDENTITY_MASK) ^ identity);
         // Bit 63 of the difference is 0, so only a difference of 0 becomes negative.
         (difference.wrapping_sub(1).cast_signed() >> 63).cast_unsigned()
     }
@@ -329,6 +328,20 @@ impl Value {
     pub fn probes_guards(self) -> bool {
         self.0 & Self::PROBE_GUARDS != 0
     }
+}
+
+/// The same number. The compiler cannot make a branch of what depends on it: which entry of a bucket it is, no processor
+/// foresees.
+#[inline(always)]
+fn opaque(number: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    let number = {
+        let mut number = number;
+        // SAFETY: this changes nothing. (Without an instruction the verifier would see two lines of source for the next one.)
+        unsafe { core::arch::asm!("{0} = {0}", inout(reg) number, options(pure, nomem, nostack)) };
+        number
+    };
+    number
 }
 
 /// Bits of [`upper_layer`].
@@ -456,14 +469,19 @@ impl NextHop {
     }
 }
 
-/// A port. The payload of the [`Value`] that its [`port_key`] is found by is its index.
+/// A port. If it can be, it lies at its [`port_position`]; the payload of the [`Value`] that its [`port_key`] is found by is
+/// its index anyway.
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct Port {
+    /// Its [`port_key`], 0 if the record is free.
+    pub key: Word,
     /// The address that frames must be sent to, as [`address_word`] has it.
     pub address: Word,
     /// The flags below in bits 0–31; in bits 32–63 the device that the kernel would receive packets on.
     pub flags_and_receiver: Word,
+    /// Not used: four words are half a cache line.
+    pub unused: Word,
 }
 
 impl Port {
@@ -495,11 +513,18 @@ pub const fn word_address(word: u64) -> [u8; 6] {
     mac
 }
 
-/// Interface and VLAN as a number.
+/// Interface and VLAN as a number, which is never 0.
 #[inline(always)]
 #[must_use]
 pub const fn port_key(ifindex: u32, vlan: u16) -> u64 {
-    (ifindex as u64) << 16 | vlan as u64
+    1 << 63 | (ifindex as u64) << 16 | vlan as u64
+}
+
+/// Where a port lies unless another is there. Interfaces that were made one after the other do not meet.
+#[inline(always)]
+#[must_use]
+pub const fn port_position(ifindex: u32, vlan: u16) -> u32 {
+    ifindex.wrapping_add((vlan as u32).wrapping_mul(0x9e5)) & (MAX_PORTS as u32 - 1)
 }
 
 /// What is lost after the program has given it away, and what must be known to count it.
@@ -544,7 +569,6 @@ macro_rules! shared {
 shared! {
     Word;
     Control;
-    SpaceControl<L>, L;
     TupleList<K>, K;
     Bucket<K>, K;
     SlotRecord;
@@ -557,16 +581,22 @@ shared! {
 // Both sides and the maps must agree on sizes; they are part of the committed bytecode.
 const _: () = {
     assert!(size_of::<Word>() == 8 && align_of::<Word>() == 8);
-    assert!(size_of::<SpaceControl<LISTS>>() == 48 && size_of::<SpaceControl<EXCEPTION_LISTS>>() == 32);
-    assert!(size_of::<SpaceControl<1>>() == 24 && size_of::<Control>() == 240);
-    assert!(size_of::<TupleList<1>>() == MAX_TUPLES * 16 && size_of::<TupleList<4>>() == MAX_TUPLES * 40);
-    assert!(size_of::<TupleList<2>>() == MAX_TUPLES * 24 && size_of::<TupleList<5>>() == MAX_TUPLES * 48);
+    // What a packet meets lies in the first line.
+    assert!(size_of::<Control>() == 88 && core::mem::offset_of!(Control, exceptions_v4) == 56);
+    assert!(
+        size_of::<TupleList<1>>() == 16 + MAX_TUPLES * 24
+            && size_of::<TupleList<4>>() == 16 + MAX_TUPLES * 48
+    );
+    assert!(
+        size_of::<TupleList<2>>() == 16 + MAX_TUPLES * 32
+            && size_of::<TupleList<5>>() == 16 + MAX_TUPLES * 56
+    );
     assert!(size_of::<Bucket<1>>() == 64 && size_of::<Bucket<4>>() == 160);
     assert!(size_of::<Bucket<2>>() == 96 && size_of::<Bucket<5>>() == 192);
     // A list's tuples have different numbers, and a number has 8 bits.
     assert!(LISTS * MAX_TUPLES <= 256);
     assert!(size_of::<SlotRecord>() == 32 && size_of::<NextHop>() == 16);
-    assert!(size_of::<Port>() == 16);
+    assert!(size_of::<Port>() == 32 && MAX_PORTS.is_power_of_two());
     assert!(size_of::<Losses>() == 32);
     assert!(size_of::<Passes>() == (PassReason::COUNT + 3) * 8);
 };

@@ -14,7 +14,7 @@
 //! | `SLOTS` | [`SlotRecord`] | CPU × slots + slot |
 //! | `NEXT_HOPS` | [`NextHop`] | of a slot |
 //! | `PORT_BUCKETS` | [`Bucket`] | hash of a [`port_key`] |
-//! | `PORTS` | [`Port`] | payload of the entry with its key |
+//! | `PORTS` | [`Port`] | [`port_position`], or payload of the entry with its key |
 //! | `PASSES` | [`Passes`] | CPU |
 //! | `DEVICES` | (device map) | interface index |
 //! | `CLOCK` | [`Word`] | 0: ticks of the clock that leases are judged by |
@@ -22,6 +22,7 @@
 //! | `LOSSES` | [`Losses`] | 0 |
 //! | `INGRESS` | 1 | (hash) index of an interface that has ports |
 
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![no_std]
 // Shared memory needs it; each block says why it is sound.
 #![allow(unsafe_code)]
@@ -36,10 +37,10 @@ mod special;
 pub use layout::{
     ADDRESS_MASK, ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, LISTS, List,
     Losses, MAX_PORTS, MAX_TUPLES, NextHop, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SlotRecord,
-    SpaceControl, Tuple, TupleList, UPPER_LAYER_BITS, Value, Word, address_word, port_key, upper_layer,
+    Tuple, TupleList, UPPER_LAYER_BITS, Value, Word, address_word, port_key, port_position, upper_layer,
     word_address,
 };
-pub use lookup::{Buckets, Hashed, find, first_hit, hash};
+pub use lookup::{Buckets, Hashed, find, first_hit, hash, start};
 pub use reason::PassReason;
 pub use special::{is_special_v4, is_special_v6};
 

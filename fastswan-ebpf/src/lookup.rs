@@ -23,14 +23,23 @@ pub struct Hashed {
     pub identity: u64,
 }
 
-/// Hashes a masked key of the tuple with this number.
+// Odd constants with well spread bits: the golden ratio, and the finalizer of MurmurHash3.
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+const FINISH: u64 = 0xff51_afd7_ed55_8ccd;
+
+/// Where the hash of keys begins that belong to the tuple with this number.
 #[inline(always)]
 #[must_use]
-pub fn hash<const K: usize>(key: &[u64; K], number: u64, seed: u64, bucket_mask: u64) -> Hashed {
-    // Odd constants with well spread bits: the golden ratio, and the finalizer of MurmurHash3.
-    const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
-    const FINISH: u64 = 0xff51_afd7_ed55_8ccd;
-    let mut hash = seed ^ number.wrapping_mul(FINISH);
+pub const fn start(number: u8, seed: u64) -> u64 {
+    seed ^ (number as u64).wrapping_mul(FINISH)
+}
+
+/// Hashes a masked key, from the [`start`] of its tuple on. What entries of the tuple are
+/// [recognised](Value::numbered) by comes with the hash.
+#[inline(always)]
+#[must_use]
+pub fn hash<const K: usize>(key: &[u64; K], start: u64, numbered: u64, bucket_mask: u64) -> Hashed {
+    let mut hash = start;
     let mut word = 0;
     while word < K {
         hash = (hash ^ key[word]).wrapping_mul(SPREAD);
@@ -44,7 +53,7 @@ pub fn hash<const K: usize>(key: &[u64; K], number: u64, seed: u64, bucket_mask:
     if secondary == primary {
         secondary = (primary ^ 1) & bucket_mask;
     }
-    Hashed { primary, secondary, identity: Value::identity(number, hash) }
+    Hashed { primary, secondary, identity: Value::identity(numbered, hash) }
 }
 
 /// The value that the first tuple with a matching entry has for a key.
@@ -52,25 +61,24 @@ pub fn hash<const K: usize>(key: &[u64; K], number: u64, seed: u64, bucket_mask:
 #[must_use]
 pub fn first_hit<const K: usize>(
     buckets: &impl Buckets<K>,
-    tuples: &TupleList<K>,
-    length: u64,
+    list: &TupleList<K>,
     key: &[u64; K],
-    seed: u64,
-    bucket_mask: u64,
 ) -> Option<Value> {
+    let length = list.length.load();
+    let bucket_mask = list.bucket_mask.load();
     let mut index = 0;
     while index < MAX_TUPLES {
         if index as u64 >= length {
             break;
         }
-        let tuple = &tuples.0[index];
+        let tuple = &list.tuples[index];
         let mut masked = [0; K];
         let mut word = 0;
         while word < K {
             masked[word] = key[word] & tuple.mask[word].load();
             word += 1;
         }
-        let hashed = hash(&masked, tuple.number.load(), seed, bucket_mask);
+        let hashed = hash(&masked, tuple.start.load(), tuple.identity.load(), bucket_mask);
         if let Some(value) = find(buckets, &masked, &hashed) {
             return Some(value);
         }

@@ -89,7 +89,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
         return Err(PassReason::NotIp.into());
     }
 
-    let port = port(control, context.ingress_ifindex() as u32, vlan)?;
+    let port = port(context.ingress_ifindex() as u32, vlan)?;
     if addresses.first & ADDRESS_MASK != port.address {
         return Err(PassReason::OtherDestinationMac.into());
     }

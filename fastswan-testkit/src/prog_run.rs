@@ -16,7 +16,7 @@ use fastswan::{
     forwarder::{ForwarderError, LoadConfig, RunAction},
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
-use fastswan_ebpf::{Control, LISTS, SlotRecord, SpaceControl};
+use fastswan_ebpf::{Control, KEY_WORDS_V4, List, SlotRecord, Tuple, TupleList};
 use nix::{
     sys::time::TimeValLike as _,
     time::{ClockId, clock_getres},
@@ -134,14 +134,16 @@ impl ProgRun {
     }
 }
 
-/// The seed of the hash of IPv4 cells: it changes when all of the hash is written anew.
+/// Where the hash of the first tuple of IPv4 cells begins: it changes when all of the hash is written anew.
 ///
 /// # Errors
 ///
-/// If the control record cannot be found or read.
-pub fn hash_seed(forwarder: &XdpForwarder) -> anyhow::Result<u64> {
-    let words = control_record(forwarder)?.get(&0, 0)?;
-    Ok(words[(offset_of!(Control, v4) + offset_of!(SpaceControl<LISTS>, seed)) / 8])
+/// If the list of tuples cannot be found or read.
+pub fn hash_start(forwarder: &XdpForwarder) -> anyhow::Result<u64> {
+    const WORDS: usize = size_of::<TupleList<KEY_WORDS_V4>>() / 8;
+    let lists: Array<MapData, [u64; WORDS]> = Map::Array(map_of(forwarder, "TUPLES_V4")?).try_into()?;
+    let words = lists.get(&(List::Cells as u32), 0)?;
+    Ok(words[(offset_of!(TupleList<KEY_WORDS_V4>, tuples) + offset_of!(Tuple<KEY_WORDS_V4>, start)) / 8])
 }
 
 fn control_record(

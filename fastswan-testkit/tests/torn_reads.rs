@@ -318,7 +318,7 @@ fn no_packet_sees_half_of_a_change_while_all_of_the_table_changes() {
                 progress.store(2 * changes, SeqCst);
                 pause();
                 if changes % 32 == 0 {
-                    seeds.insert(prog_run::hash_seed(forwarder).unwrap());
+                    seeds.insert(prog_run::hash_start(forwarder).unwrap());
                 }
             }
             let tallies: Vec<Tally> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();

@@ -11,7 +11,7 @@ use super::{
     Pass,
     arrival::Arrival,
     counters::{cpu, slot_of},
-    lookup::{first_hit_v4, first_hit_v6, has_exceptions, is_exception_v4, is_exception_v6},
+    lookup::{first_hit_v4, first_hit_v6, is_exception_v4, is_exception_v6},
     wire::{
         Frame, ICMPV6, Ipv4, Ipv6, Ports, checksum_is_good, is_extension_header, is_neighbour_discovery,
         ports_of,
@@ -71,7 +71,7 @@ pub(super) fn packet_v4(
     }
     let key = [u64::from(destination) << 32 | u64::from(source)];
     let family = Family {
-        has_exceptions: has_exceptions(&control.exceptions_v4),
+        has_exceptions: control.exceptions_v4.load() != 0,
         is_exception: is_exception_v4,
         first_hit: first_hit_v4,
         reverse_path: port.flags & (Port::REVERSE_PATH_STRICT | Port::REVERSE_PATH_LOOSE),
@@ -133,7 +133,7 @@ pub(super) fn packet_v6(
     }
     let key = [destination[0], destination[1], source[0], source[1]];
     let family = Family {
-        has_exceptions: has_exceptions(&control.exceptions_v6),
+        has_exceptions: control.exceptions_v6.load() != 0,
         is_exception: is_exception_v6,
         first_hit: first_hit_v6,
         // The kernel has no reverse path filter for IPv6.

@@ -2,13 +2,12 @@
 
 use aya_ebpf::maps::Array;
 use fastswan_ebpf::{
-    Bucket, Buckets, EXCEPTION_LISTS, ExceptionList, KEY_WORDS_V4, KEY_WORDS_V6, List, SpaceControl,
-    TupleList, UPPER_LAYER_BITS, Value, first_hit,
+    Bucket, Buckets, ExceptionList, KEY_WORDS_V4, KEY_WORDS_V6, List, TupleList, UPPER_LAYER_BITS, Value,
+    first_hit,
 };
 
 use super::maps::{
-    CELLS_V4, CELLS_V6, CONTROL, EXCEPTIONS_V4, EXCEPTIONS_V6, TUPLES_V4, TUPLES_V6, UPPER_TUPLES_V4,
-    UPPER_TUPLES_V6,
+    CELLS_V4, CELLS_V6, EXCEPTIONS_V4, EXCEPTIONS_V6, TUPLES_V4, TUPLES_V6, UPPER_TUPLES_V4, UPPER_TUPLES_V6,
 };
 
 /// Buckets in a map.
@@ -39,11 +38,6 @@ pub(super) fn is_exception_v6(list: ExceptionList, key: &[u64; KEY_WORDS_V6], up
     lookup_exception_v6(list_and_upper, key[0], key[1], key[2], key[3]) != 0
 }
 
-#[inline(always)]
-pub(super) fn has_exceptions(control: &SpaceControl<EXCEPTION_LISTS>) -> bool {
-    control.tuples[ExceptionList::Ports as usize].load() != 0
-}
-
 /// No entry is 0.
 #[inline(always)]
 fn found(stored: u64) -> Option<Value> {
@@ -55,25 +49,22 @@ fn found(stored: u64) -> Option<Value> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn lookup_v4(list: u64, key: u64) -> u64 {
-    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
-    lookup(&control.v4, &TUPLES_V4, &CELLS_V4, list, &[key])
+    lookup(&TUPLES_V4, &CELLS_V4, list, &[key])
 }
 
 /// The same for IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn lookup_v6(list: u64, destination0: u64, destination1: u64, source0: u64, source1: u64) -> u64 {
-    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
     let key = [destination0, destination1, source0, source1];
-    lookup(&control.v6, &TUPLES_V6, &CELLS_V6, list, &key)
+    lookup(&TUPLES_V6, &CELLS_V6, list, &key)
 }
 
 /// Likewise for exceptions.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn lookup_exception_v4(list: u64, key: u64, upper: u64) -> u64 {
-    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
-    lookup(&control.exceptions_v4, &UPPER_TUPLES_V4, &EXCEPTIONS_V4, list, &[key, upper])
+    lookup(&UPPER_TUPLES_V4, &EXCEPTIONS_V4, list, &[key, upper])
 }
 
 /// The list is in the bits above the upper layer.
@@ -86,31 +77,25 @@ extern "C" fn lookup_exception_v6(
     source0: u64,
     source1: u64,
 ) -> u64 {
-    let Some(control) = CONTROL.get(0) else { return UNREADABLE };
     // A comparison and no shift: the verifier does not connect a number with what it was shifted from.
     let upper = list_and_upper & ((1 << UPPER_LAYER_BITS) - 1);
     let list = if list_and_upper == upper { ExceptionList::Ports } else { ExceptionList::Protocols };
     let key = [destination0, destination1, source0, source1, upper];
-    lookup(&control.exceptions_v6, &UPPER_TUPLES_V6, &EXCEPTIONS_V6, list as u64, &key)
+    lookup(&UPPER_TUPLES_V6, &EXCEPTIONS_V6, list as u64, &key)
 }
 
 /// What a lookup that cannot be made gives: of whatever list, it makes the packet pass.
 const UNREADABLE: u64 = Value::denied().0;
 
 #[inline(always)]
-fn lookup<const K: usize, const L: usize>(
-    control: &SpaceControl<L>,
+fn lookup<const K: usize>(
     tuples: &Array<TupleList<K>>,
     entries: &Array<Bucket<K>>,
     list: u64,
     key: &[u64; K],
 ) -> u64 {
-    let (Some(length), Some(tuples)) = (control.tuples.get(list as usize), tuples.get(list as u32)) else {
-        return UNREADABLE;
-    };
-    let (seed, bucket_mask) = (control.seed.load(), control.bucket_mask.load());
-    match first_hit(&Entries(entries), tuples, length.load(), key, seed, bucket_mask) {
-        Some(value) => value.0,
-        None => 0,
+    match tuples.get(list as u32) {
+        None => UNREADABLE,
+        Some(list) => first_hit(&Entries(entries), list, key).map_or(0, |value| value.0),
     }
 }

@@ -13,8 +13,7 @@ use std::{
 };
 
 use fastswan_ebpf::{
-    BUCKET_ENTRIES, Bucket, Buckets, Hashed, MAX_TUPLES, SpaceControl, TupleList, Value, Word, first_hit,
-    hash,
+    BUCKET_ENTRIES, Bucket, Buckets, Hashed, MAX_TUPLES, TupleList, Value, Word, first_hit, hash, start,
 };
 
 use super::mmap::Region;
@@ -81,22 +80,24 @@ impl<const K: usize> Buckets<K> for BucketSlice<'_, K> {
 impl<const K: usize, const L: usize> TupleSpace<K, L> {
     /// Takes over memory that is all zero: a power of two of buckets, and `L` lists of tuples.
     pub(super) fn new(buckets: Region<Bucket<K>>, tuples: Region<TupleList<K>>) -> Self {
-        Self { buckets, tuples, seed: random(), lists: [const { Vec::new() }; L] }
+        let space = Self { buckets, tuples, seed: random(), lists: [const { Vec::new() }; L] };
+        space.write_lists();
+        space
     }
 
-    /// Writes what the program needs to know to search it.
-    pub(super) fn publish(&self, control: &SpaceControl<L>) {
-        control.seed.store(self.seed);
-        control.bucket_mask.store(self.bucket_mask());
-        for (length, list) in control.tuples.iter().zip(&self.lists) {
-            length.store(list.len() as u64);
-        }
+    /// The length of a list.
+    pub(super) fn tuples(&self, list: usize) -> usize {
+        self.lists[list].len()
+    }
+
+    /// Where the hash of the tuple with number 0 begins.
+    pub(super) fn start(&self) -> u64 {
+        start(0, self.seed)
     }
 
     /// What the first tuple of a list with a matching entry has for a packet's key.
     pub(super) fn first_hit(&self, list: usize, key: &[u64; K]) -> Option<Value> {
-        let length = self.lists[list].len() as u64;
-        first_hit(&BucketSlice(&self.buckets), &self.tuples[list], length, key, self.seed, self.bucket_mask())
+        first_hit(&BucketSlice(&self.buckets), &self.tuples[list], key)
     }
 
     /// Sets or removes the entry of one list with this key and mask. If it does not fit, all is as before.
@@ -153,7 +154,8 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
         Some(Value(self.value_at(place).load()))
     }
 
-    fn bucket_mask(&self) -> u64 {
+    /// Buckets minus 1.
+    pub(super) fn bucket_mask(&self) -> u64 {
         self.buckets.len() as u64 - 1
     }
 
@@ -191,14 +193,22 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
     }
 
     fn write_list(&self, list: usize) {
-        for (record, tuple) in self.tuples[list].0.iter().zip(&self.lists[list]) {
+        let record = &self.tuples[list];
+        record.length.store(self.lists[list].len() as u64);
+        record.bucket_mask.store(self.bucket_mask());
+        for (record, tuple) in record.tuples.iter().zip(&self.lists[list]) {
             store_words(&record.mask, &tuple.mask);
-            record.number.store(u64::from(tuple.number));
+            record.start.store(start(tuple.number, self.seed));
+            record.identity.store(Value::numbered(tuple.number));
         }
     }
 
+    fn write_lists(&self) {
+        (0..L).for_each(|list| self.write_list(list));
+    }
+
     fn hashed(&self, key: &[u64; K], number: u8) -> Hashed {
-        hash(key, u64::from(number), self.seed, self.bucket_mask())
+        hash(key, start(number, self.seed), Value::numbered(number), self.bucket_mask())
     }
 
     fn find(&self, key: &[u64; K], number: u8) -> Option<Place> {
@@ -231,6 +241,7 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
                 bucket.values.iter().for_each(|value| value.store(0));
             }
             if entries.iter().all(|entry| self.place(entry)) {
+                self.write_lists();
                 return Ok(());
             }
         }

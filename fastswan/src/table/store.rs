@@ -8,7 +8,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     net::IpAddr,
     sync::atomic::{Ordering, fence},
 };
@@ -16,7 +16,8 @@ use std::{
 use fastswan_ebpf::{
     ASK_NEVER, Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
     KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_PORTS, MAX_TUPLES, NextHop, PORT_WORDS, PassReason, Passes,
-    Port as PortRecord, SlotRecord, TupleList, Value, address_word, port_key, upper_layer, word_address,
+    Port as PortRecord, SlotRecord, TupleList, Value, address_word, port_key, port_position, upper_layer,
+    word_address,
 };
 use ipnet::IpNet;
 
@@ -63,7 +64,7 @@ pub(super) struct Store {
     port_index: TupleSpace<PORT_WORDS, 1>,
     ports: Region<PortRecord>,
     /// Records of ports that are free.
-    free_ports: Vec<u32>,
+    free_ports: BTreeSet<u32>,
     passes: Region<Passes>,
     capacity: Capacity,
     /// Those in the table: different ones may share entries.
@@ -83,7 +84,7 @@ impl Store {
             // The program needs no list of tuples to find ports: all are of the one with number 0.
             port_index: TupleSpace::new(regions.port_buckets, Region::allocate(1)),
             ports: regions.ports,
-            free_ports: (0..MAX_PORTS as u32).rev().collect(),
+            free_ports: (0..MAX_PORTS as u32).collect(),
             passes: regions.passes,
             capacity: config.capacity(),
             exceptions: HashSet::new(),
@@ -181,13 +182,14 @@ impl Store {
         Ok(())
     }
 
+    /// Writes what the program needs to know beside the lists of tuples.
     fn publish(&self) {
         let control = &self.control[0];
-        self.v4.publish(&control.v4);
-        self.v6.publish(&control.v6);
-        self.exceptions_v4.publish(&control.exceptions_v4);
-        self.exceptions_v6.publish(&control.exceptions_v6);
-        self.port_index.publish(&control.ports);
+        let exceptions = ExceptionList::Ports as usize;
+        control.exceptions_v4.store(self.exceptions_v4.tuples(exceptions) as u64);
+        control.exceptions_v6.store(self.exceptions_v6.tuples(exceptions) as u64);
+        control.ports_start.store(self.port_index.start());
+        control.ports_mask.store(self.port_index.bucket_mask());
     }
 
     fn set_cell(&mut self, cell: &Cell, value: Option<Value>) -> Result<(), TableError> {
@@ -260,7 +262,7 @@ impl Store {
         let full = || TableError::TooManyPorts { ifindex: port.ifindex, vlan: port.vlan, limit: MAX_PORTS };
         let pattern = port_pattern(port.ifindex, port.vlan);
         let known = self.port_record(port.ifindex, port.vlan);
-        let number = known.or_else(|| self.free_ports.pop()).ok_or_else(full)?;
+        let number = known.or_else(|| self.free_port(port.ifindex, port.vlan)).ok_or_else(full)?;
         let mut flags = 0;
         for (flag, set) in [
             (PortRecord::FORWARDS_V4, port.forwards.v4),
@@ -274,25 +276,36 @@ impl Store {
         }
         self.begin();
         let record = &self.ports[number as usize];
+        record.key.store(port_key(port.ifindex, port.vlan));
         record.address.store(address_word(port.address.0));
         record.flags_and_receiver.store(u64::from(port.receiver) << 32 | flags);
         let entered = self.port_index.set(0, &pattern, Some(Value::present(number)));
-        self.port_index.publish(&self.control[0].ports);
+        if entered.is_err() {
+            record.key.store(0);
+        }
+        self.publish();
         self.end();
         entered.map_err(|_| {
-            self.free_ports.push(number);
+            self.free_ports.insert(number);
             full()
         })
+    }
+
+    /// Takes a free record, where the program looks first if it can be.
+    fn free_port(&mut self, ifindex: u32, vlan: u16) -> Option<u32> {
+        let position = port_position(ifindex, vlan);
+        self.free_ports.take(&position).or_else(|| self.free_ports.pop_last())
     }
 
     pub(super) fn remove_port(&mut self, ifindex: u32, vlan: u16) {
         if let Some(number) = self.port_record(ifindex, vlan) {
             self.begin();
+            self.ports[number as usize].key.store(0);
             // A removal always fits.
             let _ = self.port_index.set(0, &port_pattern(ifindex, vlan), None);
-            self.port_index.publish(&self.control[0].ports);
+            self.publish();
             self.end();
-            self.free_ports.push(number);
+            self.free_ports.insert(number);
         }
     }
 

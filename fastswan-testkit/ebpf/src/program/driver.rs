@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
 
-use super::wire::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, EthernetAddress, Frame, Ipv4, Ipv6};
+use super::wire::{self, Addresses, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
 
 const UDP: u8 = 17;
 const DONT_FRAGMENT: u16 = 0x4000;
@@ -50,18 +50,21 @@ pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
     }
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
-    // SAFETY: `Frame::header` checked the bounds.
-    unsafe {
-        (*ip).version_and_length = 0x45;
-        (*ip).traffic_class = 0;
-        (*ip).total_length = length.to_be();
-        (*ip).identification = 0;
-        (*ip).fragment = DONT_FRAGMENT.to_be();
-        (*ip).ttl = TTL;
-        (*ip).protocol = UDP;
-        (*ip).checksum = (!sum as u16).to_be();
-        (*ip).source = source;
-        (*ip).destination = destination;
+    // In words: what is written byte by byte just before it is read costs a processor time that no packet of a NIC's does.
+    let word = |first: u16, second: u16| (u32::from(first) << 16 | u32::from(second)).to_be();
+    let words = ip.cast::<u32>();
+    let header = [
+        word(0x4500, length),
+        word(0, DONT_FRAGMENT),
+        word(u16::from_be_bytes([TTL, UDP]), !sum as u16),
+        source,
+        destination,
+    ];
+    let mut index = 0;
+    while index < header.len() {
+        // SAFETY: `Frame::header` checked the bounds of the header, which has so many words.
+        unsafe { words.add(index).write_unaligned(header[index]) };
+        index += 1;
     }
     run(context);
     None
@@ -108,11 +111,7 @@ fn next_flow() -> Option<u32> {
 #[inline(always)]
 fn write_ethernet(frame: Frame, ether_type: u16) -> Option<()> {
     let ethernet = frame.header::<Ethernet>(0)?;
-    wire::write_addresses(
-        ethernet,
-        const { EthernetAddress::new(PORT) },
-        const { EthernetAddress::new(SENDER) },
-    );
+    wire::write_addresses(ethernet, const { Addresses::new(PORT, SENDER) });
     // SAFETY: bounds-checked.
     unsafe {
         (*ethernet).ether_type = ether_type.to_be();

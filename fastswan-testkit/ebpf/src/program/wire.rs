@@ -11,22 +11,25 @@ pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 #[repr(C, packed)]
 pub(super) struct Ethernet {
-    pub(super) destination: EthernetAddress,
-    pub(super) source: EthernetAddress,
+    pub(super) addresses: Addresses,
     pub(super) ether_type: u16,
 }
 
+/// Destination and source.
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
-pub(super) struct EthernetAddress {
-    start: u32,
-    end: u16,
+pub(super) struct Addresses {
+    first: u64,
+    rest: u32,
 }
 
-impl EthernetAddress {
-    pub(super) const fn new(bytes: [u8; 6]) -> Self {
-        let [a, b, c, d, e, f] = bytes;
-        Self { start: u32::from_ne_bytes([a, b, c, d]), end: u16::from_ne_bytes([e, f]) }
+impl Addresses {
+    pub(super) const fn new(destination: [u8; 6], source: [u8; 6]) -> Self {
+        let ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]) = (destination, source);
+        Self {
+            first: u64::from_ne_bytes([d0, d1, d2, d3, d4, d5, s0, s1]),
+            rest: u32::from_ne_bytes([s2, s3, s4, s5]),
+        }
     }
 }
 
@@ -117,19 +120,17 @@ pub(super) fn forward_v6(ip: *mut Ipv6) -> Option<()> {
 #[inline(always)]
 pub(super) fn address(frame: Frame) -> Option<()> {
     let ethernet = frame.header::<Ethernet>(0)?;
-    write_addresses(ethernet, const { EthernetAddress::new(NEXT_HOP) }, const { EthernetAddress::new(PORT) });
+    write_addresses(ethernet, const { Addresses::new(NEXT_HOP, PORT) });
     Some(())
 }
 
 /// Writes the addresses of a header that [`Frame::header`] gave.
 #[inline(always)]
-pub(super) fn write_addresses(header: *mut Ethernet, destination: EthernetAddress, source: EthernetAddress) {
-    // SAFETY: bounds-checked. Word by word: the compiler copies a whole address byte by byte.
+pub(super) fn write_addresses(header: *mut Ethernet, addresses: Addresses) {
+    // SAFETY: bounds-checked. Word by word: the compiler copies the whole byte by byte.
     unsafe {
-        (*header).destination.start = destination.start;
-        (*header).destination.end = destination.end;
-        (*header).source.start = source.start;
-        (*header).source.end = source.end;
+        (*header).addresses.first = addresses.first;
+        (*header).addresses.rest = addresses.rest;
     }
 }
 
