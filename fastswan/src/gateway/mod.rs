@@ -199,7 +199,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     }
 
     /// Sets how long the table stays valid without a sign of life of the loop, from 50 ms up. Shorter values
-    /// count as 50 ms: the loop renews the lease at least four times as often.
+    /// count as 50 ms: the loop renews the lease at least four times as often. The program counts the kernel's ticks, whole
+    /// ones, so the lease ends up to one tick early (1 ms with `CONFIG_HZ` 1000, 4 with 250, 10 with 100), and not late.
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.mirror.set_lease(lease);
