@@ -15,6 +15,7 @@ use fastswan::{
         Probes, ReadBack as _, ReversePath, Side, Slot, Standing, TableConfig, Verdict,
     },
 };
+use fastswan_ebpf::port_position;
 use fastswan_testkit::{
     frames::{Frame, Tag},
     lab::{self, End, Namespace},
@@ -390,6 +391,29 @@ fn a_port_is_found_among_thousands() {
 }
 
 /// With `proxy_ndp` the kernel takes some of them for itself, and answers them.
+#[test]
+fn ports_that_would_lie_at_the_same_place_are_told_apart() {
+    with_program(|program, _| {
+        let tagged = Port { vlan: 100, ..port() };
+        let position = port_position(tagged.ifindex, tagged.vlan);
+        // Other interfaces, whose numbers are those of the place where the first looks.
+        let others =
+            [position + 4096, position + 2 * 4096].map(|ifindex| Port { ifindex, vlan: 0, ..port() });
+        for port in &others {
+            program.table.set_port(port).unwrap();
+        }
+        program.table.set_port(&tagged).unwrap();
+        let frame = || v4().tags(&[Tag::vlan(100)]);
+        assert_eq!(run(program, frame()).action, RunAction::Transmit);
+        program.table.remove_port(others[0].ifindex, 0);
+        assert_eq!(run(program, frame()).action, RunAction::Transmit);
+        program.table.remove_port(tagged.ifindex, 100);
+        passes(program, frame(), PassReason::UnknownPort);
+        program.table.set_port(&tagged).unwrap();
+        assert_eq!(run(program, frame()).action, RunAction::Transmit);
+    });
+}
+
 #[test]
 fn neighbour_discovery_is_the_kernels() {
     with_program(|program, _| {

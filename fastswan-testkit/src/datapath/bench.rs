@@ -190,12 +190,13 @@ impl Bench {
     /// [`DatapathError`], also if fastswan's program passed a packet meanwhile.
     pub fn measure(&mut self, rounds: u32) -> Result<Figures, DatapathError> {
         let before = self.counted(Subject::Ours)?;
-        let [mut floor, mut lpm, mut ours] = [const { Vec::new() }; 3];
+        let [mut floor, mut lpm, mut ours, mut ratio] = [const { Vec::new() }; 4];
         for _ in 0..rounds.max(1) {
             let [empty, floor_time, lpm_time, our_time] = self.round()?;
             floor.push(floor_time - empty);
             lpm.push(lpm_time - empty);
             ours.push(our_time - empty);
+            ratio.push((lpm_time - empty) / (our_time - empty));
         }
         let forwarded = self.counted(Subject::Ours)?.packets - before.packets;
         let packets = u64::from(rounds.max(1)) * u64::from(self.packets);
@@ -207,7 +208,8 @@ impl Bench {
                 passed: self.passed(),
             });
         }
-        Ok(Figures { lpm: Spread::of(lpm), floor: Spread::of(floor), ours: Spread::of(ours) })
+        let [lpm, floor, ours, ratio] = [lpm, floor, ours, ratio].map(Spread::of);
+        Ok(Figures { lpm, floor, ours, ratio })
     }
 
     /// Nanoseconds that a packet takes each program, with the driver. A turn is all packets: with shorter ones, much of what a

@@ -16,7 +16,7 @@ use fastswan_ebpf::{ASK_NEVER, EXCEPTION_LISTS, LISTS, MAX_PORTS, PORT_BUCKETS, 
 use super::{
     Asked, Capacity, Devices, OffloadTable, Port, Ports, Removals, Slot, TableConfig, TableCounters,
     TableError, TableUpdate, Traffic,
-    clock::Clock,
+    clock::{Clock, whole_ticks},
     devices::DeviceMap,
     losses::Losses,
     maps::{MapsError, map},
@@ -51,6 +51,8 @@ pub struct BpfTable {
     ports_on: BTreeMap<u32, BTreeSet<u16>>,
     removals: RingBuf<MapData>,
     clock: Clock,
+    /// Until when the lease was renewed last.
+    renewed: Option<Instant>,
     /// When the kernel is asked, as [`Control::ask_mask`](fastswan_ebpf::Control::ask_mask).
     ask_mask: u64,
 }
@@ -120,6 +122,7 @@ impl BpfTable {
             ports_on: BTreeMap::new(),
             removals: removals.try_into()?,
             clock: Clock::take(ebpf)?,
+            renewed: None,
             ask_mask,
         })
     }
@@ -138,11 +141,17 @@ impl OffloadTable for BpfTable {
     }
 
     fn renew_lease(&mut self, until: Instant) {
+        // A loop that turns often asks for the time only where that makes a difference.
+        let is_same = |renewed| (renewed..renewed + self.clock.tick()).contains(&until);
+        if self.renewed.is_some_and(is_same) {
+            return;
+        }
         // In this order: while this thread is kept from running between the two, the lease gets shorter, not longer.
         match self.clock.now() {
             Ok(now) => {
                 let left = until.saturating_duration_since(Instant::now());
-                self.store.renew_lease(now, self.clock.ticks_in(left));
+                self.store.renew_lease(now, whole_ticks(left, self.clock.tick()));
+                self.renewed = Some(until);
             }
             Err(error) => {
                 tracing::warn!(%error, "the program does not tell the time: the lease is not renewed")

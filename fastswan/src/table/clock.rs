@@ -49,14 +49,36 @@ impl Clock {
         Ok(self.answer[0].load())
     }
 
-    /// Whole ticks in a time. Added to [`now`](Self::now) they end no later than it: the tick that it is now has begun.
-    pub(super) fn ticks_in(&self, time: Duration) -> u64 {
-        u64::try_from(time.as_nanos() / self.tick.as_nanos().max(1)).unwrap_or(u64::MAX / 2)
+    /// How long a tick is.
+    pub(super) fn tick(&self) -> Duration {
+        self.tick
     }
+}
+
+/// Whole ticks in a time. Added to what the [`Clock`] tells they end no later than the time: that tick has begun.
+pub(super) fn whole_ticks(time: Duration, tick: Duration) -> u64 {
+    u64::try_from(time.as_nanos() / tick.as_nanos().max(1)).unwrap_or(u64::MAX / 2)
 }
 
 /// The coarse clocks go forward with the ticks.
 fn length_of_tick() -> Duration {
     let tick = clock_getres(ClockId::MonotonicCoarse);
     Duration::try_from(tick).unwrap_or(Duration::from_millis(10))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_rounded_down_to_whole_ticks() {
+        let ticks = |time| whole_ticks(Duration::from_millis(time), Duration::from_millis(4));
+        assert_eq!([0, 3, 4, 7, 1000].map(ticks), [0, 0, 1, 1, 250]);
+    }
+
+    #[test]
+    fn a_tick_is_one_of_those_that_kernels_are_built_with() {
+        let tick = length_of_tick();
+        assert!((Duration::from_millis(1)..=Duration::from_millis(10)).contains(&tick), "{tick:?}");
+    }
 }

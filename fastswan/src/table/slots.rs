@@ -209,3 +209,64 @@ impl NextHops {
         Some((MacAddr(source), MacAddr(destination)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::TableConfig;
+
+    const COLUMNS: usize = 3;
+
+    fn slots(count: u32) -> Slots {
+        let config = TableConfig { slots: count, ..TableConfig::default() };
+        let records = Region::allocate(count as usize * COLUMNS);
+        Slots::new(records, count as usize, Region::allocate(config.next_hops() as usize))
+    }
+
+    /// Leaves by a device, for the neighbour with this number; 0 is none.
+    fn towards(neighbour: u8) -> Standing {
+        let mac = |last| MacAddr([2, 0, 0, 0, 0, last]);
+        let rewrite = (neighbour != 0).then(|| (mac(0xff), mac(neighbour)));
+        Ok(Forwarding { ifindex: 7, max_length: 1400, rewrite })
+    }
+
+    #[test]
+    fn a_change_reaches_every_column() {
+        let mut slots = slots(4);
+        slots.set(Slot(2), Some(&towards(1))).unwrap();
+        let ways: Vec<u64> = slots.records.iter().map(|record| record.way.load()).collect();
+        let way = SlotRecord::way(7, 1400, u16::MAX);
+        assert_eq!(ways, [[0, 0, way, 0]; COLUMNS].concat());
+        slots.limit_cpus(7, Some(2));
+        assert!(slots.columns(Slot(2)).all(|record| SlotRecord::cpus(record.way.load()) == 2));
+        slots.set(Slot(2), None).unwrap();
+        assert!(slots.records.iter().all(|record| record.way.load() == SlotRecord::FREE));
+        assert!(matches!(slots.set(Slot(4), None), Err(TableError::NoSuchSlot { slot: Slot(4), limit: 4 })));
+    }
+
+    /// Slots that go the same way share a next hop; each gets another as often as it likes, and there is always room.
+    #[test]
+    fn next_hops_are_shared_and_used_again() {
+        let mut slots = slots(8);
+        for slot in 0..8 {
+            slots.set(Slot(slot), Some(&towards(1))).unwrap();
+        }
+        assert_eq!(slots.next_hops.unused, 2);
+        for turn in 0..50_u8 {
+            for slot in 0..8 {
+                // All different in one turn, some the same and some none in the next.
+                let neighbour = if turn % 2 == 0 { turn + slot } else { slot % 3 };
+                slots.set(Slot(slot.into()), Some(&towards(neighbour))).unwrap();
+            }
+            for slot in 0..8 {
+                let neighbour = if turn % 2 == 0 { turn + slot } else { slot % 3 };
+                assert_eq!(slots.standing(Slot(slot.into())), Some(towards(neighbour)));
+            }
+        }
+        for slot in 0..8 {
+            slots.set(Slot(slot), None).unwrap();
+        }
+        assert!(slots.next_hops.known.is_empty());
+        assert!(slots.next_hops.unused as usize <= slots.next_hops.records.len());
+    }
+}

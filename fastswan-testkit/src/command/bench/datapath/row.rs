@@ -17,7 +17,7 @@ pub(super) struct Row {
 }
 
 /// The heads of the columns.
-pub(super) const HEAD: &str = "mix          family temperature  policies                    lpm            floor               fastswan  lpm/fastswan";
+pub(super) const HEAD: &str = "mix          family temperature  policies                    lpm            floor               fastswan       lpm/fastswan";
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -26,16 +26,17 @@ impl fmt::Display for Row {
         let whole = |figure: f64| figure.round() + 0.0;
         let spread =
             |Spread { median, min, max }| format!("{} ({} to {})", whole(median), whole(min), whole(max));
+        let tenths = |Spread { median, min, max }| format!("{median:.1} ({min:.1} to {max:.1})");
         write!(
             f,
-            "{:<12} {:<6} {:<11} {policies:>9} {:>22} {:>16} {:>22} {:>13.1}",
+            "{:<12} {:<6} {:<11} {policies:>9} {:>22} {:>16} {:>22} {:>18}",
             mix.name(),
             name(*family),
             temperature.name(),
             spread(figures.lpm),
             spread(figures.floor),
             spread(figures.ours),
-            figures.ratio()
+            tenths(figures.ratio)
         )
     }
 }
@@ -43,7 +44,7 @@ impl fmt::Display for Row {
 impl Row {
     pub(super) fn json(&self) -> Value {
         let Self { mix, family, temperature, policies, figures } = self;
-        let Figures { lpm, floor, ours } = figures;
+        let Figures { lpm, floor, ours, ratio } = figures;
         json!({
             "mix": mix.name(),
             "family": name(*family),
@@ -58,7 +59,9 @@ impl Row {
             "ours_ns": ours.median,
             "ours_min_ns": ours.min,
             "ours_max_ns": ours.max,
-            "ratio": figures.ratio(),
+            "ratio": ratio.median,
+            "ratio_min": ratio.min,
+            "ratio_max": ratio.max,
         })
     }
 }
