@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::{cargo, count::Count, workspace};
 
 /// How often a kernel is booted for the scenarios, if the emulator lets it die.
-const MOST_BOOTS: u32 = 3;
+const MOST_BOOTS: u32 = 5;
 
 /// What is done with guests.
 #[derive(Debug, Subcommand)]

@@ -154,7 +154,7 @@ impl OffloadTable for BpfTable {
                 self.renewed = Some(until);
             }
             Err(error) => {
-                tracing::warn!(%error, "the program does not tell the time: the lease is not renewed")
+                tracing::warn!(%error, "the program does not tell the time: the lease is not renewed");
             }
         }
     }

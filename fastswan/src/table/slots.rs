@@ -224,16 +224,16 @@ mod tests {
     }
 
     /// Leaves by a device, for the neighbour with this number; 0 is none.
-    fn towards(neighbour: u8) -> Standing {
+    fn towards(neighbour: u8) -> Forwarding {
         let mac = |last| MacAddr([2, 0, 0, 0, 0, last]);
         let rewrite = (neighbour != 0).then(|| (mac(0xff), mac(neighbour)));
-        Ok(Forwarding { ifindex: 7, max_length: 1400, rewrite })
+        Forwarding { ifindex: 7, max_length: 1400, rewrite }
     }
 
     #[test]
     fn a_change_reaches_every_column() {
         let mut slots = slots(4);
-        slots.set(Slot(2), Some(&towards(1))).unwrap();
+        slots.set(Slot(2), Some(&Ok(towards(1)))).unwrap();
         let ways: Vec<u64> = slots.records.iter().map(|record| record.way.load()).collect();
         let way = SlotRecord::way(7, 1400, u16::MAX);
         assert_eq!(ways, [[0, 0, way, 0]; COLUMNS].concat());
@@ -249,18 +249,18 @@ mod tests {
     fn next_hops_are_shared_and_used_again() {
         let mut slots = slots(8);
         for slot in 0..8 {
-            slots.set(Slot(slot), Some(&towards(1))).unwrap();
+            slots.set(Slot(slot), Some(&Ok(towards(1)))).unwrap();
         }
         assert_eq!(slots.next_hops.unused, 2);
         for turn in 0..50_u8 {
             for slot in 0..8 {
                 // All different in one turn, some the same and some none in the next.
                 let neighbour = if turn % 2 == 0 { turn + slot } else { slot % 3 };
-                slots.set(Slot(slot.into()), Some(&towards(neighbour))).unwrap();
+                slots.set(Slot(slot.into()), Some(&Ok(towards(neighbour)))).unwrap();
             }
             for slot in 0..8 {
                 let neighbour = if turn % 2 == 0 { turn + slot } else { slot % 3 };
-                assert_eq!(slots.standing(Slot(slot.into())), Some(towards(neighbour)));
+                assert_eq!(slots.standing(Slot(slot.into())), Some(Ok(towards(neighbour))));
             }
         }
         for slot in 0..8 {

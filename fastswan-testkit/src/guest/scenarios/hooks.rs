@@ -49,6 +49,7 @@ const HOOKS: [(&str, &str, &str); 6] = [
 ];
 
 pub(super) fn hooks(story: &mut Story) -> anyhow::Result<()> {
+    let _elsewhere = hooks_elsewhere()?;
     let mut scene = Scene::established(story, Plan::default())?;
     // The kernel drops what cannot be confirmed when connection tracking begins in the midst of a connection.
     scene.traffic()?.may_lose(true);
@@ -65,6 +66,21 @@ pub(super) fn hooks(story: &mut Story) -> anyhow::Result<()> {
     let untracked = scene.gateways.a.enter(|| fs::read_to_string("/proc/thread-self/net/stat/nf_conntrack"));
     story.figure("conntrack_drops", untracked.map_or(0, |statistics| drops(&statistics)));
     scene.finish(story)
+}
+
+/// A namespace with all hooks, for as long as it is kept. The kernel patches its own code when the first hook of a kind comes
+/// and when the last one goes, anywhere; emulated processors that run that code at the same time do not always survive it. With
+/// this it does so before there is traffic.
+fn hooks_elsewhere() -> anyhow::Result<Namespace> {
+    let elsewhere = Namespace::new("hooks")?;
+    for device in ["lan0", "nic0"] {
+        elsewhere.ip(&format!("link add {device} type dummy"))?;
+        elsewhere.ip(&format!("link set {device} up"))?;
+    }
+    for (what, add, _) in HOOKS {
+        run(&elsewhere, add).with_context(|| format!("{what} in another namespace"))?;
+    }
+    Ok(elsewhere)
 }
 
 /// What connection tracking has dropped on all processors, or could not insert, which it drops too.
