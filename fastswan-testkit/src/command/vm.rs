@@ -182,11 +182,10 @@ pub(crate) fn side_by_side<T: Send>(images: &[Image], run: impl Fn(&Image) -> T 
 }
 
 fn tell_on(store: &Store, image: &Image, scenarios: &[Scenario], programs: &[PathBuf]) -> Told {
-    let mut outcomes: Vec<Outcome> = Vec::new();
+    let mut outcomes = Vec::new();
     let mut boots = 1;
-    let (missing, run) = loop {
-        let has_run = |scenario: &&Scenario| outcomes.iter().any(|outcome| outcome.name == scenario.name);
-        let left: Vec<_> = scenarios.iter().filter(|scenario| !has_run(scenario)).collect();
+    let run = loop {
+        let left = left(scenarios, &outcomes);
         let names: Vec<_> = left.iter().map(|scenario| scenario.name).collect();
         let limit: Duration = left.iter().map(|scenario| scenario.limit + Duration::from_secs(5)).sum();
         let command =
@@ -204,13 +203,17 @@ fn tell_on(store: &Store, image: &Image, scenarios: &[Scenario], programs: &[Pat
                 );
                 boots += 1;
             }
-            _ => {
-                let ran = |name: &&str| outcomes.iter().any(|outcome| outcome.name == *name);
-                break (names.into_iter().filter(|name| !ran(name)).collect(), run);
-            }
+            _ => break run,
         }
     };
+    let missing = left(scenarios, &outcomes).into_iter().map(|scenario| scenario.name).collect();
     Told { version: image.version.clone(), outcomes, missing, run }
+}
+
+/// The scenarios that have not come to an end.
+fn left<'a>(scenarios: &'a [Scenario], outcomes: &[Outcome]) -> Vec<&'a Scenario> {
+    let has_run = |scenario: &&Scenario| outcomes.iter().any(|outcome| outcome.name == scenario.name);
+    scenarios.iter().filter(|scenario| !has_run(scenario)).collect()
 }
 
 /// Whether a guest died of what its emulated processors did wrong.

@@ -21,7 +21,7 @@ static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfel.o");
 #[cfg(target_endian = "big")]
 static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/fastswan.bpfeb.o");
 
-/// The name of the program in the object, and what it, the one that tells its time and the maps need of the kernel.
+/// The name of the program in the object, and what it and the maps need of the kernel.
 pub(super) const PROGRAM: &str = "fastswan";
 const PROGRAM_NEEDS: &str = "XDP programs for frames in several buffers (Linux 5.18)";
 const MAPS_NEED: &str = "array maps that can be mapped (Linux 5.5) and hashed device maps (Linux 5.4)";
