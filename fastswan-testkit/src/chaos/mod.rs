@@ -61,6 +61,7 @@ pub struct Chaos {
     time: Duration,
     changes_host: bool,
     drops: Drops,
+    ends_at_divergence: bool,
 }
 
 /// What the mirror is made to miss: one of so many.
@@ -74,7 +75,7 @@ impl Chaos {
     /// Changes that depend on a seed, for so long.
     #[must_use]
     pub fn new(seed: u64, time: Duration) -> Self {
-        Self { seed, time, changes_host: false, drops: Drops::default() }
+        Self { seed, time, changes_host: false, drops: Drops::default(), ends_at_divergence: false }
     }
 
     /// Changes the host as well: routes, rules, addresses, sysctls, filters, neighbours, devices.
@@ -95,6 +96,12 @@ impl Chaos {
     pub fn drop_host_changes(mut self, every: u64) -> Self {
         self.drops.host_changes = Some(every.max(1));
         self
+    }
+
+    /// Ends as soon as a divergence has been seen: for a mirror that is broken on purpose.
+    #[must_use]
+    pub fn until_diverged(self) -> Self {
+        Self { ends_at_divergence: true, ..self }
     }
 
     /// Makes chaos. Needs root.
@@ -138,17 +145,20 @@ impl Chaos {
             let made = kernel.and_then(|mut kernel| {
                 let (mut world, mut rng) =
                     (World::new(host.loose).change_host(self.changes_host), StdRng::seed_from_u64(self.seed));
+                let is_over = |report: &Report| {
+                    begin.elapsed() >= self.time || self.ends_at_divergence && report.divergences > 0
+                };
                 loop {
                     for happening in world.settle(&mut rng) {
                         kernel.make(happening, &mut report)?;
                     }
                     kernel.be_quiet(&mut report)?;
-                    if begin.elapsed() >= self.time {
+                    if is_over(&report) {
                         break;
                     }
                     for happening in world.round(&mut rng) {
                         kernel.make(happening, &mut report)?;
-                        if begin.elapsed() >= self.time {
+                        if is_over(&report) {
                             break;
                         }
                     }
