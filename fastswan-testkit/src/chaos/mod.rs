@@ -32,7 +32,10 @@ mod report;
 mod witness;
 
 use std::{
-    sync::mpsc,
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::{self, ScopedJoinHandle},
     time::{Duration, Instant},
 };
@@ -131,22 +134,24 @@ impl Chaos {
         let (ending, ended) = mpsc::channel();
         let begin = Instant::now();
         let mut report = Report::new(self.seed);
+        let is_late = AtomicBool::new(false);
         thread::scope(|scope| {
-            let forwarder = &forwarder;
+            let (forwarder, is_late) = (&forwarder, &is_late);
             let mirror = scope.spawn(move || {
                 host.join_this_thread()?;
                 mirror::run(table, host, questions, &noting, self.drops)
             });
             let witness = scope.spawn(move || {
                 host.join_this_thread()?;
-                witness::run(listener, forwarder, host.ingress, &ended)
+                witness::run(listener, forwarder, host.ingress, &ended, is_late)
             });
             let kernel = Kernel::new(host, forwarder, asking, ending, notes);
             let made = kernel.and_then(|mut kernel| {
                 let (mut world, mut rng) =
                     (World::new(host.loose).change_host(self.changes_host), StdRng::seed_from_u64(self.seed));
                 let is_over = |report: &Report| {
-                    begin.elapsed() >= self.time || self.ends_at_divergence && report.divergences > 0
+                    let diverged = report.divergences > 0 || is_late.load(Ordering::Relaxed);
+                    begin.elapsed() >= self.time || self.ends_at_divergence && diverged
                 };
                 loop {
                     for happening in world.settle(&mut rng) {

@@ -8,7 +8,10 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::AsRawFd as _,
-    sync::mpsc::{Receiver, TryRecvError},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, TryRecvError},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -89,12 +92,14 @@ impl Listener {
     }
 }
 
-/// Listens and looks until nobody tells of policies that are gone any longer. Takes a thread that is on the host.
+/// Listens and looks until nobody tells of policies that are gone any longer, and says at once when a packet was still
+/// fast. Takes a thread that is on the host.
 pub(super) fn run(
     mut listener: Listener,
     forwarder: &XdpForwarder,
     ingress: u32,
     ended: &Receiver<Ended>,
+    is_late: &AtomicBool,
 ) -> anyhow::Result<Testimony> {
     let mut testimony = Testimony::default();
     let allowed = LEASE + lease_tick()?;
@@ -123,6 +128,7 @@ pub(super) fn run(
                 queue.pop_front();
             }
         }
+        is_late.store(testimony.late > 0, Ordering::Relaxed);
         thread::sleep(Duration::from_millis(1));
     }
     Ok(testimony)
