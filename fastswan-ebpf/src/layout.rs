@@ -97,8 +97,8 @@ pub struct Control {
     pub exceptions_v6: Word,
     /// Where the hash of ports begins, see [`start`](crate::start); all are of one tuple, whose number is 0.
     pub ports_start: Word,
-    /// Its buckets, a power of two, minus 1.
-    pub ports_mask: Word,
+    /// Its buckets.
+    pub ports_buckets: Word,
 }
 
 /// How many lists there are of tuples of cells, facts and guards.
@@ -152,8 +152,8 @@ pub struct Tuple<const K: usize> {
 pub struct TupleList<const K: usize> {
     /// How many there are.
     pub length: Word,
-    /// Buckets of their hash, a power of two, minus 1.
-    pub bucket_mask: Word,
+    /// Buckets of their hash.
+    pub buckets: Word,
     /// The tuples.
     pub tuples: [Tuple<K>; MAX_TUPLES],
 }
@@ -354,38 +354,80 @@ pub const fn upper_layer(protocol: u8, source_port: u16, destination_port: u16) 
     (protocol as u64) << 32 | (source_port as u64) << 16 | destination_port as u64
 }
 
-/// How the packets of a slot leave, or why they pass, and what one CPU has forwarded for it: all that the program needs of
-/// a slot, in half a cache line. Each CPU has a record of its own for each slot.
+/// Which way packets of a slot go, and whose they are.
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct SlotRecord {
-    /// Interface index in bits 0–31, longest packet in bits 32–47; packets are redirected there from CPUs whose numbers
-    /// are lower than bits 48–63. Without an interface, bits 32–63 are the number of a [`PassReason`] plus 1; 0 is a
-    /// free slot.
-    pub way: Word,
-    /// Index of the [`NextHop`] in bits 0–31, [`NO_NEXT_HOP`](Self::NO_NEXT_HOP) leaves the addresses as they are. The
-    /// kernel's index of the policy in bits 32–63, 0 if it has none. The program does not read that: it tells whoever
-    /// takes over from a process that is gone whose counters these are.
-    pub next_hop_and_policy: Word,
+    /// Index of the [`Way`] in bits 0–31; in bits 32–63 the kernel's index of the policy, 0 if it has none. The program does
+    /// not read that: it tells whoever takes over from a process that is gone whose counters these are.
+    pub way_and_policy: Word,
+}
+
+impl SlotRecord {
+    /// The index of the [`Way`].
+    #[inline(always)]
+    #[must_use]
+    pub fn way(&self) -> u32 {
+        self.way_and_policy.load() as u32
+    }
+
+    /// The kernel's index of the policy.
+    #[must_use]
+    pub fn policy(&self) -> u32 {
+        (self.way_and_policy.load() >> 32) as u32
+    }
+
+    /// Sets the index of the way.
+    pub fn set_way(&self, way: u32) {
+        self.way_and_policy.store(u64::from(self.policy()) << 32 | u64::from(way));
+    }
+
+    /// Sets the kernel's index of the policy.
+    pub fn set_policy(&self, policy: u32) {
+        self.way_and_policy.store(u64::from(policy) << 32 | u64::from(self.way()));
+    }
+}
+
+/// What one CPU has forwarded for a slot.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Forwarded {
     /// Packets.
     pub packets: Word,
     /// Bytes, from the IP header on.
     pub bytes: Word,
 }
 
-impl SlotRecord {
-    /// The [`way`](Self::way) of a free slot.
-    pub const FREE: u64 = 0;
-    /// The index of no next hop.
-    pub const NO_NEXT_HOP: u32 = 0;
+/// How packets leave, or why they pass. Slots whose packets go the same way share it, so that there are few: a packet meets
+/// one that is close.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Way {
+    /// Interface index in bits 0–31, longest packet in bits 32–47; packets are redirected there from CPUs whose numbers
+    /// are lower than bits 48–63. Without an interface, bits 32–63 are the number of a [`PassReason`] plus 1; 0 is the
+    /// way of a free slot.
+    pub exit: Word,
+    /// The first eight bytes of the frame: the destination, and the beginning of the source.
+    pub first: Word,
+    /// Bits 0–31: the other four, in memory order. Bit 32: the addresses are to be written.
+    pub rest: Word,
+    /// Not used: four words are half a cache line.
+    pub unused: Word,
+}
 
-    /// The word for packets that leave.
+impl Way {
+    /// The index of a free slot's way.
+    pub const FREE: u32 = 0;
+    /// The addresses are to be written.
+    const REWRITES: u64 = 1 << 32;
+
+    /// The [`exit`](Self::exit) of packets that leave.
     #[must_use]
-    pub fn way(device: u32, max_length: u16, cpus: u16) -> u64 {
+    pub fn exit(device: u32, max_length: u16, cpus: u16) -> u64 {
         u64::from(device) | u64::from(max_length) << 32 | u64::from(cpus) << 48
     }
 
-    /// The word for packets that pass.
+    /// The exit of packets that pass.
     #[must_use]
     pub fn passing(reason: PassReason) -> u64 {
         (reason as u64 + 1) << 32
@@ -394,78 +436,56 @@ impl SlotRecord {
     /// The interface index, 0 if packets pass.
     #[inline(always)]
     #[must_use]
-    pub fn device(way: u64) -> u32 {
-        way as u32
+    pub fn device(exit: u64) -> u32 {
+        exit as u32
     }
 
     /// The longest packet.
     #[inline(always)]
     #[must_use]
-    pub fn max_length(way: u64) -> u64 {
-        way >> 32 & 0xffff
+    pub fn max_length(exit: u64) -> u64 {
+        exit >> 32 & 0xffff
     }
 
     /// CPUs with lower numbers may redirect packets to the device.
     #[inline(always)]
     #[must_use]
-    pub fn cpus(way: u64) -> u32 {
-        (way >> 48) as u32
+    pub fn cpus(exit: u64) -> u32 {
+        (exit >> 48) as u32
     }
 
     /// The number of the reason why packets pass; `None` for a free slot.
     #[inline(always)]
     #[must_use]
-    pub fn reason(way: u64) -> Option<u32> {
-        ((way >> 32) as u32).checked_sub(1)
+    pub fn reason(exit: u64) -> Option<u32> {
+        ((exit >> 32) as u32).checked_sub(1)
     }
 
-    /// The index of the next hop.
+    /// Whether what was read of [`rest`](Self::rest) says that the addresses are to be written.
     #[inline(always)]
     #[must_use]
-    pub fn next_hop(&self) -> u32 {
-        self.next_hop_and_policy.load() as u32
+    pub fn rewrites(rest: u64) -> bool {
+        rest & Self::REWRITES != 0
     }
 
-    /// The kernel's index of the policy.
-    #[must_use]
-    pub fn policy(&self) -> u32 {
-        (self.next_hop_and_policy.load() >> 32) as u32
-    }
-
-    /// Sets the index of the next hop.
-    pub fn set_next_hop(&self, next_hop: u32) {
-        self.next_hop_and_policy.store(u64::from(self.policy()) << 32 | u64::from(next_hop));
-    }
-
-    /// Sets the kernel's index of the policy.
-    pub fn set_policy(&self, policy: u32) {
-        self.next_hop_and_policy.store(u64::from(policy) << 32 | u64::from(self.next_hop()));
-    }
-}
-
-/// The addresses that are written into a frame, as they lie there.
-#[repr(C)]
-#[derive(Debug, Default)]
-pub struct NextHop {
-    /// The first eight bytes: the destination, and the beginning of the source.
-    pub first: Word,
-    /// The other four, in memory order of 32 bits.
-    pub rest: Word,
-}
-
-impl NextHop {
-    /// Sets both addresses.
-    pub fn set(&self, [d0, d1, d2, d3, d4, d5]: [u8; 6], [s0, s1, s2, s3, s4, s5]: [u8; 6]) {
+    /// Sets both addresses, destination and source, or none.
+    pub fn set_addresses(&self, addresses: Option<([u8; 6], [u8; 6])>) {
+        let Some(([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5])) = addresses else {
+            self.first.store(0);
+            self.rest.store(0);
+            return;
+        };
         self.first.store(u64::from_ne_bytes([d0, d1, d2, d3, d4, d5, s0, s1]));
-        self.rest.store(u64::from(u32::from_ne_bytes([s2, s3, s4, s5])));
+        self.rest.store(u64::from(u32::from_ne_bytes([s2, s3, s4, s5])) | Self::REWRITES);
     }
 
-    /// Destination and source.
+    /// Destination and source, if they are to be written.
     #[must_use]
-    pub fn addresses(&self) -> ([u8; 6], [u8; 6]) {
+    pub fn addresses(&self) -> Option<([u8; 6], [u8; 6])> {
+        let rest = self.rest.load();
         let [d0, d1, d2, d3, d4, d5, s0, s1] = self.first.load().to_ne_bytes();
-        let [s2, s3, s4, s5] = (self.rest.load() as u32).to_ne_bytes();
-        ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5])
+        let [s2, s3, s4, s5] = (rest as u32).to_ne_bytes();
+        Self::rewrites(rest).then_some(([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]))
     }
 }
 
@@ -572,7 +592,8 @@ shared! {
     TupleList<K>, K;
     Bucket<K>, K;
     SlotRecord;
-    NextHop;
+    Forwarded;
+    Way;
     Port;
     Losses;
     Passes;
@@ -595,7 +616,7 @@ const _: () = {
     assert!(size_of::<Bucket<2>>() == 96 && size_of::<Bucket<5>>() == 192);
     // A list's tuples have different numbers, and a number has 8 bits.
     assert!(LISTS * MAX_TUPLES <= 256);
-    assert!(size_of::<SlotRecord>() == 32 && size_of::<NextHop>() == 16);
+    assert!(size_of::<SlotRecord>() == 8 && size_of::<Forwarded>() == 16 && size_of::<Way>() == 32);
     assert!(size_of::<Port>() == 32 && MAX_PORTS.is_power_of_two());
     assert!(size_of::<Losses>() == 32);
     assert!(size_of::<Passes>() == (PassReason::COUNT + 3) * 8);

@@ -11,8 +11,9 @@
 //! | `TUPLES_V4`, `TUPLES_V6` | [`TupleList`] | [`List`] |
 //! | `EXCEPTIONS_V4`, `EXCEPTIONS_V6` | [`Bucket`] | hash of a masked key |
 //! | `UPPER_TUPLES_V4`, `UPPER_TUPLES_V6` | [`TupleList`] | [`ExceptionList`] |
-//! | `SLOTS` | [`SlotRecord`] | CPU × slots + slot |
-//! | `NEXT_HOPS` | [`NextHop`] | of a slot |
+//! | `SLOTS` | [`SlotRecord`] | slot |
+//! | `WAYS` | [`Way`] | of a slot |
+//! | `FORWARDED` | [`Forwarded`] | CPU × slots + slot |
 //! | `PORT_BUCKETS` | [`Bucket`] | hash of a [`port_key`] |
 //! | `PORTS` | [`Port`] | [`port_position`], or payload of the entry with its key |
 //! | `PASSES` | [`Passes`] | CPU |
@@ -35,9 +36,9 @@ mod reason;
 mod special;
 
 pub use layout::{
-    ADDRESS_MASK, ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, LISTS, List,
-    Losses, MAX_PORTS, MAX_TUPLES, NextHop, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SlotRecord,
-    Tuple, TupleList, UPPER_LAYER_BITS, Value, Word, address_word, port_key, port_position, upper_layer,
+    ADDRESS_MASK, ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarded,
+    LISTS, List, Losses, MAX_PORTS, MAX_TUPLES, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SlotRecord,
+    Tuple, TupleList, UPPER_LAYER_BITS, Value, Way, Word, address_word, port_key, port_position, upper_layer,
     word_address,
 };
 pub use lookup::{Buckets, Hashed, find, first_hit, hash, start};

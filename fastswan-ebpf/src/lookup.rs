@@ -34,11 +34,11 @@ pub const fn start(number: u8, seed: u64) -> u64 {
     seed ^ (number as u64).wrapping_mul(FINISH)
 }
 
-/// Hashes a masked key, from the [`start`] of its tuple on. What entries of the tuple are
+/// Hashes a masked key, from the [`start`] of its tuple on, for so many buckets: two to 2³². What entries of the tuple are
 /// [recognised](Value::numbered) by comes with the hash.
 #[inline(always)]
 #[must_use]
-pub fn hash<const K: usize>(key: &[u64; K], start: u64, numbered: u64, bucket_mask: u64) -> Hashed {
+pub fn hash<const K: usize>(key: &[u64; K], start: u64, numbered: u64, buckets: u64) -> Hashed {
     let mut hash = start;
     let mut word = 0;
     while word < K {
@@ -48,10 +48,11 @@ pub fn hash<const K: usize>(key: &[u64; K], start: u64, numbered: u64, bucket_ma
     }
     hash = hash.wrapping_mul(FINISH);
     hash ^= hash >> 29;
-    let primary = hash >> 36 & bucket_mask;
-    let mut secondary = hash >> 12 & bucket_mask;
+    // A half of the hash each, as a fraction of the buckets. The tag comes from the bits that matter least.
+    let primary = (hash >> 32).wrapping_mul(buckets) >> 32;
+    let mut secondary = (hash & 0xffff_ffff).wrapping_mul(buckets) >> 32;
     if secondary == primary {
-        secondary = (primary ^ 1) & bucket_mask;
+        secondary = if primary == 0 { 1 } else { primary - 1 };
     }
     Hashed { primary, secondary, identity: Value::identity(numbered, hash) }
 }
@@ -65,7 +66,7 @@ pub fn first_hit<const K: usize>(
     key: &[u64; K],
 ) -> Option<Value> {
     let length = list.length.load();
-    let bucket_mask = list.bucket_mask.load();
+    let bucket_count = list.buckets.load();
     let mut index = 0;
     while index < MAX_TUPLES {
         if index as u64 >= length {
@@ -78,7 +79,7 @@ pub fn first_hit<const K: usize>(
             masked[word] = key[word] & tuple.mask[word].load();
             word += 1;
         }
-        let hashed = hash(&masked, tuple.start.load(), tuple.identity.load(), bucket_mask);
+        let hashed = hash(&masked, tuple.start.load(), tuple.identity.load(), bucket_count);
         if let Some(value) = find(buckets, &masked, &hashed) {
             return Some(value);
         }

@@ -13,14 +13,14 @@ use aya_ebpf::{
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
-use fastswan_ebpf::{ADDRESS_MASK, PassReason, SlotRecord};
+use fastswan_ebpf::{ADDRESS_MASK, PassReason, Way};
 
 use self::{
     arrival::port,
     asking::{ask, is_due},
     counters::{count, passes},
     families::{packet_v4, packet_v6},
-    maps::{CLOCK, CONTROL, DEVICES, NEXT_HOPS},
+    maps::{CLOCK, CONTROL, DEVICES},
     rewriting::{decrement_ttl, strip, write_ethernet},
     sequence::Sequence,
     tags::vlan_and_network,
@@ -98,9 +98,11 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     } else {
         packet_v6(frame, network, control, port)?
     };
-    let addresses = match packet.slot.next_hop() {
-        SlotRecord::NO_NEXT_HOP => addresses,
-        next_hop => Addresses::of(NEXT_HOPS.get(next_hop).ok_or(PassReason::EgressUnavailable)?),
+    let rest = packet.way.rest.load();
+    let addresses = if Way::rewrites(rest) {
+        Addresses { first: packet.way.first.load(), rest: rest as u32 }
+    } else {
+        addresses
     };
     // As late as possible, but while the tables are still those of the lookup: an acknowledgement says that they hold
     // what followed from the removals. The removals last, so that one that begins meanwhile counts.
@@ -110,7 +112,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     }
     sequence.still_holds()?;
 
-    if is_due(control, packet.slot) {
+    if is_due(control, packet.forwarded) {
         ask(context, network, ether_type, port.receiver, packet.device)?;
     }
     let action = if packet.device == port.ifindex {
@@ -127,7 +129,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     let frame = Frame::of(context);
     write_ethernet(frame, addresses, ether_type)?;
     decrement_ttl(frame, ether_type)?;
-    count(packet.slot, packet.length);
+    count(packet.forwarded, packet.length);
     Ok(action)
 }
 

@@ -16,7 +16,7 @@ use fastswan::{
     forwarder::{ForwarderError, LoadConfig, RunAction},
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
-use fastswan_ebpf::{Control, KEY_WORDS_V4, List, SlotRecord, Tuple, TupleList};
+use fastswan_ebpf::{Control, KEY_WORDS_V4, List, Tuple, TupleList, Way};
 use nix::{
     sys::time::TimeValLike as _,
     time::{ClockId, clock_getres},
@@ -104,19 +104,20 @@ impl ProgRun {
         Ok(())
     }
 
-    /// Makes a slot's device one that takes redirected frames from this many CPUs only.
+    /// Makes all devices ones that take redirected frames from this many CPUs only.
     ///
     /// # Errors
     ///
-    /// If the slot's record cannot be found or written.
-    pub fn limit_cpus(&self, slot: Slot, cpus: u16) -> anyhow::Result<()> {
-        let map = map_of(&self.forwarder, "SLOTS")?;
-        let mut records: Array<MapData, [u64; size_of::<SlotRecord>() / 8]> = Map::Array(map).try_into()?;
-        let slots = u32::try_from(self.table.capacity().slots)?;
-        for index in (slot.0..records.len()).step_by(slots as usize) {
-            let mut record = records.get(&index, 0)?;
-            record[0] = record[0] & (u64::MAX >> 16) | u64::from(cpus) << 48;
-            records.set(index, record, 0)?;
+    /// If the ways cannot be found or written.
+    pub fn limit_cpus(&self, cpus: u16) -> anyhow::Result<()> {
+        let map = map_of(&self.forwarder, "WAYS")?;
+        let mut ways: Array<MapData, [u64; size_of::<Way>() / 8]> = Map::Array(map).try_into()?;
+        for index in 0..ways.len() {
+            let mut way = ways.get(&index, 0)?;
+            if Way::device(way[0]) != 0 {
+                way[0] = Way::exit(Way::device(way[0]), u16::try_from(Way::max_length(way[0]))?, cpus);
+                ways.set(index, way, 0)?;
+            }
         }
         Ok(())
     }

@@ -451,13 +451,13 @@ fn what_comes_in_on_a_cpu_without_a_channel_of_the_device_passes() {
         };
         let last = std::thread::available_parallelism().unwrap().get() - 1;
         assert!(last > 0, "this takes two processors");
-        program.limit_cpus(REDIRECT, 1).unwrap();
+        program.limit_cpus(1).unwrap();
         pin_to(0);
         assert_eq!(run(program, redirected()).action, RunAction::Redirect);
         pin_to(last);
         passes(program, redirected(), PassReason::NoChannel);
         assert_eq!(run(program, v4()).action, RunAction::Transmit, "it leaves where it came in");
-        program.limit_cpus(REDIRECT, u16::MAX).unwrap();
+        program.limit_cpus(u16::MAX).unwrap();
         assert_eq!(run(program, redirected()).action, RunAction::Redirect);
     });
 }
@@ -680,8 +680,9 @@ fn every_reason_is_reached_and_leaves_the_frame_untouched() {
         check(program, v4().payload(1400), PassReason::TooLong);
         check(program, v4_to("10.1.0.5", "10.5.0.1"), PassReason::EgressUnavailable);
         check(program, v6().icmp(135, 0).payload(24), PassReason::NeighbourDiscovery);
-        program.limit_cpus(REDIRECT, 0).unwrap();
+        program.limit_cpus(0).unwrap();
         check(program, v4_to("10.1.0.5", "10.3.0.1"), PassReason::NoChannel);
+        program.limit_cpus(u16::MAX).unwrap();
         program.table.apply(&Change::Slot(TRANSMIT, Some(Err(PassReason::Held))).into()).unwrap();
         check(program, v4(), PassReason::Held);
         // It would not forward to loopback.

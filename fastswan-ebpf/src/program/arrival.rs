@@ -44,8 +44,8 @@ fn record(ifindex: u32, vlan: u16) -> Option<&'static Port> {
 extern "C" fn displaced(key: u64) -> u64 {
     const NOWHERE: u64 = u32::MAX as u64;
     let Some(control) = CONTROL.get(0) else { return NOWHERE };
-    let (start, mask) = (control.ports_start.load(), control.ports_mask.load());
-    let hashed = hash(&[key], start, Value::numbered(0), mask);
+    let (start, buckets) = (control.ports_start.load(), control.ports_buckets.load());
+    let hashed = hash(&[key], start, Value::numbered(0), buckets);
     match find(&Entries(&PORT_BUCKETS), &[key], &hashed) {
         Some(entry) => u64::from(entry.payload()),
         None => NOWHERE,

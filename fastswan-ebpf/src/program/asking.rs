@@ -8,7 +8,7 @@ use aya_ebpf::{
     helpers::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
     programs::XdpContext,
 };
-use fastswan_ebpf::{ASK_NEVER, Control, PassReason, SlotRecord};
+use fastswan_ebpf::{ASK_NEVER, Control, Forwarded, PassReason};
 
 use super::{
     counters::passes,
@@ -25,8 +25,8 @@ const BETWEEN_SIGNALS: u64 = 10_000_000;
 /// Whether the kernel is to be asked about the next packet of a slot. As long as it does not agree the number stays, so
 /// that the slot's packets are asked about one by one.
 #[inline(always)]
-pub(super) fn is_due(control: &Control, slot: &SlotRecord) -> bool {
-    slot.packets.load() & control.ask_mask.load() == 0
+pub(super) fn is_due(control: &Control, forwarded: &Forwarded) -> bool {
+    forwarded.packets.load() & control.ask_mask.load() == 0
 }
 
 /// Fails if the kernel would not forward a packet that came in on `receiver` to `device`.

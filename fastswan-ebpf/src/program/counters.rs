@@ -1,22 +1,22 @@
 //! What is counted, for each CPU apart.
 
 use aya_ebpf::helpers::bpf_get_smp_processor_id;
-use fastswan_ebpf::{Passes, SlotRecord};
+use fastswan_ebpf::{Forwarded, Passes};
 
-use super::maps::{PASSES, SLOT_COUNT, SLOTS};
+use super::maps::{FORWARDED, PASSES, SLOT_COUNT};
 
-/// What a CPU knows of a slot, and counts for it.
+/// What a CPU has forwarded for a slot.
 #[inline(always)]
-pub(super) fn slot_of(cpu: u32, slot: u32) -> Option<&'static SlotRecord> {
+pub(super) fn forwarded(cpu: u32, slot: u32) -> Option<&'static Forwarded> {
     // SAFETY: a global that is set when the program is loaded.
     let count = unsafe { (&raw const SLOT_COUNT).read_volatile() };
-    SLOTS.get(cpu * count + slot)
+    FORWARDED.get(cpu * count + slot)
 }
 
 #[inline(always)]
-pub(super) fn count(slot: &SlotRecord, length: usize) {
-    slot.packets.add(1);
-    slot.bytes.add(length as u64);
+pub(super) fn count(forwarded: &Forwarded, length: usize) {
+    forwarded.packets.add(1);
+    forwarded.bytes.add(length as u64);
 }
 
 #[inline(always)]

@@ -3,15 +3,16 @@
 use core::arch::asm;
 
 use fastswan_ebpf::{
-    Control, ExceptionList, List, PassReason, Port, SlotRecord, Value, is_special_v4, is_special_v6,
+    Control, ExceptionList, Forwarded, List, PassReason, Port, Value, Way, is_special_v4, is_special_v6,
     upper_layer,
 };
 
 use super::{
     Pass,
     arrival::Arrival,
-    counters::{cpu, slot_of},
+    counters::{cpu, forwarded},
     lookup::{first_hit_v4, first_hit_v6, is_exception_v4, is_exception_v6},
+    maps::{SLOTS, WAYS},
     wire::{
         Frame, ICMPV6, Ipv4, Ipv6, Ports, checksum_is_good, is_extension_header, is_neighbour_discovery,
         ports_of,
@@ -22,7 +23,9 @@ use super::{
 pub(super) struct Packet {
     /// This CPU.
     pub(super) cpu: u32,
-    pub(super) slot: &'static SlotRecord,
+    /// What it has forwarded for the packet's slot.
+    pub(super) forwarded: &'static Forwarded,
+    pub(super) way: &'static Way,
     pub(super) device: u32,
     /// CPUs from which the device takes packets: those with lower numbers.
     pub(super) cpus: u32,
@@ -198,12 +201,14 @@ impl<F, E> Family<F, E> {
         if cell.kind() != Value::FAST {
             return Err(Pass(cell.payload()));
         }
+        let slot = SLOTS.get(cell.payload()).ok_or(PassReason::EgressUnavailable)?;
         let cpu = cpu();
-        let slot = slot_of(cpu, cell.payload()).ok_or(PassReason::EgressUnavailable)?;
-        let way = slot.way.load();
-        let device = SlotRecord::device(way);
+        let forwarded = forwarded(cpu, cell.payload()).ok_or(PassReason::EgressUnavailable)?;
+        let way = WAYS.get(slot.way()).ok_or(PassReason::EgressUnavailable)?;
+        let exit = way.exit.load();
+        let device = Way::device(exit);
         if device == 0 {
-            return Err(SlotRecord::reason(way).map_or(PassReason::EgressUnavailable.into(), Pass));
+            return Err(Way::reason(exit).map_or(PassReason::EgressUnavailable.into(), Pass));
         }
         if cell.probes_guards() && (self.first_hit)(List::Guards, key).is_some() {
             return Err(PassReason::Guarded.into());
@@ -230,10 +235,10 @@ impl<F, E> Family<F, E> {
                 }
             }
         }
-        if length as u64 > SlotRecord::max_length(way) {
+        if length as u64 > Way::max_length(exit) {
             return Err(PassReason::TooLong.into());
         }
-        Ok(Packet { cpu, slot, device, cpus: SlotRecord::cpus(way), length })
+        Ok(Packet { cpu, forwarded, way, device, cpus: Way::cpus(exit), length })
     }
 }
 

@@ -5,9 +5,9 @@ use aya_ebpf::{
     maps::{Array, DevMapHash, HashMap, RingBuf},
 };
 use fastswan_ebpf::{
-    Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, KEY_WORDS_V4, KEY_WORDS_V6,
-    LISTS, Losses, MAX_PORTS, NextHop, PORT_BUCKETS as PORT_BUCKET_COUNT, PORT_WORDS, Passes, Port,
-    SlotRecord, TupleList, Word,
+    Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, Forwarded, KEY_WORDS_V4,
+    KEY_WORDS_V6, LISTS, Losses, MAX_PORTS, PORT_BUCKETS as PORT_BUCKET_COUNT, PORT_WORDS, Passes, Port,
+    SlotRecord, TupleList, Way, Word,
 };
 
 /// `BPF_F_MMAPABLE`
@@ -37,7 +37,9 @@ pub(super) static UPPER_TUPLES_V6: Array<TupleList<EXCEPTION_WORDS_V6>> =
 #[map]
 pub(super) static SLOTS: Array<SlotRecord> = Array::with_max_entries(1, MMAPABLE);
 #[map]
-pub(super) static NEXT_HOPS: Array<NextHop> = Array::with_max_entries(1, MMAPABLE);
+pub(super) static WAYS: Array<Way> = Array::with_max_entries(1, MMAPABLE);
+#[map]
+pub(super) static FORWARDED: Array<Forwarded> = Array::with_max_entries(1, MMAPABLE);
 #[map]
 pub(super) static PORT_BUCKETS: Array<Bucket<PORT_WORDS>> =
     Array::with_max_entries(PORT_BUCKET_COUNT as u32, MMAPABLE);
@@ -58,7 +60,7 @@ pub(super) static LOSSES: Array<Losses> = Array::with_max_entries(1, MMAPABLE);
 #[map]
 pub(super) static INGRESS: HashMap<u32, u32> = HashMap::with_max_entries(MAX_PORTS as u32, 0);
 
-/// Slots that the table has, the length of a column of `SLOTS`. Set when the program is loaded.
+/// Slots that the table has, the length of a column of `FORWARDED`. Set when the program is loaded.
 #[unsafe(no_mangle)]
 pub(super) static SLOT_COUNT: u32 = 0;
 /// Not 0 where the processor may reorder reads. Set when the program is loaded.

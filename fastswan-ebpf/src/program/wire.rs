@@ -3,7 +3,7 @@
 //! Fields are in network order and may lie at any address.
 
 use aya_ebpf::programs::XdpContext;
-use fastswan_ebpf::{NextHop, PassReason};
+use fastswan_ebpf::PassReason;
 
 pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
 pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -34,13 +34,6 @@ pub(super) struct Ethernet {
 pub(super) struct Addresses {
     pub(super) first: u64,
     pub(super) rest: u32,
-}
-
-impl Addresses {
-    #[inline(always)]
-    pub(super) fn of(next_hop: &NextHop) -> Self {
-        Self { first: next_hop.first.load(), rest: next_hop.rest.load() as u32 }
-    }
 }
 
 #[repr(C, packed)]

@@ -349,7 +349,7 @@ impl XdpForwarder {
     }
 
     fn counters(&self) -> Result<Counters, MapsError> {
-        let [slots, passes] = Counters::MAPS.map(|name| array(&self.ebpf, name));
-        Counters::map([slots?, passes?])
+        let [slots, forwarded, passes] = Counters::MAPS.map(|name| array(&self.ebpf, name));
+        Counters::map([slots?, forwarded?, passes?])
     }
 }

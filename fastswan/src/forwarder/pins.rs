@@ -153,8 +153,8 @@ impl Pins {
     /// The counters of a program.
     pub(super) fn counters(&self, program: u32) -> Result<Counters, MapsError> {
         let folder = self.counters_folder(program);
-        let [slots, passes] = Counters::MAPS.map(|name| MapData::from_pin(folder.join(name)));
-        Counters::map([&slots?, &passes?])
+        let [slots, forwarded, passes] = Counters::MAPS.map(|name| MapData::from_pin(folder.join(name)));
+        Counters::map([&slots?, &forwarded?, &passes?])
     }
 
     /// Pins the counters of a program.

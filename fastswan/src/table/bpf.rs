@@ -67,14 +67,15 @@ impl fmt::Debug for BpfTable {
 impl BpfTable {
     /// The lengths that the maps must be created with. Counters have a column for each CPU, and one more for
     /// what earlier processes counted ([`Counters`](super::Counters)).
-    pub(crate) fn map_lengths(config: &TableConfig, cpus: u32) -> [(&'static str, u32); 7] {
+    pub(crate) fn map_lengths(config: &TableConfig, cpus: u32) -> [(&'static str, u32); 8] {
         [
             ("CELLS_V4", config.cell_buckets(Family::V4)),
             ("CELLS_V6", config.cell_buckets(Family::V6)),
             ("EXCEPTIONS_V4", config.exception_buckets()),
             ("EXCEPTIONS_V6", config.exception_buckets()),
-            ("SLOTS", config.slots.saturating_mul(cpus + 1)),
-            ("NEXT_HOPS", config.next_hops()),
+            ("SLOTS", config.slots),
+            ("WAYS", config.ways()),
+            ("FORWARDED", config.slots.saturating_mul(cpus + 1)),
             ("PASSES", cpus + 1),
         ]
     }
@@ -99,8 +100,9 @@ impl BpfTable {
             exceptions_v6: map(ebpf, "EXCEPTIONS_V6", exception_buckets)?,
             exception_tuples_v4: map(ebpf, "UPPER_TUPLES_V4", EXCEPTION_LISTS)?,
             exception_tuples_v6: map(ebpf, "UPPER_TUPLES_V6", EXCEPTION_LISTS)?,
-            slots: map(ebpf, "SLOTS", config.slots as usize * columns)?,
-            next_hops: map(ebpf, "NEXT_HOPS", config.next_hops() as usize)?,
+            slots: map(ebpf, "SLOTS", config.slots as usize)?,
+            ways: map(ebpf, "WAYS", config.ways() as usize)?,
+            forwarded: map(ebpf, "FORWARDED", config.slots as usize * columns)?,
             port_buckets: map(ebpf, "PORT_BUCKETS", PORT_BUCKETS)?,
             ports: map(ebpf, "PORTS", MAX_PORTS)?,
             passes: map(ebpf, "PASSES", columns)?,

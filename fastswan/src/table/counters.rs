@@ -6,7 +6,7 @@
 use std::{collections::HashMap, os::fd::AsFd as _};
 
 use aya::maps::MapData;
-use fastswan_ebpf::{Passes, Shared, SlotRecord};
+use fastswan_ebpf::{Forwarded, Passes, Shared, SlotRecord};
 
 use super::{maps::MapsError, mmap::Region};
 
@@ -14,23 +14,27 @@ use super::{maps::MapsError, mmap::Region};
 #[derive(Debug)]
 pub(crate) struct Counters {
     slots: Region<SlotRecord>,
+    forwarded: Region<Forwarded>,
     passes: Region<Passes>,
 }
 
 impl Counters {
     /// The names of the maps, as in the object.
-    pub(crate) const MAPS: [&'static str; 2] = ["SLOTS", "PASSES"];
+    pub(crate) const MAPS: [&'static str; 3] = ["SLOTS", "FORWARDED", "PASSES"];
 
     /// Maps the maps with those names.
-    pub(crate) fn map([slots, passes]: [&MapData; 2]) -> Result<Self, MapsError> {
-        let [slots_name, passes_name] = Self::MAPS;
-        Ok(Self { slots: map(slots, slots_name)?, passes: map(passes, passes_name)? })
+    pub(crate) fn map([slots, forwarded, passes]: [&MapData; 3]) -> Result<Self, MapsError> {
+        let [slots_name, forwarded_name, passes_name] = Self::MAPS;
+        Ok(Self {
+            slots: map(slots, slots_name)?,
+            forwarded: map(forwarded, forwarded_name)?,
+            passes: map(passes, passes_name)?,
+        })
     }
 
-    /// The columns of the slots, the last of which belongs to no CPU.
-    fn columns(&self) -> impl DoubleEndedIterator<Item = &[SlotRecord]> {
-        let slots = self.slots.len() / self.passes.len().max(1);
-        self.slots.chunks_exact(slots.max(1))
+    /// What was counted for slots: columns, the last of which belongs to no CPU.
+    fn columns(&self) -> impl DoubleEndedIterator<Item = &[Forwarded]> {
+        self.forwarded.chunks_exact(self.slots.len().max(1))
     }
 
     /// Adds what an earlier table has passed, and what it has forwarded for the policies that are in this one too.
@@ -38,20 +42,21 @@ impl Counters {
     /// Slots must not be filled or freed meanwhile, and no packet be counted by the earlier table.
     pub(crate) fn inherit(&self, earlier: &Self) {
         let mut traffic: HashMap<u32, (u64, u64)> = HashMap::new();
-        for (slot, record) in earlier.columns().next_back().into_iter().flatten().enumerate() {
+        for (slot, record) in earlier.slots.iter().enumerate() {
             let policy = record.policy();
             if policy != 0 {
                 let sum = traffic.entry(policy).or_default();
-                for record in earlier.columns().filter_map(|column| column.get(slot)) {
-                    sum.0 += record.packets.load();
-                    sum.1 += record.bytes.load();
+                for forwarded in earlier.columns().filter_map(|column| column.get(slot)) {
+                    sum.0 += forwarded.packets.load();
+                    sum.1 += forwarded.bytes.load();
                 }
             }
         }
-        for record in self.columns().next_back().into_iter().flatten() {
+        let inherited = self.columns().next_back().into_iter().flatten();
+        for (record, inherited) in self.slots.iter().zip(inherited) {
             if let Some((packets, bytes)) = traffic.get(&record.policy()) {
-                record.packets.add(*packets);
-                record.bytes.add(*bytes);
+                inherited.packets.add(*packets);
+                inherited.bytes.add(*bytes);
             }
         }
         if let Some(inherited) = self.passes.last() {

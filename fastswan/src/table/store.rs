@@ -15,9 +15,9 @@ use std::{
 
 use fastswan_ebpf::{
     ASK_NEVER, Bucket, Control, EXCEPTION_LISTS, EXCEPTION_WORDS_V4, EXCEPTION_WORDS_V6, ExceptionList,
-    KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_PORTS, MAX_TUPLES, NextHop, PORT_WORDS, PassReason, Passes,
-    Port as PortRecord, SlotRecord, TupleList, Value, address_word, port_key, port_position, upper_layer,
-    word_address,
+    Forwarded, KEY_WORDS_V4, KEY_WORDS_V6, LISTS, List, MAX_PORTS, MAX_TUPLES, PORT_WORDS, PassReason,
+    Passes, Port as PortRecord, SlotRecord, TupleList, Value, Way, address_word, port_key, port_position,
+    upper_layer, word_address,
 };
 use ipnet::IpNet;
 
@@ -46,7 +46,8 @@ pub(super) struct Regions {
     pub(super) exception_tuples_v4: Region<TupleList<EXCEPTION_WORDS_V4>>,
     pub(super) exception_tuples_v6: Region<TupleList<EXCEPTION_WORDS_V6>>,
     pub(super) slots: Region<SlotRecord>,
-    pub(super) next_hops: Region<NextHop>,
+    pub(super) ways: Region<Way>,
+    pub(super) forwarded: Region<Forwarded>,
     pub(super) port_buckets: Region<Bucket<PORT_WORDS>>,
     pub(super) ports: Region<PortRecord>,
     pub(super) passes: Region<Passes>,
@@ -80,7 +81,7 @@ impl Store {
             v6: TupleSpace::new(regions.cells_v6, regions.tuples_v6),
             exceptions_v4: TupleSpace::new(regions.exceptions_v4, regions.exception_tuples_v4),
             exceptions_v6: TupleSpace::new(regions.exceptions_v6, regions.exception_tuples_v6),
-            slots: Slots::new(regions.slots, config.slots as usize, regions.next_hops),
+            slots: Slots::new(regions.slots, regions.forwarded, regions.ways),
             // The program needs no list of tuples to find ports: all are of the one with number 0.
             port_index: TupleSpace::new(regions.port_buckets, Region::allocate(1)),
             ports: regions.ports,
@@ -189,7 +190,7 @@ impl Store {
         control.exceptions_v4.store(self.exceptions_v4.tuples(exceptions) as u64);
         control.exceptions_v6.store(self.exceptions_v6.tuples(exceptions) as u64);
         control.ports_start.store(self.port_index.start());
-        control.ports_mask.store(self.port_index.bucket_mask());
+        control.ports_buckets.store(self.port_index.bucket_count());
     }
 
     fn set_cell(&mut self, cell: &Cell, value: Option<Value>) -> Result<(), TableError> {
