@@ -34,6 +34,8 @@ mod layout;
 mod lookup;
 mod reason;
 mod special;
+#[cfg(target_arch = "bpf")]
+pub mod wire;
 
 pub use layout::{
     ADDRESS_MASK, ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarded,

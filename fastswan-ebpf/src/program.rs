@@ -13,7 +13,10 @@ use aya_ebpf::{
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
-use fastswan_ebpf::{ADDRESS_MASK, PassReason, Way};
+use fastswan_ebpf::{
+    ADDRESS_MASK, PassReason, Way,
+    wire::{Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame},
+};
 
 use self::{
     arrival::port,
@@ -24,7 +27,6 @@ use self::{
     rewriting::{decrement_ttl, strip, write_ethernet},
     sequence::Sequence,
     tags::vlan_and_network,
-    wire::{Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame},
 };
 
 mod arrival;
@@ -32,13 +34,13 @@ mod asking;
 mod counters;
 mod families;
 mod guard;
+mod headers;
 mod lookup;
 mod losses;
 mod maps;
 mod rewriting;
 mod sequence;
 mod tags;
-mod wire;
 
 /// Forwards a packet that a policy's device will encrypt, or passes it to the kernel.
 #[xdp(frags)]

@@ -8,13 +8,12 @@ use aya_ebpf::{
     helpers::{bpf_fib_lookup, bpf_ktime_get_coarse_ns},
     programs::XdpContext,
 };
-use fastswan_ebpf::{ASK_NEVER, Control, Forwarded, PassReason};
-
-use super::{
-    counters::passes,
-    maps::REMOVALS,
-    wire::{ETHERTYPE_IPV4, Frame, Ipv4, Ipv6, ports_for_rules},
+use fastswan_ebpf::{
+    ASK_NEVER, Control, Forwarded, PassReason,
+    wire::{ETHERTYPE_IPV4, Frame, Ipv4, Ipv6},
 };
+
+use super::{counters::passes, headers::ports_for_rules, maps::REMOVALS};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;

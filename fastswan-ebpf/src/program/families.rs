@@ -5,18 +5,16 @@ use core::arch::asm;
 use fastswan_ebpf::{
     Control, ExceptionList, Forwarded, List, PassReason, Port, Value, Way, is_special_v4, is_special_v6,
     upper_layer,
+    wire::{Frame, Ipv4, Ipv6},
 };
 
 use super::{
     Pass,
     arrival::Arrival,
     counters::{cpu, forwarded},
+    headers::{ICMPV6, Ports, checksum_is_good, is_extension_header, is_neighbour_discovery, ports_of},
     lookup::{first_hit_v4, first_hit_v6, is_exception_v4, is_exception_v6},
     maps::{SLOTS, WAYS},
-    wire::{
-        Frame, ICMPV6, Ipv4, Ipv6, Ports, checksum_is_good, is_extension_header, is_neighbour_discovery,
-        ports_of,
-    },
 };
 
 /// A packet that is to be forwarded.

@@ -4,11 +4,12 @@ use aya_ebpf::{
     helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
     programs::XdpContext,
 };
-use fastswan_ebpf::PassReason;
-
-use super::wire::{
-    Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, Ethernet, Frame, Ipv4, Ipv6, checksum_after_ttl_decrement,
+use fastswan_ebpf::{
+    PassReason,
+    wire::{Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, Ethernet, Frame, Ipv4, Ipv6},
 };
+
+use super::headers::checksum_after_ttl_decrement;
 
 /// Takes VLAN tags and Ethernet padding off the frame. The frame's bytes are as before if this fails.
 #[inline(always)]

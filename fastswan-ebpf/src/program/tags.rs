@@ -1,8 +1,12 @@
 //! VLAN tags.
 
-use fastswan_ebpf::PassReason;
+use fastswan_ebpf::{
+    PassReason,
+    wire::{ETHERNET_LENGTH, Frame, Vlan},
+};
 
-use super::wire::{ETHERNET_LENGTH, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Frame, Vlan};
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_QINQ: u16 = 0x88a8;
 
 /// The VLAN id (0 if there is none), the type of what follows the tags, and where it begins.
 #[inline(always)]

@@ -6,11 +6,11 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 
-use self::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
+use fastswan_ebpf::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
 
 mod driver;
+mod headers;
 mod lpm;
-mod wire;
 
 /// Runs the program under test on the next IPv4 flow.
 #[xdp(frags)]
@@ -38,11 +38,15 @@ fn empty(_: XdpContext) -> u32 {
 fn floor(context: XdpContext) -> u32 {
     let frame = Frame::of(&context);
     let forwarded = match ether_type(frame) {
-        Some(ETHERTYPE_IPV4) => frame.header::<Ipv4>(size_of::<Ethernet>()).and_then(wire::forward_v4),
-        Some(ETHERTYPE_IPV6) => frame.header::<Ipv6>(size_of::<Ethernet>()).and_then(wire::forward_v6),
+        Some(ETHERTYPE_IPV4) => {
+            frame.header::<Ipv4>(size_of::<Ethernet>()).ok().and_then(headers::forward_v4)
+        }
+        Some(ETHERTYPE_IPV6) => {
+            frame.header::<Ipv6>(size_of::<Ethernet>()).ok().and_then(headers::forward_v6)
+        }
         _ => None,
     };
-    match forwarded.and_then(|()| wire::address(frame)) {
+    match forwarded.and_then(|()| headers::address(frame)) {
         Some(()) => XDP_TX,
         None => XDP_PASS,
     }
@@ -65,7 +69,7 @@ fn lpm(context: XdpContext) -> u32 {
 
 #[inline(always)]
 fn ether_type(frame: Frame) -> Option<u16> {
-    let ethernet = frame.header::<Ethernet>(0)?;
+    let ethernet = frame.header::<Ethernet>(0).ok()?;
     // SAFETY: `Frame::header` checked the bounds.
     Some(u16::from_be(unsafe { (*ethernet).ether_type }))
 }

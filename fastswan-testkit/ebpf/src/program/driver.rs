@@ -6,9 +6,10 @@ use aya_ebpf::{
     maps::{Array, ProgramArray},
     programs::XdpContext,
 };
+use fastswan_ebpf::wire::{Addresses, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
 use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
 
-use super::wire::{self, Addresses, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
+use super::headers;
 
 const UDP: u8 = 17;
 const DONT_FRAGMENT: u16 = 0x4000;
@@ -40,8 +41,8 @@ pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
     let [source, destination] = *FLOWS_V4.get(next_flow()?)?;
     let frame = Frame::of(context);
     write_ethernet(frame, ETHERTYPE_IPV4)?;
-    let ip = frame.header::<Ipv4>(size_of::<Ethernet>())?;
-    let length = frame.packet_length() as u16;
+    let ip = frame.header::<Ipv4>(size_of::<Ethernet>()).ok()?;
+    let length = packet_length(frame) as u16;
     // The one's complement sum (RFC 1071) of the words that are written.
     let mut sum = 0x4500 + u32::from(length) + u32::from(DONT_FRAGMENT);
     sum += u32::from(u16::from_be_bytes([TTL, UDP]));
@@ -76,16 +77,16 @@ pub(super) fn drive_v6(context: &XdpContext) -> Option<()> {
     let [source, destination] = *FLOWS_V6.get(next_flow()?)?;
     let frame = Frame::of(context);
     write_ethernet(frame, ETHERTYPE_IPV6)?;
-    let ip = frame.header::<Ipv6>(size_of::<Ethernet>())?;
-    let length = frame.packet_length() - size_of::<Ipv6>();
+    let ip = frame.header::<Ipv6>(size_of::<Ethernet>()).ok()?;
+    let length = packet_length(frame) - size_of::<Ipv6>();
     // SAFETY: bounds-checked.
     unsafe {
         (*ip).version_class_flow = (6_u32 << 28).to_be();
         (*ip).payload_length = (length as u16).to_be();
         (*ip).next_header = UDP;
         (*ip).hop_limit = TTL;
-        wire::write_address_v6(&raw mut (*ip).source, source);
-        wire::write_address_v6(&raw mut (*ip).destination, destination);
+        headers::write_address_v6(&raw mut (*ip).source, source);
+        headers::write_address_v6(&raw mut (*ip).destination, destination);
     }
     run(context);
     None
@@ -108,10 +109,16 @@ fn next_flow() -> Option<u32> {
     Some((packet & mask) as u32)
 }
 
+/// Bytes behind the Ethernet header.
+#[inline(always)]
+fn packet_length(frame: Frame) -> usize {
+    frame.end - frame.start - size_of::<Ethernet>()
+}
+
 #[inline(always)]
 fn write_ethernet(frame: Frame, ether_type: u16) -> Option<()> {
-    let ethernet = frame.header::<Ethernet>(0)?;
-    wire::write_addresses(ethernet, const { Addresses::new(PORT, SENDER) });
+    let ethernet = frame.header::<Ethernet>(0).ok()?;
+    headers::write_addresses(ethernet, const { Addresses::new(PORT, SENDER) });
     // SAFETY: bounds-checked.
     unsafe {
         (*ethernet).ether_type = ether_type.to_be();

@@ -6,7 +6,9 @@ use aya_ebpf::{
     maps::{LpmTrie, PerCpuArray, lpm_trie::Key},
 };
 
-use super::wire::{self, Ethernet, Frame, Ipv4, Ipv6};
+use fastswan_ebpf::wire::{Ethernet, Frame, Ipv4, Ipv6};
+
+use super::headers;
 
 // User space sets the lengths when it loads the maps.
 #[map]
@@ -53,34 +55,34 @@ impl DestinationV6 {
 
 #[inline(always)]
 pub(super) fn forward_v4(frame: Frame) -> Option<()> {
-    let ip = frame.header::<Ipv4>(size_of::<Ethernet>())?;
+    let ip = frame.header::<Ipv4>(size_of::<Ethernet>()).ok()?;
     // SAFETY: `Frame::header` checked the bounds.
     let (source, destination, length) =
         unsafe { ((*ip).source, (*ip).destination, u16::from_be((*ip).total_length)) };
     let destination = DESTINATIONS_V4.get(Key::new(32, destination))?;
     let policy = POLICIES_V4.get(Key::new(64, [*destination, source]))?;
-    wire::forward_v4(ip)?;
+    headers::forward_v4(ip)?;
     count(*policy, u64::from(length))?;
-    wire::address(frame)
+    headers::address(frame)
 }
 
 #[inline(always)]
 pub(super) fn forward_v6(frame: Frame) -> Option<()> {
-    let ip = frame.header::<Ipv6>(size_of::<Ethernet>())?;
+    let ip = frame.header::<Ipv6>(size_of::<Ethernet>()).ok()?;
     // SAFETY: bounds-checked.
     let (source, address, length) = unsafe {
         (
-            wire::address_v6(&raw const (*ip).source),
-            wire::address_v6(&raw const (*ip).destination),
+            headers::address_v6(&raw const (*ip).source),
+            headers::address_v6(&raw const (*ip).destination),
             u16::from_be((*ip).payload_length),
         )
     };
     let destination = DestinationV6 { padding: 0, length: 128, address };
     let destination = DESTINATIONS_V6.get(destination.key())?;
     let policy = POLICIES_V6.get(Key::new(160, SourceV6 { destination: *destination, source }))?;
-    wire::forward_v6(ip)?;
+    headers::forward_v6(ip)?;
     count(*policy, size_of::<Ipv6>() as u64 + u64::from(length))?;
-    wire::address(frame)
+    headers::address(frame)
 }
 
 #[inline(always)]

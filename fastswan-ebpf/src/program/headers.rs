@@ -1,16 +1,6 @@
-//! Headers as they lie in a frame, and the addresses that are never forwarded.
-//!
-//! Fields are in network order and may lie at any address.
+//! What the fields of headers mean.
 
-use aya_ebpf::programs::XdpContext;
-use fastswan_ebpf::PassReason;
-
-pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
-pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
-pub(super) const ETHERTYPE_VLAN: u16 = 0x8100;
-pub(super) const ETHERTYPE_QINQ: u16 = 0x88a8;
-
-pub(super) const ETHERNET_LENGTH: usize = size_of::<Ethernet>();
+use fastswan_ebpf::wire::{Frame, Ipv4};
 
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
@@ -21,74 +11,6 @@ pub(super) const ICMPV6: u8 = 58;
 const SCTP: u8 = 132;
 const MOBILITY: u8 = 135;
 const UDP_LITE: u8 = 136;
-
-#[repr(C, packed)]
-pub(super) struct Ethernet {
-    pub(super) addresses: Addresses,
-    pub(super) ether_type: u16,
-}
-
-/// Destination and source, in two pieces that are read and written at once.
-#[repr(C, packed)]
-#[derive(Clone, Copy)]
-pub(super) struct Addresses {
-    pub(super) first: u64,
-    pub(super) rest: u32,
-}
-
-#[repr(C, packed)]
-pub(super) struct Vlan {
-    pub(super) control: u16,
-    pub(super) ether_type: u16,
-}
-
-#[repr(C, packed)]
-pub(super) struct Ipv4 {
-    pub(super) version_and_length: u8,
-    pub(super) traffic_class: u8,
-    pub(super) total_length: u16,
-    pub(super) identification: u16,
-    pub(super) fragment: u16,
-    pub(super) ttl: u8,
-    pub(super) protocol: u8,
-    pub(super) checksum: u16,
-    pub(super) source: u32,
-    pub(super) destination: u32,
-}
-
-#[repr(C, packed)]
-pub(super) struct Ipv6 {
-    pub(super) version_class_flow: u32,
-    pub(super) payload_length: u16,
-    pub(super) next_header: u8,
-    pub(super) hop_limit: u8,
-    pub(super) source: [u64; 2],
-    pub(super) destination: [u64; 2],
-}
-
-/// The bytes of a frame that lie in one piece.
-#[derive(Clone, Copy)]
-pub(super) struct Frame {
-    pub(super) start: usize,
-    pub(super) end: usize,
-}
-
-impl Frame {
-    #[inline(always)]
-    pub(super) fn of(context: &XdpContext) -> Self {
-        Self { start: context.data(), end: context.data_end() }
-    }
-
-    /// The header of type `T` that begins `offset` bytes into the frame.
-    #[inline(always)]
-    pub(super) fn header<T>(self, offset: usize) -> Result<*mut T, PassReason> {
-        let header = self.start + offset;
-        if header + size_of::<T>() > self.end {
-            return Err(PassReason::Truncated);
-        }
-        Ok(header as *mut T)
-    }
-}
 
 /// Whether the one's complement sum over the header is right (RFC 1071).
 #[inline(always)]
