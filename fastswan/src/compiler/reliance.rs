@@ -1,6 +1,9 @@
 //! What of the host the policies that have slots depend on: so that a change that concerns none of them costs nothing.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use ipnet::IpNet;
 
@@ -14,10 +17,36 @@ use crate::policy::{NextHop, Policy};
 #[derive(Debug, Default)]
 pub(super) struct Reliance {
     devices: BTreeSet<u32>,
-    /// Of templates, at both ends.
-    addresses: BTreeSet<IpAddr>,
+    addresses: Addresses,
     neighbours: BTreeSet<(u32, IpAddr)>,
     changed: Changed,
+}
+
+/// Of templates, at both ends.
+#[derive(Debug, Default)]
+struct Addresses {
+    v4: BTreeSet<Ipv4Addr>,
+    v6: BTreeSet<Ipv6Addr>,
+}
+
+impl Addresses {
+    fn insert(&mut self, address: IpAddr) {
+        match address {
+            IpAddr::V4(address) => drop(self.v4.insert(address)),
+            IpAddr::V6(address) => drop(self.v6.insert(address)),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.v4.len() + self.v6.len()
+    }
+
+    fn has_some_in(&self, prefix: &IpNet) -> bool {
+        match prefix {
+            IpNet::V4(prefix) => self.v4.range(prefix.network()..=prefix.broadcast()).next().is_some(),
+            IpNet::V6(prefix) => self.v6.range(prefix.network()..=prefix.broadcast()).next().is_some(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -34,7 +63,8 @@ impl Reliance {
     pub(super) fn note(&mut self, policy: &Policy, paths: &Paths) {
         let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return };
         self.devices.insert(device.ifindex);
-        self.addresses.extend([template.source, template.destination]);
+        self.addresses.insert(template.source);
+        self.addresses.insert(template.destination);
         self.neighbours.extend(paths.neighbour(policy, device, template));
     }
 
@@ -51,8 +81,7 @@ impl Reliance {
                 changed.neighbours.extend(self.neighbours.get(&neighbour));
             }
             Concerns::Addresses(prefix) => {
-                let mut inside = self.addresses.range(prefix.network()..=prefix.broadcast());
-                if inside.next().is_some() {
+                if self.addresses.has_some_in(&prefix) {
                     changed.addresses.insert(prefix);
                 }
             }

@@ -606,7 +606,7 @@ fn a_policy_that_the_fast_path_cannot_stand_in_for_passes() {
         ("mark", id(|id| id.mark = Mark { value: 1, mask: 1 })),
         ("mark that matches 0", id(|id| id.mark = Mark { value: 0, mask: 1 })),
         ("interface id", id(|id| id.if_id = 1)),
-        ("security context", id(|id| id.security_context = vec![1])),
+        ("security context", id(|id| id.security_context = [1].into())),
         ("interface", id(|id| id.selector.ifindex = NIC)),
         ("use limit", Policy { use_limited: true, ..site() }),
         ("associations per processor", Policy { asks_per_cpu: true, ..site() }),

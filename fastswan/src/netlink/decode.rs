@@ -232,7 +232,7 @@ struct Attributes {
     templates: Templates,
     mark: Mark,
     if_id: u32,
-    security_context: Vec<u8>,
+    security_context: Box<[u8]>,
     is_inbound: bool,
     cpu: Option<u32>,
     offload: Option<OffloadDev>,
@@ -264,7 +264,7 @@ impl Attributes {
                 | xfrm::XFRMA_ALG_AEAD
         );
         match kind {
-            xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().to_vec(),
+            xfrm::XFRMA_SEC_CTX => self.security_context = attribute.value().into(),
             xfrm::XFRMA_TMPL => self.templates = templates(attribute.value())?,
             XFRMA_SA_DIR => self.is_inbound = attribute.value().first() == Some(&XFRM_SA_DIR_IN),
             XFRMA_SA_PCPU => {

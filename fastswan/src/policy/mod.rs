@@ -138,7 +138,7 @@ pub struct PolicyId {
     /// Interface id (`XFRMA_IF_ID`); 0 is none.
     pub if_id: u32,
     /// Security context (`XFRMA_SEC_CTX`), as the kernel sent it; empty is none.
-    pub security_context: Vec<u8>,
+    pub security_context: Box<[u8]>,
     /// Selector, byte for byte.
     pub selector: Selector,
 }
@@ -152,7 +152,7 @@ impl PolicyId {
             policy_type: PolicyType::Main,
             mark: Mark::default(),
             if_id: 0,
-            security_context: Vec::new(),
+            security_context: Box::default(),
             selector,
         }
     }
