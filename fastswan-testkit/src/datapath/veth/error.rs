@@ -53,14 +53,14 @@ pub enum VethError {
         /// How many these should be.
         expected_bytes: u64,
     },
-    /// A frame has arrived that is not what was to be made of the one that was sent, or none has.
-    #[error("{contestant} makes the frame {frame:02x?} of a packet from {flow}, and not {expected:02x?}")]
+    /// A packet has not arrived as it should.
+    #[error("{contestant}: of a packet from {flow}, not {expected:02x?} has arrived, but {frame:02x?}")]
     WrongFrame {
         /// What forwarded.
         contestant: Contestant,
         /// Source and destination.
         flow: String,
-        /// The frame; empty if none arrived.
+        /// A frame of the same batch that was not to arrive; empty if none has.
         frame: Vec<u8>,
         /// What it should be.
         expected: Vec<u8>,
