@@ -1,6 +1,7 @@
 //! All programs with the same policies.
 
 use fastswan::policy::Family;
+use fastswan_testkit_ebpf::INTERVAL;
 
 use super::{
     error::DatapathError,
@@ -154,8 +155,8 @@ impl Bench {
         let mut times = [0.0; Subject::ALL.len()];
         for (subject, time) in Subject::ALL.into_iter().zip(&mut times) {
             self.tables.programs.run(subject, self.flows.len(), 0..self.packets)?;
-            let mut intervals: Vec<f64> = intervals(&self.tables.programs.moments(self.packets)?).collect();
-            *time = median(&mut intervals);
+            let moments = self.tables.programs.moments(self.packets)?;
+            *time = median(&mut intervals(&moments, INTERVAL).collect::<Vec<f64>>());
         }
         Ok(times)
     }

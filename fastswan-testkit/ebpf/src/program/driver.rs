@@ -7,7 +7,7 @@ use aya_ebpf::{
     maps::{Array, PerCpuArray, ProgramArray},
     programs::XdpContext,
 };
-use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
+use fastswan_testkit_ebpf::{INTERVAL, LIVE_INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
 
 use super::wire::{self, Addresses, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
 
@@ -37,7 +37,7 @@ static UNDER_TEST: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map]
 static PROGRESS_OF_CPU: PerCpuArray<Progress> = PerCpuArray::with_max_entries(1, 0);
 #[map]
-static TIMES_OF_CPU: PerCpuArray<u64> = PerCpuArray::with_max_entries(MOST_PACKETS / INTERVAL, 0);
+static TIMES_OF_CPU: PerCpuArray<u64> = PerCpuArray::with_max_entries(MOST_PACKETS / LIVE_INTERVAL, 0);
 
 /// Returns only if something is missing.
 #[inline(always)]
@@ -52,7 +52,11 @@ pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
 pub(super) fn generate_v4(context: &XdpContext) -> Option<()> {
     let progress = PROGRESS_OF_CPU.get_ptr_mut(0)?;
     // SAFETY: the pointer is that of an array's element, which no other CPU has, and user space writes it between runs.
-    let flow = unsafe { advance(progress, |interval| TIMES_OF_CPU.get_ptr_mut(interval))? };
+    let flow = unsafe {
+        advance(progress, LIVE_INTERVAL, |interval| {
+            TIMES_OF_CPU.get_ptr_mut(interval % (MOST_PACKETS / LIVE_INTERVAL))
+        })?
+    };
     write_v4(Frame::of(context), flow)
 }
 
@@ -117,23 +121,27 @@ fn next_flow() -> Option<u32> {
     let progress = PROGRESS.get_ptr_mut(0)?;
     // SAFETY: the pointer is that of an array's element. Only one CPU runs the driver at a time, and user space writes
     // this between runs.
-    unsafe { advance(progress, |interval| TIMES.get_ptr_mut(interval)) }
+    unsafe { advance(progress, INTERVAL, |interval| TIMES.get_ptr_mut(interval)) }
 }
 
-/// Counts a packet and returns its flow. Reads the clock once in a while, and keeps the time at the element of an array that `times`
-/// gives.
+/// Counts a packet and returns its flow. Reads the clock every `interval` packets, and keeps the time where `times` says for
+/// the number of the interval.
 ///
 /// # Safety
 ///
 /// Both pointers are those of arrays' elements that nothing else uses meanwhile.
 #[inline(always)]
-unsafe fn advance(progress: *mut Progress, times: impl FnOnce(u32) -> Option<*mut u64>) -> Option<u32> {
+unsafe fn advance(
+    progress: *mut Progress,
+    interval: u32,
+    times: impl FnOnce(u32) -> Option<*mut u64>,
+) -> Option<u32> {
     // SAFETY: the caller says so.
     let (packet, mask) = unsafe { ((*progress).packets, (*progress).mask) };
     // SAFETY: likewise.
     unsafe { (*progress).packets = packet + 1 };
-    if packet % u64::from(INTERVAL) == 0 {
-        let time = times((packet / u64::from(INTERVAL)) as u32)?;
+    if packet % u64::from(interval) == 0 {
+        let time = times((packet / u64::from(interval)) as u32)?;
         // SAFETY: a helper call without arguments, and the caller answers for the pointer.
         unsafe { *time = bpf_ktime_get_ns() };
     }

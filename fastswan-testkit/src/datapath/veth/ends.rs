@@ -13,7 +13,7 @@ use aya::{
     util::nr_cpus,
 };
 use fastswan::table::Traffic;
-use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS};
+use fastswan_testkit_ebpf::{LIVE_INTERVAL, MOST_PACKETS};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
@@ -78,7 +78,7 @@ impl Ends {
         Ok(())
     }
 
-    /// Sends this many frames on each of some CPUs, beginning with the flow that stands beside it, a multiple of 1,024, and waits
+    /// Sends this many frames on each of some CPUs, beginning with the flow that stands beside it, a multiple of 128, and waits
     /// until they have arrived at the sink.
     pub(super) fn send(
         &mut self,
@@ -95,8 +95,8 @@ impl Ends {
         let arrived = self.wait(before, all)?;
         let mut mpps = 0.0;
         for &(cpu, start) in starts {
-            let mut intervals: Vec<f64> = intervals(&self.moments(cpu, start, frames)?).collect();
-            mpps += 1e3 / median(&mut intervals);
+            let moments = self.moments(cpu, start, frames)?;
+            mpps += 1e3 / median(&mut intervals(&moments, LIVE_INTERVAL).collect::<Vec<f64>>());
         }
         Ok(Turn { frames: all, arrived, mpps: mpps * share(arrived.packets, all) })
     }
@@ -125,12 +125,12 @@ impl Ends {
         if sent == all { Ok(()) } else { Err(VethError::Unsent { contestant, sent, frames: all }) }
     }
 
-    /// When every 1,024th frame of a CPU began, in nanoseconds.
+    /// When every 128th frame of a CPU began, in nanoseconds.
     fn moments(&self, cpu: usize, start: usize, frames: u32) -> Result<Vec<u64>, DatapathError> {
-        let first = start as u64 / u64::from(INTERVAL);
-        (first..first + u64::from(frames / INTERVAL))
+        let first = start as u64 / u64::from(LIVE_INTERVAL);
+        (first..first + u64::from(frames / LIVE_INTERVAL))
             .map(|interval| {
-                let index = u32::try_from(interval % u64::from(MOST_PACKETS / INTERVAL)).unwrap_or(0);
+                let index = u32::try_from(interval % u64::from(MOST_PACKETS / LIVE_INTERVAL)).unwrap_or(0);
                 let times = self.times.get(&index, 0);
                 Ok(times.map_err(DatapathError::bpf("reading the generator's times"))?[cpu])
             })

@@ -14,8 +14,9 @@
 //! frames after the other, so a rate is that of generating, forwarding and receiving on one CPU. With two CPUs there are two
 //! generators, and each device has a queue for each of them.
 //!
-//! The generator reads the clock every 1,024 frames. A rate is 1,024 frames in the median of those intervals, summed up over the CPUs,
-//! times the share of all frames that the sink has counted: an interruption does not change it, and a frame that is lost does.
+//! The generator reads the clock every 128 frames, two batches. A rate is 128 frames in the median of those intervals, summed up over
+//! the CPUs, times the share of all frames that the sink has counted: an interruption does not change it, and a frame that is lost
+//! does.
 //!
 //! The contestants take turns in one process. [`VethBench::verify`] makes sure that each of them forwards all frames, and rewrites
 //! them as it should: a packet socket of the peer's sees frames of up to 4,096 flows, before the sink is attached.

@@ -48,7 +48,7 @@ fn draw_panel(area: &Area<'_>, rows: &[Row]) -> Drawn {
         .margin(10)
         .x_label_area_size(35)
         .y_label_area_size(50)
-        .build_cartesian_2d(0.0..groups, 0.0..most * 1.4)?;
+        .build_cartesian_2d(0.0..groups, 0.0..most * 1.7)?;
     // There is a label in the middle of each group.
     let policies = |place: &f64| {
         let row = rows.iter().zip(0_u32..).find(|(_, group)| (f64::from(*group) + 0.5 - place).abs() < 0.01);
