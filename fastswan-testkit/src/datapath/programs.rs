@@ -281,8 +281,8 @@ fn opening(name: &str) -> impl FnOnce(ProgramError) -> DatapathError + use<> {
     DatapathError::bpf(format!("opening the testkit's program {name}"))
 }
 
-/// A `struct xdp_md` for a frame that claims to come in on a device of this thread's network namespace: data, data_end, data_meta,
-/// ingress_ifindex, rx_queue_index, egress_ifindex.
+/// A `struct xdp_md` for a frame that claims to come in on a device of this thread's network namespace: `data`, `data_end`,
+/// `data_meta`, `ingress_ifindex`, `rx_queue_index`, `egress_ifindex`.
 pub(super) fn context(length: usize, device: u32) -> Vec<u8> {
     let length = u32::try_from(length).unwrap_or(u32::MAX);
     [0, length, 0, device, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect()

@@ -53,8 +53,7 @@ impl Tables {
         let mut compiler = Compiler::new(config.capacity());
         compiler.set_host(&mix.host(devices.egress));
         let database = Database::default();
-        let mut tables =
-            Self { mix, family, policies, devices, ours, database, compiler, programs, tries };
+        let mut tables = Self { mix, family, policies, devices, ours, database, compiler, programs, tries };
         tables.fill()?;
         Ok(tables)
     }

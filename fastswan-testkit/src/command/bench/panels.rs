@@ -17,8 +17,7 @@ pub(super) const FLOOR: RGBColor = RGBColor(0x80, 0x80, 0x80);
 /// Where a panel is drawn.
 pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 /// What becomes of that.
-pub(super) type Drawn =
-    Result<(), DrawingAreaErrorKind<<SVGBackend<'static> as DrawingBackend>::ErrorType>>;
+pub(super) type Drawn = Result<(), DrawingAreaErrorKind<<SVGBackend<'static> as DrawingBackend>::ErrorType>>;
 
 /// Writes an SVG file.
 pub(super) fn draw<P>(

@@ -35,7 +35,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
     /// Frames that each CPU sends in a turn, and flows: a power of two.
-    #[arg(long, default_value_t = 1 << 20, value_parser = frames)]
+    #[arg(long, default_value_t = 1 << 18, value_parser = frames)]
     frames: u32,
     /// How often each contestant has its turn.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]

@@ -72,9 +72,7 @@ impl VethBench {
     ///
     /// [`VethError`], for instance without root.
     pub fn new(policies: u32, frames: u32, cpus: &[usize]) -> Result<Self, VethError> {
-        // So many that each CPU has its own.
-        let queues = cpus.iter().max().map_or(1, |cpu| u32::try_from(cpu + 1).unwrap_or(u32::MAX));
-        let labs = Labs { with_policies: VethLab::new(queues)?, without: VethLab::new(queues)? };
+        let labs = Labs { with_policies: VethLab::new(cpus)?, without: VethLab::new(cpus)? };
         let lab = &labs.with_policies;
         let devices = lab.devices()?;
         let (mix, family) = (Mix::SiteToSite, Family::V4);
@@ -197,20 +195,14 @@ impl VethBench {
             let starts = [(self.cpus[0], batch)];
             let Self { ends, tables, flows, labs, .. } = self;
             ends.generate(&tables.programs, labs.of(contestant), contestant, &starts, flows.len(), BATCH)?;
-            let batch = &flows[batch..batch + BATCH as usize];
-            let mut frames = Vec::new();
-            for _ in batch {
-                frames.extend(next_ipv4(&mut capture)?);
-            }
-            for flow in batch {
+            for flow in &flows[batch..batch + BATCH as usize] {
                 let mut expected = tables.programs.headers(*flow, true);
                 expected.resize(tables.programs.frame_length(), 0);
-                // The kernel chooses a queue by a hash of the packet, so that frames may overtake each other.
-                let Some(place) = frames.iter().position(|frame| *frame == expected) else {
-                    let (flow, frame) = (flow.to_string(), frames.pop().unwrap_or_default());
+                let frame = next_ipv4(&mut capture)?;
+                if frame != expected {
+                    let flow = flow.to_string();
                     return Err(VethError::WrongFrame { contestant, flow, frame, expected });
-                };
-                frames.swap_remove(place);
+                }
             }
         }
         Ok(())
@@ -220,7 +212,8 @@ impl VethBench {
     /// counts.
     fn turn(&mut self, contestant: Contestant, cpus: usize) -> Result<Turn, VethError> {
         let counts = contestant.program().filter(|subject| matches!(subject, Subject::Lpm | Subject::Ours));
-        let counted = |tables: &Tables| counts.map_or(Ok(Traffic::default()), |subject| tables.counted(subject));
+        let counted =
+            |tables: &Tables| counts.map_or(Ok(Traffic::default()), |subject| tables.counted(subject));
         let (before, passed_before) = (counted(&self.tables)?, self.tables.passed());
         let starts: Vec<_> = self.cpus[..cpus]
             .iter()
@@ -228,7 +221,8 @@ impl VethBench {
             .map(|(index, cpu)| (*cpu, index * (self.flows.len() / cpus)))
             .collect();
         let Self { ends, tables, flows, labs, frames, .. } = self;
-        let turn = ends.send(&tables.programs, labs.of(contestant), contestant, &starts, flows.len(), *frames)?;
+        let turn =
+            ends.send(&tables.programs, labs.of(contestant), contestant, &starts, flows.len(), *frames)?;
         let forwarded = counted(tables)?.packets - before.packets;
         let (arrived, passed) = (turn.arrived.packets, tables.passed());
         if counts.is_some() && (forwarded < arrived || passed != passed_before) {
@@ -238,14 +232,14 @@ impl VethBench {
     }
 }
 
-/// The next frame with an IPv4 packet that a device has received, if one comes.
-fn next_ipv4(capture: &mut Capture) -> Result<Option<Vec<u8>>, VethError> {
+/// The next frame with an IPv4 packet that a device has received; empty if none comes.
+fn next_ipv4(capture: &mut Capture) -> Result<Vec<u8>, VethError> {
     const ETHERTYPE_IPV4: [u8; 2] = [8, 0];
     loop {
         match capture.next(PATIENCE).map_err(VethError::system("listening to the peer's device"))? {
-            None => return Ok(None),
+            None => return Ok(Vec::new()),
             Some(Captured { received: true, frame, .. }) if frame.get(12..14) == Some(&ETHERTYPE_IPV4) => {
-                return Ok(Some(frame.to_vec()));
+                return Ok(frame.to_vec());
             }
             Some(_) => {}
         }

@@ -115,7 +115,8 @@ impl Ends {
         for &(cpu, start) in starts {
             progress[cpu] = [start as u64, flows as u64 - 1];
         }
-        let progress = PerCpuValues::try_from(progress).map_err(VethError::system("starting the generator"))?;
+        let progress =
+            PerCpuValues::try_from(progress).map_err(VethError::system("starting the generator"))?;
         self.progress.set(0, progress, 0).map_err(DatapathError::bpf("starting the generator"))?;
         run_on_all(programs, lab, starts, frames)?;
         let progress = self.progress.get(&0, 0);
@@ -153,9 +154,7 @@ impl Ends {
     /// What has arrived at the sink since it was loaded.
     fn arrived(&self) -> Result<Traffic, DatapathError> {
         let arrived = self.arrived.get(&0, 0).map_err(DatapathError::bpf("reading what has arrived"))?;
-        Ok(arrived.iter().fold(Traffic::default(), |sum, &[packets, bytes]| {
-            sum + Traffic { packets, bytes }
-        }))
+        Ok(arrived.iter().fold(Traffic::default(), |sum, &[packets, bytes]| sum + Traffic { packets, bytes }))
     }
 }
 
@@ -176,7 +175,8 @@ fn run_on_all(
             .map(|&(cpu, _)| {
                 let begin = &begin;
                 scope.spawn(move || {
-                    let ready = lab.client.join_this_thread().map_err(VethError::from).and_then(|()| stay_on(cpu));
+                    let ready =
+                        lab.client.join_this_thread().map_err(VethError::from).and_then(|()| stay_on(cpu));
                     // Also if it is not: the others wait.
                     begin.wait();
                     ready?;

@@ -40,7 +40,9 @@ pub enum VethError {
         frames: u64,
     },
     /// Other frames have arrived than were sent.
-    #[error("{contestant}: {arrived} of {frames} frames have arrived, with {bytes} and not {expected_bytes} bytes")]
+    #[error(
+        "{contestant}: {arrived} of {frames} frames have arrived, with {bytes} and not {expected_bytes} bytes"
+    )]
     Arrived {
         /// What forwarded.
         contestant: Contestant,
@@ -60,7 +62,7 @@ pub enum VethError {
         contestant: Contestant,
         /// Source and destination.
         flow: String,
-        /// A frame of the same batch that was not to arrive; empty if none has.
+        /// The frame that has arrived; empty if none has.
         frame: Vec<u8>,
         /// What it should be.
         expected: Vec<u8>,

@@ -4,7 +4,7 @@ use fastswan::policy::MacAddr;
 use fastswan_testkit_ebpf::{NEXT_HOP, PORT, SENDER};
 
 use super::super::lab::{Devices, LOCAL};
-use crate::lab::{End, LabError, Namespace, introduce, join_with_queues};
+use crate::lab::{End, LabError, Namespace, introduce, ip, join_with_queues};
 
 /// The gateway's device that faces the client.
 pub(super) const LAN: &str = "lan0";
@@ -23,8 +23,10 @@ pub(super) struct VethLab {
 }
 
 impl VethLab {
-    /// Makes them, with this many queues of each device.
-    pub(super) fn new(queues: u32) -> Result<Self, LabError> {
+    /// Makes them, with a queue of each device for each of these CPUs.
+    pub(super) fn new(cpus: &[usize]) -> Result<Self, LabError> {
+        // What XDP sends goes to the queue with the number of the CPU.
+        let queues = cpus.iter().max().map_or(1, |cpu| u32::try_from(cpu + 1).unwrap_or(u32::MAX));
         let lab = Self {
             client: Namespace::new("client")?,
             gateway: Namespace::new("gateway")?,
@@ -42,9 +44,19 @@ impl VethLab {
             join_with_queues(queues, one, other, 1500)?;
             introduce(one, other)?;
         }
+        cpus.iter().try_for_each(|cpu| lab.send_from_own_queue(*cpu))?;
         lab.gateway.forward()?;
         lab.gateway.ip(&format!("route add default via {PEER}"))?;
         Ok(lab)
+    }
+
+    /// Has the gateway's kernel, too, send from the queue with the number of the CPU, and not from one that it chooses by a hash of
+    /// the packet.
+    fn send_from_own_queue(&self, cpu: usize) -> Result<(), LabError> {
+        let mask = format!("{:x}{}", 1_u32 << (cpu % 32), ",00000000".repeat(cpu / 32));
+        let script = format!("echo {mask} > /sys/class/net/{OUT}/queues/tx-{cpu}/xps_cpus");
+        // It mounts the sysfs of the namespace.
+        ip(&["netns", "exec", self.gateway.name(), "sh", "-c", &script]).map(drop)
     }
 
     /// The gateway's devices.

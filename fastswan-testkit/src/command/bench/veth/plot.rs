@@ -71,7 +71,8 @@ fn draw_panel(area: &Area<'_>, rows: &[Row]) -> Drawn {
                 let left = f64::from(group) + (1.0 - GROUP) / 2.0 + f64::from(place) * bar;
                 let whisker = [(left + bar / 2.0, mpps.min), (left + bar / 2.0, mpps.max)];
                 [
-                    Rectangle::new([(left, 0.0), (left + bar * 0.9, mpps.median)], colour.filled()).into_dyn(),
+                    Rectangle::new([(left, 0.0), (left + bar * 0.9, mpps.median)], colour.filled())
+                        .into_dyn(),
                     PathElement::new(whisker, BLACK).into_dyn(),
                 ]
             })

@@ -16,7 +16,8 @@ pub(super) struct Row {
 }
 
 /// The heads of the columns.
-pub(super) const HEAD: &str = "policies  cpus forwards                         Mpps          fastswan/this        this/one CPU";
+pub(super) const HEAD: &str =
+    "policies  cpus forwards                         Mpps          fastswan/this        this/one CPU";
 
 impl fmt::Display for Row {
     /// A line for each contestant.
@@ -52,7 +53,9 @@ impl Row {
             row[format!("{name}_mpps")] = mpps.median.into();
             row[format!("{name}_min_mpps")] = mpps.min.into();
             row[format!("{name}_max_mpps")] = mpps.max.into();
-            for (ratio, spread) in [(format!("ours_to_{name}"), ours), (format!("{name}_to_one_cpu"), scaling)] {
+            for (ratio, spread) in
+                [(format!("ours_to_{name}"), ours), (format!("{name}_to_one_cpu"), scaling)]
+            {
                 row[format!("{ratio}_min")] = spread.min.into();
                 row[format!("{ratio}_max")] = spread.max.into();
                 row[ratio] = spread.median.into();
