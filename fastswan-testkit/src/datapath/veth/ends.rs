@@ -33,7 +33,7 @@ use super::{
 /// Frames that the kernel makes and sends at a time, and that a device takes up at a time.
 pub(super) const BATCH: u32 = 64;
 /// For how long no frame must have arrived until those that have not are lost.
-const SILENCE: Duration = Duration::from_millis(20);
+const SILENCE: Duration = Duration::from_millis(200);
 
 /// The generator and the sink.
 pub(super) struct Ends {
@@ -142,7 +142,7 @@ impl Ends {
     fn wait(&self, before: Traffic, frames: u64) -> Result<Traffic, DatapathError> {
         let (mut last, mut since) = (self.arrived()?, Instant::now());
         while last.packets - before.packets < frames && since.elapsed() < SILENCE {
-            thread::sleep(SILENCE / 20);
+            thread::sleep(SILENCE / 200);
             let now = self.arrived()?;
             if now != last {
                 (last, since) = (now, Instant::now());
