@@ -62,7 +62,7 @@ pub enum VethError {
         contestant: Contestant,
         /// Source and destination.
         flow: String,
-        /// The frame that has arrived; empty if none has.
+        /// A frame of the same batch that was not to arrive; empty if none has.
         frame: Vec<u8>,
         /// What it should be.
         expected: Vec<u8>,

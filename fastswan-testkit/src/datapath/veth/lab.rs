@@ -44,7 +44,9 @@ impl VethLab {
             join_with_queues(queues, one, other, 1500)?;
             introduce(one, other)?;
         }
-        cpus.iter().try_for_each(|cpu| lab.send_from_own_queue(*cpu))?;
+        if queues > 1 {
+            cpus.iter().try_for_each(|cpu| lab.send_from_own_queue(*cpu))?;
+        }
         lab.gateway.forward()?;
         lab.gateway.ip(&format!("route add default via {PEER}"))?;
         Ok(lab)
