@@ -34,8 +34,9 @@ pub const MOST_FLOWS: u32 = 1 << 20;
 pub const MOST_PACKETS: u32 = 1 << 20;
 /// Packets between two readings of the clock.
 pub const INTERVAL: u32 = 1024;
-/// The same of the generator: two of the batches that the kernel sends live frames in. Forwarding these takes the slowest contestant a
-/// fraction of the time that a scheduler gives to another process, so that most intervals have no interruption on a busy machine too.
+/// The same of the generator: two of the batches that the kernel sends live frames in. Forwarding these takes the slowest
+/// contestant a fraction of the time that a scheduler gives to another process, so that most intervals have no interruption on
+/// a busy machine too.
 pub const LIVE_INTERVAL: u32 = 128;
 
 /// The Ethernet address that frames come from.

@@ -65,8 +65,8 @@ impl Labs {
 type Attached = Option<(Subject, XdpLinkId)>;
 
 impl VethBench {
-    /// Makes the hosts, loads the programs, and gives them and a kernel this many policies. A turn has as many frames on each of these
-    /// CPUs, and as many flows: a power of two from 2,048 to 1,048,576.
+    /// Makes the hosts, loads the programs, and gives them and a kernel this many policies. A turn has as many frames on each
+    /// of these CPUs, and as many flows: a power of two from 2,048 to 1,048,576.
     ///
     /// # Errors
     ///
@@ -214,8 +214,8 @@ impl VethBench {
         Ok(())
     }
 
-    /// Sends all frames on the first of the CPUs. Makes sure that what arrives was forwarded by the contestant's program, if that
-    /// counts.
+    /// Sends all frames on the first of the CPUs. Makes sure that what arrives was forwarded by the contestant's program, if
+    /// that counts.
     fn turn(&mut self, contestant: Contestant, cpus: usize) -> Result<Turn, VethError> {
         let counts = contestant.program().filter(|subject| matches!(subject, Subject::Lpm | Subject::Ours));
         let counted =

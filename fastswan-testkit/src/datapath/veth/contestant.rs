@@ -15,8 +15,8 @@ pub enum Contestant {
     Ours,
     /// The kernel, without XDP and without policies.
     Kernel,
-    /// The kernel, without XDP, with as many outbound policies as the others know. They have no templates: the kernel looks up the
-    /// packet's policy, and forwards the packet as it is.
+    /// The kernel, without XDP, with as many outbound policies as the others know. They have no templates: the kernel looks up
+    /// the packet's policy, and forwards the packet as it is.
     KernelPolicies,
 }
 

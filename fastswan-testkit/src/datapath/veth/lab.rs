@@ -52,8 +52,8 @@ impl VethLab {
         Ok(lab)
     }
 
-    /// Has the gateway's kernel, too, send from the queue with the number of the CPU, and not from one that it chooses by a hash of
-    /// the packet.
+    /// Has the gateway's kernel, too, send from the queue with the number of the CPU, and not from one that it chooses by a
+    /// hash of the packet.
     fn send_from_own_queue(&self, cpu: usize) -> Result<(), LabError> {
         let mask = format!("{:x}{}", 1_u32 << (cpu % 32), ",00000000".repeat(cpu / 32));
         let script = format!("echo {mask} > /sys/class/net/{OUT}/queues/tx-{cpu}/xps_cpus");
