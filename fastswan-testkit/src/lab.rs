@@ -275,7 +275,7 @@ pub struct End<'a> {
 ///
 /// [`LabError`].
 pub fn join(left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
-    join_with_index(None, left, right, mtu)
+    join_with(None, None, left, right, mtu)
 }
 
 /// Like [`join`], and the left device gets this interface index.
@@ -284,9 +284,32 @@ pub fn join(left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
 ///
 /// [`LabError`].
 pub fn join_with_index(index: Option<u32>, left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
+    join_with(index, None, left, right, mtu)
+}
+
+/// Like [`join`], and both devices have this many queues in each direction. What XDP sends on a CPU arrives in the queue with the
+/// number of the CPU, or that modulo the number of queues.
+///
+/// # Errors
+///
+/// [`LabError`].
+pub fn join_with_queues(queues: u32, left: End<'_>, right: End<'_>, mtu: u32) -> Result<(), LabError> {
+    join_with(None, Some(queues), left, right, mtu)
+}
+
+fn join_with(
+    index: Option<u32>,
+    queues: Option<u32>,
+    left: End<'_>,
+    right: End<'_>,
+    mtu: u32,
+) -> Result<(), LabError> {
     let index = index.map(|index| format!("index {index}")).unwrap_or_default();
-    let describe =
-        |end: End<'_>| format!("{} address {} mtu {mtu} netns {}", end.device, end.mac, end.namespace.name());
+    let queues =
+        queues.map(|queues| format!("numrxqueues {queues} numtxqueues {queues}")).unwrap_or_default();
+    let describe = |end: End<'_>| {
+        format!("{} address {} mtu {mtu} {queues} netns {}", end.device, end.mac, end.namespace.name())
+    };
     let command = format!("link add {index} {} type veth peer name {}", describe(left), describe(right));
     ip(&command.split_whitespace().collect::<Vec<_>>())?;
     for end in [left, right] {

@@ -13,7 +13,7 @@ use aya::{
 };
 use fastswan::{
     BpfTable, OffloadTable as _, PassReason, XdpForwarder,
-    forwarder::{ForwarderError, LoadConfig, RunAction},
+    forwarder::{AttachConfig, ForwarderError, LoadConfig, RunAction},
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
 use fastswan_ebpf::{Control, KEY_WORDS_V4, List, Tuple, TupleList, Way};
@@ -120,6 +120,24 @@ impl ProgRun {
             }
         }
         Ok(())
+    }
+
+    /// Attaches the program to an interface of this thread's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`XdpForwarder::attach`].
+    pub fn attach(&mut self, config: &AttachConfig) -> Result<(), ForwarderError> {
+        self.forwarder.attach(config).map(drop)
+    }
+
+    /// Detaches the program from all interfaces.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`XdpForwarder::detach_all`].
+    pub fn detach_all(&mut self) -> Result<(), ForwarderError> {
+        self.forwarder.detach_all()
     }
 
     /// The program's number in the kernel.

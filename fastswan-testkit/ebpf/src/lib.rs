@@ -3,6 +3,8 @@
 //! | program | what |
 //! |---|---|
 //! | `driver_v4`, `driver_v6` | write the headers of the next flow into the frame and run the program under test |
+//! | `generator_v4` | writes the headers of the next flow into a live frame and sends it from the device that it is said to come in on |
+//! | `sink` | counts the IPv4 frames that arrive and drops them |
 //! | `empty` | sends the frame back at once: what the driver and the kernel cost |
 //! | `floor` | parses, decrements the TTL, writes Ethernet addresses: what no forwarding program goes below |
 //! | `lpm` | finds the policy by two longest-prefix matches, the classical way |
@@ -14,6 +16,10 @@
 //! | `FLOWS_V6` | source and destination, 16 bytes each | flow |
 //! | `TIMES` | nanoseconds of `bpf_ktime_get_ns` | packet / [`INTERVAL`] |
 //! | `UNDER_TEST` | (program array) the program under test | 0 |
+//! | `PROGRESS_OF_CPU` | as `PROGRESS`, of the generator, of each CPU | 0 |
+//! | `TIMES_OF_CPU` | as `TIMES`, of the generator, of each CPU | frame / [`LIVE_INTERVAL`], from 0 on again behind the last |
+//! | `ARRIVED` | packets, and bytes from the IP header on, that the sink has counted, of each CPU | 0 |
+//! | `EGRESS` | (map of devices) the device by which `floor` and `lpm` forward, if `REDIRECTS` is set; else it is that of ingress | 0 |
 //! | `DESTINATIONS_V4`, `DESTINATIONS_V6` | number of the destination prefix | (LPM trie) destination |
 //! | `POLICIES_V4`, `POLICIES_V6` | number of the policy | (LPM trie) number of the destination prefix, source |
 //! | `COUNTERS` | packets, and bytes from the IP header on, of each CPU | policy |
@@ -28,6 +34,10 @@ pub const MOST_FLOWS: u32 = 1 << 20;
 pub const MOST_PACKETS: u32 = 1 << 20;
 /// Packets between two readings of the clock.
 pub const INTERVAL: u32 = 1024;
+/// The same of the generator: two of the batches that the kernel sends live frames in. Forwarding these takes the slowest
+/// contestant a fraction of the time that a scheduler gives to another process, so that most intervals have no interruption on
+/// a busy machine too.
+pub const LIVE_INTERVAL: u32 = 128;
 
 /// The Ethernet address that frames come from.
 pub const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];

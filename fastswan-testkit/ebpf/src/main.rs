@@ -1,4 +1,4 @@
-//! The XDP programs of `cargo testkit bench datapath`. The library of this crate tells what they are.
+//! The XDP programs of `cargo testkit bench datapath` and `bench veth`. The library of this crate tells what they are.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 // The programs read and write packets and maps; each block says why it is sound.

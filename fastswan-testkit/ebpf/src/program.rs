@@ -1,7 +1,7 @@
 //! The programs. All of them take frames in several buffers, since one that does calls only others that do.
 
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_ABORTED, XDP_PASS, XDP_TX},
+    bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX},
     macros::xdp,
     programs::XdpContext,
 };
@@ -9,8 +9,10 @@ use aya_ebpf::{
 use fastswan_ebpf::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
 
 mod driver;
+mod egress;
 mod headers;
 mod lpm;
+mod traffic;
 
 /// Runs the program under test on the next IPv4 flow.
 #[xdp(frags)]
@@ -25,6 +27,28 @@ fn driver_v4(context: XdpContext) -> u32 {
 fn driver_v6(context: XdpContext) -> u32 {
     driver::drive_v6(&context);
     XDP_ABORTED
+}
+
+/// Sends the next IPv4 flow's frame from the device, if the frame is a live one.
+#[xdp(frags)]
+fn generator_v4(context: XdpContext) -> u32 {
+    match driver::generate_v4(&context) {
+        Some(()) => XDP_TX,
+        None => XDP_ABORTED,
+    }
+}
+
+/// Counts IPv4 frames and drops them.
+#[xdp(frags)]
+fn sink(context: XdpContext) -> u32 {
+    let frame = Frame::of(&context);
+    match ether_type(frame) {
+        Some(ETHERTYPE_IPV4) => match egress::count_arrived(frame) {
+            Some(()) => XDP_DROP,
+            None => XDP_ABORTED,
+        },
+        _ => XDP_PASS,
+    }
 }
 
 /// Sends the frame back as it is.
@@ -47,7 +71,7 @@ fn floor(context: XdpContext) -> u32 {
         _ => None,
     };
     match forwarded.and_then(|()| headers::address(frame)) {
-        Some(()) => XDP_TX,
+        Some(()) => egress::transmit(),
         None => XDP_PASS,
     }
 }
@@ -62,7 +86,7 @@ fn lpm(context: XdpContext) -> u32 {
         _ => None,
     };
     match forwarded {
-        Some(()) => XDP_TX,
+        Some(()) => egress::transmit(),
         None => XDP_PASS,
     }
 }

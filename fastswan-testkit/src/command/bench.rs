@@ -1,5 +1,5 @@
 //! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs; how it follows a
-//! host that changes all the time; and what a packet costs.
+//! host that changes all the time; what a packet costs; and how many frames a gateway forwards in a second.
 
 use std::{
     fs, io,
@@ -33,6 +33,9 @@ use serde_json::json;
 
 mod churn;
 mod datapath;
+mod machine;
+mod panels;
+mod veth;
 
 /// What is measured.
 #[derive(Debug, Subcommand)]
@@ -43,6 +46,9 @@ pub(crate) enum Command {
     Churn(churn::Arguments),
     /// What a packet costs in the XDP program, beside two longest-prefix matches and beside only forwarding.
     Datapath(datapath::Arguments),
+    /// How many frames a gateway forwards in a second, on veth pairs from end to end, beside two longest-prefix matches, only
+    /// forwarding, and the kernel.
+    Veth(veth::Arguments),
     /// One round, in a namespace that has them already.
     #[command(hide = true)]
     Round(Size),
@@ -104,6 +110,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Mirror(arguments) => mirror(arguments),
         Command::Churn(arguments) => churn::run(arguments),
         Command::Datapath(arguments) => datapath::run(arguments),
+        Command::Veth(arguments) => veth::run(arguments),
         Command::Round(size) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             println!("{}", serde_json::to_string(&runtime.block_on(round(size.policies))?)?);

@@ -47,7 +47,7 @@ struct Programs {
 
 /// The library's.
 const LIBRARY: Programs = Programs { package: "fastswan-ebpf", folder: "fastswan/bpf", name: "fastswan" };
-/// Those that `cargo testkit bench datapath` compares it with.
+/// Those that `cargo testkit bench datapath` and `bench veth` compare it with.
 const TESTKIT: Programs =
     Programs { package: "fastswan-testkit-ebpf", folder: "fastswan-testkit/bpf", name: "testkit" };
 

@@ -11,6 +11,13 @@ const DEVICE: &str = "port0";
 pub(super) const LOCAL: &str = "192.0.2.1";
 pub(super) const LOCAL_V6: &str = "2001:db8:f::1";
 
+/// The devices of a gateway that packets come in on and leave by: their interface indices, which may be the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Devices {
+    pub(super) ingress: u32,
+    pub(super) egress: u32,
+}
+
 /// A gateway with one device, by which its kernel forwards everything: it is asked about some packets.
 #[derive(Debug)]
 pub struct DatapathLab {

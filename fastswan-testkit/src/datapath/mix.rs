@@ -137,6 +137,12 @@ impl Mix {
         policy
     }
 
+    /// An outbound policy for the same packets that lets them go as they are, in software.
+    pub(super) fn allowance(self, family: Family, number: u32) -> Policy {
+        let (source, destination) = self.networks(family, number);
+        software(Direction::Out, source, destination)
+    }
+
     /// The other policies of the gateway.
     pub(super) fn others(self) -> Vec<Policy> {
         match self {

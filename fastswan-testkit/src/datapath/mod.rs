@@ -8,6 +8,8 @@
 //!
 //! Frames come in on a device of a lab, and leave on the same one (`XDP_TX`), with other Ethernet addresses. Before anything
 //! is measured, [`Bench::verify`] makes sure that the programs forward, and forward right.
+//!
+//! [`veth`] sends live frames through a gateway instead, and counts what arrives.
 
 mod bench;
 mod error;
@@ -16,8 +18,10 @@ mod lab;
 mod mix;
 mod programs;
 mod subject;
+mod tables;
 mod timing;
 mod tries;
+pub mod veth;
 
 pub use self::{
     bench::Bench,

@@ -4,13 +4,13 @@ use std::{net::IpAddr, ops::Range};
 
 use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions, include_bytes_aligned,
-    maps::{Array, Map, MapData, MapError, PerCpuArray, ProgramArray},
+    maps::{Array, DevMap, Map, MapData, MapError, PerCpuArray, ProgramArray},
     programs::{ProgramError, ProgramFd, Xdp, loaded_programs},
 };
 use fastswan::policy::{Family, MacAddr};
 use fastswan_testkit_ebpf::{INTERVAL, NEXT_HOP, PORT, SENDER, TTL};
 
-use super::{error::DatapathError, flows::Flow, subject::Subject, tries::Tries};
+use super::{error::DatapathError, flows::Flow, lab::Devices, subject::Subject, tries::Tries};
 use crate::frames::Frame;
 
 #[cfg(target_endian = "little")]
@@ -30,8 +30,8 @@ const UDP_LENGTH: usize = 8;
 pub(super) struct Programs {
     ebpf: Ebpf,
     family: Family,
-    /// Frames claim to come in there.
-    device: u32,
+    /// Frames claim to come in on the first.
+    devices: Devices,
     flows: Flows,
     progress: Array<MapData, [u64; 2]>,
     times: Array<MapData, u64>,
@@ -61,12 +61,14 @@ impl Programs {
     /// Loads them, with room for as many policies and flows. `ours` is the number of fastswan's program in the kernel.
     pub(super) fn load(
         family: Family,
-        device: u32,
+        devices: Devices,
         policies: u32,
         flows: u32,
         ours: u32,
     ) -> Result<(Self, Tries), DatapathError> {
+        let redirects = u8::from(devices.ingress != devices.egress);
         let mut loader = EbpfLoader::new();
+        loader.override_global("REDIRECTS", &redirects, true);
         let tables = match family {
             Family::V4 => [("FLOWS_V4", flows), ("DESTINATIONS_V4", policies), ("POLICIES_V4", policies)],
             Family::V6 => [("FLOWS_V6", flows), ("DESTINATIONS_V6", policies), ("POLICIES_V6", policies)],
@@ -89,10 +91,15 @@ impl Programs {
             .ok_or(ProgramError::NotLoaded)
             .and_then(|program| program.fd())
             .map_err(DatapathError::bpf("opening fastswan's program"))?;
+        if redirects != 0 {
+            let mut egress: DevMap<MapData> = take(&mut ebpf, "EGRESS")?;
+            let put = egress.set(0, devices.egress, None, 0);
+            put.map_err(DatapathError::bpf("telling the testkit's programs where frames leave"))?;
+        }
         let tries = Tries::take(&mut ebpf, family)?;
         let programs = Self {
             family,
-            device,
+            devices,
             flows: match family {
                 Family::V4 => Flows::V4(take(&mut ebpf, "FLOWS_V4")?),
                 Family::V6 => Flows::V6(take(&mut ebpf, "FLOWS_V6")?),
@@ -163,6 +170,22 @@ impl Programs {
         Ok(())
     }
 
+    /// One of the testkit's own.
+    pub(super) fn program(&self, name: &str) -> Result<&Xdp, DatapathError> {
+        xdp(&self.ebpf, name).map_err(opening(name))
+    }
+
+    /// The same, to attach it or to detach it.
+    pub(super) fn program_mut(&mut self, name: &str) -> Result<&mut Xdp, DatapathError> {
+        let program = self.ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
+        program.and_then(TryInto::try_into).map_err(opening(name))
+    }
+
+    /// Takes a map of the testkit's own programs that nobody has taken.
+    pub(super) fn take<M: TryFrom<Map, Error = MapError>>(&mut self, name: &str) -> Result<M, DatapathError> {
+        take(&mut self.ebpf, name)
+    }
+
     /// When every 1,024th packet of the last run began, in nanoseconds.
     pub(super) fn moments(&self, packets: u32) -> Result<Vec<u64>, DatapathError> {
         (0..packets / INTERVAL)
@@ -209,7 +232,8 @@ impl Programs {
             }
     }
 
-    fn frame_length(&self) -> usize {
+    /// Bytes of a frame, from the Ethernet header on.
+    pub(super) fn frame_length(&self) -> usize {
         self.header_length() + UDP_LENGTH + PAYLOAD
     }
 
@@ -220,11 +244,8 @@ impl Programs {
             Family::V6 => "driver_v6",
         };
         let mut frame = vec![0; self.frame_length()];
-        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
         let input = frame.clone();
-        // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-        let context: Vec<u8> =
-            [0, length, 0, self.device, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
+        let context = context(input.len(), self.devices.ingress);
         let mut options = TestRunOptions::new();
         options.data_in = Some(&input);
         options.data_out = Some(&mut frame);
@@ -253,9 +274,18 @@ fn xdp<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Xdp, ProgramError> {
 }
 
 fn fd<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, DatapathError> {
-    xdp(ebpf, name)
-        .and_then(Xdp::fd)
-        .map_err(DatapathError::bpf(format!("opening the testkit's program {name}")))
+    xdp(ebpf, name).and_then(Xdp::fd).map_err(opening(name))
+}
+
+fn opening(name: &str) -> impl FnOnce(ProgramError) -> DatapathError + use<> {
+    DatapathError::bpf(format!("opening the testkit's program {name}"))
+}
+
+/// A `struct xdp_md` for a frame that claims to come in on a device of this thread's network namespace: `data`, `data_end`,
+/// `data_meta`, `ingress_ifindex`, `rx_queue_index`, `egress_ifindex`.
+pub(super) fn context(length: usize, device: u32) -> Vec<u8> {
+    let length = u32::try_from(length).unwrap_or(u32::MAX);
+    [0, length, 0, device, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect()
 }
 
 fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Result<M, DatapathError> {

@@ -1,7 +1,5 @@
 //! From moments to nanoseconds a packet.
 
-use fastswan_testkit_ebpf::INTERVAL;
-
 /// Of all rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
@@ -33,11 +31,11 @@ impl Spread {
     }
 }
 
-/// How long a packet took between moments in nanoseconds, for each interval.
-pub(super) fn intervals(moments: &[u64]) -> impl Iterator<Item = f64> {
+/// How long a packet took between moments in nanoseconds, for each interval of this many packets.
+pub(super) fn intervals(moments: &[u64], packets: u32) -> impl Iterator<Item = f64> {
     // Far below the numbers that a float does not hold.
     #[allow(clippy::cast_precision_loss)]
-    moments.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 / f64::from(INTERVAL))
+    moments.windows(2).map(move |pair| pair[1].saturating_sub(pair[0]) as f64 / f64::from(packets))
 }
 
 /// Sorts, and returns the middle one of at least one.
@@ -52,8 +50,8 @@ mod tests {
 
     #[test]
     fn an_interruption_does_not_change_what_a_packet_costs() {
-        let moments = [0, 10, 20, 5020, 5030].map(|moment| moment * u64::from(INTERVAL));
-        let mut intervals: Vec<f64> = intervals(&moments).collect();
+        let moments = [0, 10, 20, 5020, 5030].map(|moment| moment * 1024);
+        let mut intervals: Vec<f64> = intervals(&moments, 1024).collect();
         assert!((median(&mut intervals) - 10.0).abs() < 1e-9);
     }
 

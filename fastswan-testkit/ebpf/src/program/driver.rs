@@ -1,15 +1,16 @@
-//! Makes the frame one of the next flow, and runs the program under test on it.
+//! Makes the frame one of the next flow, and runs the program under test on it; or has it leave the device, so that it comes in
+//! where the program under test is attached.
 
 use aya_ebpf::{
     helpers::bpf_ktime_get_ns,
     macros::map,
-    maps::{Array, ProgramArray},
+    maps::{Array, PerCpuArray, ProgramArray},
     programs::XdpContext,
 };
 use fastswan_ebpf::wire::{Addresses, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4, Ipv6};
-use fastswan_testkit_ebpf::{INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
+use fastswan_testkit_ebpf::{INTERVAL, LIVE_INTERVAL, MOST_PACKETS, PORT, SENDER, TTL};
 
-use super::headers;
+use super::headers::{self, packet_length};
 
 const UDP: u8 = 17;
 const DONT_FRAGMENT: u16 = 0x4000;
@@ -34,12 +35,36 @@ static FLOWS_V6: Array<[[u64; 2]; 2]> = Array::with_max_entries(1, 0);
 static TIMES: Array<u64> = Array::with_max_entries(MOST_PACKETS / INTERVAL, 0);
 #[map]
 static UNDER_TEST: ProgramArray = ProgramArray::with_max_entries(1, 0);
+#[map]
+static PROGRESS_OF_CPU: PerCpuArray<Progress> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static TIMES_OF_CPU: PerCpuArray<u64> = PerCpuArray::with_max_entries(MOST_PACKETS / LIVE_INTERVAL, 0);
 
 /// Returns only if something is missing.
 #[inline(always)]
 pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
-    let [source, destination] = *FLOWS_V4.get(next_flow()?)?;
-    let frame = Frame::of(context);
+    write_v4(Frame::of(context), next_flow()?)?;
+    run(context);
+    None
+}
+
+/// Makes the frame one of the flow whose turn it is on this CPU.
+#[inline(always)]
+pub(super) fn generate_v4(context: &XdpContext) -> Option<()> {
+    let progress = PROGRESS_OF_CPU.get_ptr_mut(0)?;
+    // SAFETY: the pointer is that of an array's element, which no other CPU has, and user space writes it between runs.
+    let flow = unsafe {
+        advance(progress, LIVE_INTERVAL, |interval| {
+            TIMES_OF_CPU.get_ptr_mut(interval % (MOST_PACKETS / LIVE_INTERVAL))
+        })?
+    };
+    write_v4(Frame::of(context), flow)
+}
+
+/// Writes the headers of a flow's packet.
+#[inline(always)]
+fn write_v4(frame: Frame, flow: u32) -> Option<()> {
+    let [source, destination] = *FLOWS_V4.get(flow)?;
     write_ethernet(frame, ETHERTYPE_IPV4)?;
     let ip = frame.header::<Ipv4>(size_of::<Ethernet>()).ok()?;
     let length = packet_length(frame) as u16;
@@ -67,8 +92,7 @@ pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
         unsafe { words.add(index).write_unaligned(header[index]) };
         index += 1;
     }
-    run(context);
-    None
+    Some(())
 }
 
 /// Likewise.
@@ -92,27 +116,37 @@ pub(super) fn drive_v6(context: &XdpContext) -> Option<()> {
     None
 }
 
-/// The flow whose turn it is. Reads the clock once in a while.
+/// The flow whose turn it is.
 #[inline(always)]
 fn next_flow() -> Option<u32> {
     let progress = PROGRESS.get_ptr_mut(0)?;
     // SAFETY: the pointer is that of an array's element. Only one CPU runs the driver at a time, and user space writes
     // this between runs.
+    unsafe { advance(progress, INTERVAL, |interval| TIMES.get_ptr_mut(interval)) }
+}
+
+/// Counts a packet and returns its flow. Reads the clock every `interval` packets, and keeps the time where `times` says for
+/// the number of the interval.
+///
+/// # Safety
+///
+/// Both pointers are those of arrays' elements that nothing else uses meanwhile.
+#[inline(always)]
+unsafe fn advance(
+    progress: *mut Progress,
+    interval: u32,
+    times: impl FnOnce(u32) -> Option<*mut u64>,
+) -> Option<u32> {
+    // SAFETY: the caller says so.
     let (packet, mask) = unsafe { ((*progress).packets, (*progress).mask) };
     // SAFETY: likewise.
     unsafe { (*progress).packets = packet + 1 };
-    if packet % u64::from(INTERVAL) == 0 {
-        let time = TIMES.get_ptr_mut((packet / u64::from(INTERVAL)) as u32)?;
-        // SAFETY: a helper call without arguments, and the pointer is that of an array's element.
+    if packet % u64::from(interval) == 0 {
+        let time = times((packet / u64::from(interval)) as u32)?;
+        // SAFETY: a helper call without arguments, and the caller answers for the pointer.
         unsafe { *time = bpf_ktime_get_ns() };
     }
     Some((packet & mask) as u32)
-}
-
-/// Bytes behind the Ethernet header.
-#[inline(always)]
-fn packet_length(frame: Frame) -> usize {
-    frame.end - frame.start - size_of::<Ethernet>()
 }
 
 #[inline(always)]

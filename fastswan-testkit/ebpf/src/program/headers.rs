@@ -6,6 +6,12 @@
 use fastswan_ebpf::wire::{Addresses, Ethernet, Frame, Ipv4, Ipv6};
 use fastswan_testkit_ebpf::{NEXT_HOP, PORT};
 
+/// Bytes behind the Ethernet header.
+#[inline(always)]
+pub(super) fn packet_length(frame: Frame) -> usize {
+    frame.end - frame.start - size_of::<Ethernet>()
+}
+
 /// Takes 1 off the TTL and has the checksum follow (RFC 1624), unless the packet has lived long enough. The header is
 /// one that [`Frame::header`] gave.
 #[inline(always)]

@@ -8,7 +8,7 @@ use aya_ebpf::{
 
 use fastswan_ebpf::wire::{Ethernet, Frame, Ipv4, Ipv6};
 
-use super::headers;
+use super::{headers, traffic::Counter};
 
 // User space sets the lengths when it loads the maps.
 #[map]
@@ -21,13 +21,6 @@ static POLICIES_V4: LpmTrie<[u32; 2], u32> = LpmTrie::with_max_entries(1, 0);
 static POLICIES_V6: LpmTrie<SourceV6, u32> = LpmTrie::with_max_entries(1, 0);
 #[map]
 static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(1, 0);
-
-/// What a CPU has forwarded for a policy.
-#[repr(C)]
-struct Counter {
-    packets: u64,
-    bytes: u64,
-}
 
 /// What the second match of IPv6 is about.
 #[repr(C, packed)]
@@ -89,9 +82,6 @@ pub(super) fn forward_v6(frame: Frame) -> Option<()> {
 fn count(policy: u32, bytes: u64) -> Option<()> {
     let counter = COUNTERS.get_ptr_mut(policy)?;
     // SAFETY: the pointer is that of an array's element, which no other CPU has.
-    unsafe {
-        (*counter).packets += 1;
-        (*counter).bytes += bytes;
-    }
+    unsafe { Counter::count(counter, bytes) };
     Some(())
 }

@@ -18,6 +18,7 @@ use nix::{
 use serde_json::json;
 
 use self::row::Row;
+use super::machine::Machine;
 
 /// Packets of a run of one program, and flows that are not warm.
 const PACKETS: u32 = 1 << 20;
@@ -76,7 +77,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         arguments.rounds
     );
     println!("{}", row::HEAD);
-    let load_before = load()?;
+    let machine = Machine::look()?;
     let rows = DatapathLab::new()?.enter(|device| measure(arguments, device))??;
     if let Some(folder) = &arguments.plot {
         let file = folder.join("datapath.svg");
@@ -85,15 +86,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     if arguments.json {
         let rows: Vec<_> = rows.iter().map(Row::json).collect();
-        let machine = json!({
-            "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
-            "cpu": processor()?,
-            "load_before": load_before,
-            "load_after": load()?,
-        });
         println!(
             "{}",
-            json!({ "machine": machine, "packets": PACKETS, "rounds": arguments.rounds, "ask_back": ASK_BACK, "rows": rows })
+            json!({ "machine": machine.json()?, "packets": PACKETS, "rounds": arguments.rounds, "ask_back": ASK_BACK, "rows": rows })
         );
     }
     Ok(())
@@ -129,17 +124,4 @@ fn measure(arguments: &Arguments, device: u32) -> anyhow::Result<Vec<Row>> {
         }
     }
     Ok(rows)
-}
-
-/// The load of the machine in the last minute, the last five and the last fifteen.
-fn load() -> anyhow::Result<Vec<f64>> {
-    let load = fs::read_to_string("/proc/loadavg")?;
-    load.split(' ').take(3).map(|figure| figure.parse().context("an odd loadavg")).collect()
-}
-
-/// What the kernel calls the processor; empty if it does not say.
-fn processor() -> anyhow::Result<String> {
-    let processors = fs::read_to_string("/proc/cpuinfo")?;
-    let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    Ok(model.map_or_else(String::new, |(_, model)| model.to_owned()))
 }

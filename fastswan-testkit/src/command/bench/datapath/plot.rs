@@ -2,25 +2,21 @@
 
 use std::path::Path;
 
-use anyhow::anyhow;
 use fastswan_testkit::datapath::{Figures, Spread};
-use plotters::{coord::Shift, prelude::*};
+use plotters::prelude::*;
 
-use super::row::{Row, name};
-
-/// Width and height of a panel, and how many there are beside each other at most.
-const PANEL: (u32, u32) = (420, 320);
-const COLUMNS: usize = 3;
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+use super::{
+    super::panels::{self, Area, Drawn, FLOOR, LPM, OURS},
+    row::{Row, name},
+};
 
 /// The programs by name, with the colours of their lines.
 type Line = (&'static str, RGBColor, fn(&Figures) -> Spread);
 
 const LINES: [Line; 3] = [
-    ("lpm", RGBColor(0xd5, 0x5e, 0x00), |figures| figures.lpm),
-    ("fastswan", RGBColor(0x00, 0x72, 0xb2), |figures| figures.ours),
-    ("floor", RGBColor(0x80, 0x80, 0x80), |figures| figures.floor),
+    ("lpm", LPM, |figures| figures.lpm),
+    ("fastswan", OURS, |figures| figures.ours),
+    ("floor", FLOOR, |figures| figures.floor),
 ];
 
 /// Writes an SVG file.
@@ -35,21 +31,10 @@ pub(super) fn draw(rows: &[Row], file: &Path) -> anyhow::Result<()> {
             None => panels.push(vec![*row]),
         }
     }
-    let columns = panels.len().clamp(1, COLUMNS);
-    let lines = panels.len().div_ceil(columns).max(1);
-    let size = (PANEL.0 * u32::try_from(columns)?, PANEL.1 * u32::try_from(lines)?);
-    let root = SVGBackend::new(file, size).into_drawing_area();
-    let areas = root.split_evenly((lines, columns));
-    root.fill(&WHITE)
-        .and_then(|()| areas.iter().zip(&panels).try_for_each(|(area, panel)| draw_panel(area, panel)))
-        .and_then(|()| root.present())
-        .map_err(|error| anyhow!("{error}"))
+    panels::draw(file, &panels, |area, panel| draw_panel(area, panel))
 }
 
-fn draw_panel(
-    area: &Area<'_>,
-    rows: &[Row],
-) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'static> as DrawingBackend>::ErrorType>> {
+fn draw_panel(area: &Area<'_>, rows: &[Row]) -> Drawn {
     let first = rows[0];
     let title = format!("{}, {}, {}", first.mix.name(), name(first.family), first.temperature.name());
     let most =
