@@ -30,6 +30,7 @@
 // Words are packed from, and unpacked into, smaller numbers; the masks and shifts beside show which.
 #![allow(clippy::cast_possible_truncation)]
 
+mod check;
 mod layout;
 mod lookup;
 mod reason;
@@ -37,6 +38,7 @@ mod special;
 #[cfg(target_arch = "bpf")]
 pub mod wire;
 
+pub use check::Check;
 pub use layout::{
     ADDRESS_MASK, ASK_NEVER, BUCKET_ENTRIES, Bucket, Control, EXCEPTION_LISTS, ExceptionList, Forwarded,
     LISTS, List, Losses, MAX_PORTS, MAX_TUPLES, PORT_BUCKETS, PORT_WORDS, Passes, Port, Shared, SlotRecord,

@@ -14,13 +14,14 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use fastswan_ebpf::{
-    ADDRESS_MASK, PassReason, Way,
+    ADDRESS_MASK, Check, PassReason, Way,
     wire::{Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame},
 };
 
 use self::{
     arrival::port,
     asking::{ask, is_due},
+    checks::does,
     counters::{count, passes},
     families::{packet_v4, packet_v6},
     maps::{CLOCK, CONTROL, DEVICES},
@@ -31,6 +32,7 @@ use self::{
 
 mod arrival;
 mod asking;
+mod checks;
 mod counters;
 mod families;
 mod guard;
@@ -68,18 +70,22 @@ fn fastswan_clock(_: TcContext) -> i32 {
 #[inline(always)]
 fn forward(context: &XdpContext) -> Result<u32, Pass> {
     let control = CONTROL.get(0).ok_or(PassReason::Disabled)?;
-    if control.enabled.load() == 0 {
-        return Err(PassReason::Disabled.into());
-    }
-    let left = control.deadline.load().wrapping_sub(ticks());
-    if left == 0 || left > control.lease.load() {
-        return Err(PassReason::LeaseExpired.into());
+    if does(Check::Lease) {
+        if control.enabled.load() == 0 {
+            return Err(PassReason::Disabled.into());
+        }
+        let left = control.deadline.load().wrapping_sub(ticks());
+        if left == 0 || left > control.lease.load() {
+            return Err(PassReason::LeaseExpired.into());
+        }
     }
     let sequence = Sequence::begin(control)?;
 
     let frame = Frame::of(context);
     // SAFETY: a helper call on the program's own context.
-    if unsafe { bpf_xdp_get_buff_len(context.ctx) } != (frame.end - frame.start) as u64 {
+    if does(Check::Buffers)
+        && unsafe { bpf_xdp_get_buff_len(context.ctx) } != (frame.end - frame.start) as u64
+    {
         return Err(PassReason::MultiBuffer.into());
     }
     let ethernet = frame.header::<Ethernet>(0)?;
@@ -92,7 +98,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     }
 
     let port = port(context.ingress_ifindex() as u32, vlan)?;
-    if addresses.first & ADDRESS_MASK != port.address {
+    if does(Check::Address) && addresses.first & ADDRESS_MASK != port.address {
         return Err(PassReason::OtherDestinationMac.into());
     }
     let packet = if ether_type == ETHERTYPE_IPV4 {
@@ -108,13 +114,15 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     };
     // As late as possible, but while the tables are still those of the lookup: an acknowledgement says that they hold
     // what followed from the removals. The removals last, so that one that begins meanwhile counts.
-    let acknowledged = control.acknowledged.load();
-    if acknowledged != control.removals.load() {
-        return Err(PassReason::Removal.into());
+    if does(Check::Removals) {
+        let acknowledged = control.acknowledged.load();
+        if acknowledged != control.removals.load() {
+            return Err(PassReason::Removal.into());
+        }
     }
     sequence.still_holds()?;
 
-    if is_due(control, packet.forwarded) {
+    if does(Check::Asking) && is_due(control, packet.forwarded) {
         ask(context, network, ether_type, port.receiver, packet.device)?;
     }
     let action = if packet.device == port.ifindex {
@@ -131,7 +139,9 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     let frame = Frame::of(context);
     write_ethernet(frame, addresses, ether_type)?;
     decrement_ttl(frame, ether_type)?;
-    count(packet.forwarded, packet.length);
+    if does(Check::Counting) {
+        count(packet.forwarded, packet.length);
+    }
     Ok(action)
 }
 

@@ -2,7 +2,7 @@
 
 use fastswan::policy::Family;
 use fastswan_testkit::{
-    datapath::{Bench, DatapathError, DatapathLab, Mix, Subject, Temperature},
+    datapath::{Ablation, Bench, DatapathError, DatapathLab, Mix, Subject, Temperature},
     lab,
 };
 
@@ -68,6 +68,18 @@ fn tries_that_lack_a_policy_are_noticed() {
             bench.remove_from_tries(7).unwrap();
             let error = bench.verify().unwrap_err();
             assert!(matches!(error, DatapathError::Passed { program: Subject::Lpm, .. }), "{error}");
+        }
+    });
+}
+
+#[test]
+fn every_check_is_left_out_in_turn() {
+    story("each check is left out", |device| {
+        for family in [Family::V4, Family::V6] {
+            let mix = Mix::SiteToSite;
+            let ablation = Ablation { mix, family, policies: POLICIES, packets: PACKETS, device };
+            let costs = ablation.measure(1).unwrap();
+            assert!(costs.whole.median.is_finite() && costs.checks.len() > 10, "{costs:?}");
         }
     });
 }

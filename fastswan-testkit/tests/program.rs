@@ -15,8 +15,9 @@ use fastswan::{
         Probes, ReadBack as _, ReversePath, Side, Slot, Standing, TableConfig, Verdict,
     },
 };
-use fastswan_ebpf::port_position;
+use fastswan_ebpf::{Check, port_position};
 use fastswan_testkit::{
+    datapath::without,
     frames::{Frame, Tag},
     lab::{self, End, Namespace},
     prog_run::{Outcome, ProgRun},
@@ -459,6 +460,42 @@ fn what_comes_in_on_a_cpu_without_a_channel_of_the_device_passes() {
         assert_eq!(run(program, v4()).action, RunAction::Transmit, "it leaves where it came in");
         program.limit_cpus(u16::MAX).unwrap();
         assert_eq!(run(program, redirected()).action, RunAction::Redirect);
+    });
+}
+
+/// What a program for measurements is told to leave out, it leaves out, and the whole program does not.
+#[test]
+fn a_program_for_measurements_leaves_out_what_it_is_told_to() {
+    with_program(|whole, namespace| {
+        let egress = namespace.ifindex("out0").unwrap();
+        let load = |check| {
+            let config = LoadConfig::new(config()).ask_back(0);
+            fill(ProgRun::load(without(config, check)).unwrap(), egress)
+        };
+        let action = |program: &ProgRun, frame: Frame| run(program, frame).action;
+        let mut corrupt = v4().build();
+        corrupt[14 + 10] ^= 1;
+        for (check, frame) in [
+            (Check::Address, v4().macs(SENDER, PEER).build()),
+            (Check::Checksum, corrupt),
+            (Check::Exceptions, v4().udp(1000, 4500).build()),
+            (Check::Probes, Frame::v4("10.1.9.9", "10.6.0.1").macs(SENDER, PORT).udp(1000, 2000).build()),
+            (Check::Length, v4().payload(1400).build()),
+        ] {
+            let fate = |program: &ProgRun| program.run(&frame, INGRESS).unwrap().action;
+            assert_eq!(fate(whole), RunAction::Pass, "{check:?}");
+            assert_eq!(fate(&load(check)), RunAction::Transmit, "{check:?}");
+            assert_eq!(fate(&load(Check::Lease)), RunAction::Pass, "without something else than {check:?}");
+        }
+        let mut switched_off = load(Check::Lease);
+        switched_off.table.set_enabled(false);
+        assert_eq!(action(&switched_off, v4()), RunAction::Transmit);
+        let changing = load(Check::Sequence);
+        changing.set_updating(true).unwrap();
+        assert_eq!(action(&changing, v4()), RunAction::Transmit);
+        let uncounted = load(Check::Counting);
+        assert_eq!(action(&uncounted, v4()), RunAction::Transmit);
+        assert_eq!(uncounted.traffic(TRANSMIT).packets, 0);
     });
 }
 

@@ -3,14 +3,15 @@
 use core::arch::asm;
 
 use fastswan_ebpf::{
-    Control, ExceptionList, Forwarded, List, PassReason, Port, Value, Way, is_special_v4, is_special_v6,
-    upper_layer,
+    Check, Control, ExceptionList, Forwarded, List, PassReason, Port, Value, Way, is_special_v4,
+    is_special_v6, upper_layer,
     wire::{Frame, Ipv4, Ipv6},
 };
 
 use super::{
     Pass,
     arrival::Arrival,
+    checks::does,
     counters::{cpu, forwarded},
     headers::{ICMPV6, Ports, checksum_is_good, is_extension_header, is_neighbour_discovery, ports_of},
     lookup::{first_hit_v4, first_hit_v6, is_exception_v4, is_exception_v6},
@@ -56,7 +57,7 @@ pub(super) fn packet_v4(
     if length < size_of::<Ipv4>() || frame.start + network + length > frame.end {
         return Err(PassReason::BadLength.into());
     }
-    if !checksum_is_good(ip) {
+    if does(Check::Checksum) && !checksum_is_good(ip) {
         return Err(PassReason::BadChecksum.into());
     }
     if header.ttl <= 1 {
@@ -64,15 +65,15 @@ pub(super) fn packet_v4(
     }
     let source = u32::from_be(header.source);
     let destination = u32::from_be(header.destination);
-    if is_special_v4(source) {
+    if does(Check::Special) && is_special_v4(source) {
         return Err(PassReason::MartianSource.into());
     }
-    if is_special_v4(destination) {
+    if does(Check::Special) && is_special_v4(destination) {
         return Err(PassReason::MartianDestination.into());
     }
     let key = [u64::from(destination) << 32 | u64::from(source)];
     let family = Family {
-        has_exceptions: control.exceptions_v4.load() != 0,
+        has_exceptions: does(Check::Exceptions) && control.exceptions_v4.load() != 0,
         is_exception: is_exception_v4,
         first_hit: first_hit_v4,
         reverse_path: port.flags & (Port::REVERSE_PATH_STRICT | Port::REVERSE_PATH_LOOSE),
@@ -119,10 +120,10 @@ pub(super) fn packet_v6(
     }
     let source = header.source.map(u64::from_be);
     let destination = header.destination.map(u64::from_be);
-    if is_special_v6(source) {
+    if does(Check::Special) && is_special_v6(source) {
         return Err(PassReason::MartianSource.into());
     }
-    if is_special_v6(destination) {
+    if does(Check::Special) && is_special_v6(destination) {
         return Err(PassReason::MartianDestination.into());
     }
     if header.next_header == ICMPV6 {
@@ -134,7 +135,7 @@ pub(super) fn packet_v6(
     }
     let key = [destination[0], destination[1], source[0], source[1]];
     let family = Family {
-        has_exceptions: control.exceptions_v6.load() != 0,
+        has_exceptions: does(Check::Exceptions) && control.exceptions_v6.load() != 0,
         is_exception: is_exception_v6,
         first_hit: first_hit_v6,
         // The kernel has no reverse path filter for IPv6.
@@ -208,10 +209,11 @@ impl<F, E> Family<F, E> {
         if device == 0 {
             return Err(Way::reason(exit).map_or(PassReason::EgressUnavailable.into(), Pass));
         }
-        if cell.probes_guards() && (self.first_hit)(List::Guards, key).is_some() {
+        let probes = |probes: bool| does(Check::Probes) && probes;
+        if probes(cell.probes_guards()) && (self.first_hit)(List::Guards, key).is_some() {
             return Err(PassReason::Guarded.into());
         }
-        if cell.probes_destination() {
+        if probes(cell.probes_destination()) {
             let fact = (self.first_hit)(List::Destinations, key).ok_or(PassReason::DeniedDestination)?;
             if fact.kind() != Value::VIA {
                 return Err(PassReason::DeniedDestination.into());
@@ -220,7 +222,7 @@ impl<F, E> Family<F, E> {
                 return Err(PassReason::RouteElsewhere.into());
             }
         }
-        if cell.probes_source() || self.reverse_path != 0 {
+        if probes(cell.probes_source() || self.reverse_path != 0) {
             match (self.first_hit)(List::Sources, key) {
                 None if self.reverse_path != 0 => return Err(PassReason::ReversePath.into()),
                 None => {}
@@ -233,7 +235,7 @@ impl<F, E> Family<F, E> {
                 }
             }
         }
-        if length as u64 > Way::max_length(exit) {
+        if does(Check::Length) && length as u64 > Way::max_length(exit) {
             return Err(PassReason::TooLong.into());
         }
         Ok(Packet { cpu, forwarded, way, device, cpus: Way::cpus(exit), length })

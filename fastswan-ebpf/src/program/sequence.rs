@@ -2,9 +2,9 @@
 
 use core::arch::asm;
 
-use fastswan_ebpf::{Control, PassReason, Word};
+use fastswan_ebpf::{Check, Control, PassReason, Word};
 
-use super::{counters::passes, maps::WEAKLY_ORDERED};
+use super::{checks::does, counters::passes, maps::WEAKLY_ORDERED};
 
 /// A section in which the tables must not change.
 pub(super) struct Sequence<'a> {
@@ -16,7 +16,7 @@ impl<'a> Sequence<'a> {
     #[inline(always)]
     pub(super) fn begin(control: &'a Control) -> Result<Self, PassReason> {
         let begun = control.sequence.load();
-        if begun & 1 != 0 {
+        if does(Check::Sequence) && begun & 1 != 0 {
             return Err(PassReason::Updating);
         }
         fence()?;
@@ -26,7 +26,11 @@ impl<'a> Sequence<'a> {
     #[inline(always)]
     pub(super) fn still_holds(self) -> Result<(), PassReason> {
         fence()?;
-        if self.control.sequence.load() == self.begun { Ok(()) } else { Err(PassReason::Updating) }
+        if !does(Check::Sequence) || self.control.sequence.load() == self.begun {
+            Ok(())
+        } else {
+            Err(PassReason::Updating)
+        }
     }
 }
 

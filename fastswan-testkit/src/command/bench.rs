@@ -31,6 +31,7 @@ use fastswan_testkit::{
 use ipnet::{IpNet, Ipv4Net};
 use serde_json::json;
 
+mod ablation;
 mod churn;
 mod datapath;
 mod machine;
@@ -46,6 +47,8 @@ pub(crate) enum Command {
     Churn(churn::Arguments),
     /// What a packet costs in the XDP program, beside two longest-prefix matches and beside only forwarding.
     Datapath(datapath::Arguments),
+    /// What each check of the XDP program costs.
+    Ablation(ablation::Arguments),
     /// How many frames a gateway forwards in a second, on veth pairs from end to end, beside two longest-prefix matches, only
     /// forwarding, and the kernel.
     Veth(veth::Arguments),
@@ -110,6 +113,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Mirror(arguments) => mirror(arguments),
         Command::Churn(arguments) => churn::run(arguments),
         Command::Datapath(arguments) => datapath::run(arguments),
+        Command::Ablation(arguments) => ablation::run(arguments),
         Command::Veth(arguments) => veth::run(arguments),
         Command::Round(size) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -43,19 +43,28 @@ struct Programs {
     folder: &'static str,
     /// What the files are called.
     name: &'static str,
+    /// Features to build it with.
+    features: &'static str,
 }
 
 /// The library's.
-const LIBRARY: Programs = Programs { package: "fastswan-ebpf", folder: "fastswan/bpf", name: "fastswan" };
+const LIBRARY: Programs =
+    Programs { package: "fastswan-ebpf", folder: "fastswan/bpf", name: "fastswan", features: "" };
+/// The same, for measurements of what each of its checks costs.
+const ABLATION: Programs =
+    Programs { folder: "fastswan-testkit/bpf", name: "ablation", features: "ablation", ..LIBRARY };
 /// Those that `cargo testkit bench datapath` and `bench veth` compare it with.
-const TESTKIT: Programs =
-    Programs { package: "fastswan-testkit-ebpf", folder: "fastswan-testkit/bpf", name: "testkit" };
+const TESTKIT: Programs = Programs {
+    package: "fastswan-testkit-ebpf",
+    folder: "fastswan-testkit/bpf",
+    name: "testkit",
+    features: "",
+};
+const ALL: [Programs; 3] = [LIBRARY, ABLATION, TESTKIT];
 
 pub(crate) fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Build => {
-            [LIBRARY, TESTKIT].iter().try_for_each(|programs| programs.build_into(&programs.committed()))
-        }
+        Command::Build => ALL.iter().try_for_each(|programs| programs.build_into(&programs.committed())),
         Command::Check => check(),
         Command::Install => install(),
     }
@@ -76,9 +85,44 @@ impl Programs {
         ensure!(missing.is_empty(), "cannot build the bytecode without {}", missing.join("; "));
         fs::create_dir_all(folder)?;
         for ((target, _), file) in TARGETS.iter().zip(self.files()) {
-            strip_dwarf(&build(self.package, target)?, &folder.join(file))?;
+            strip_dwarf(&self.build(target)?, &folder.join(file))?;
         }
         Ok(())
+    }
+
+    /// Builds them for one target and returns where they lie.
+    fn build(&self, target: &str) -> anyhow::Result<PathBuf> {
+        let Self { package, features, .. } = *self;
+        let workspace = workspace();
+        let target_folder = workspace.join("target/ebpf");
+        let home = std::env::var("CARGO_HOME").map(PathBuf::from).or_else(|_| {
+            std::env::var("HOME").map(|home| Path::new(&home).join(".cargo")).context("HOME is not set")
+        })?;
+        let rust_source = sysroot()?.join("lib/rustlib/src/rust");
+        let mut flags = vec![
+            "-Clinker=bpf-linker".to_owned(),
+            // BTF is made from debug information.
+            "-Cdebuginfo=2".to_owned(),
+            "-Clink-arg=--btf".to_owned(),
+            // Atomic instructions that return a value, and 32-bit jumps: Linux 5.12.
+            "-Ctarget-cpu=v3".to_owned(),
+            // Headers may lie at any address.
+            "-Clink-arg=--cpu-features=+allows-misaligned-mem-access".to_owned(),
+        ];
+        for (path, name) in [(&workspace, "fastswan"), (&home, "cargo"), (&rust_source, "rust")] {
+            flags.push(format!("--remap-path-prefix={}=/{name}", path.display()));
+        }
+        let status = Process::new(cargo())
+            .current_dir(&workspace)
+            .args(["build", "--quiet", "--locked", "--release", "-Zbuild-std=core", "--target", target])
+            .args(["--package", package, "--bin", package, "--features", features, "--target-dir"])
+            .arg(&target_folder)
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
+            .env_remove("RUSTFLAGS")
+            .status()?;
+        ensure!(status.success(), "building {package} for {target} failed");
+        Ok(target_folder.join(target).join("release").join(package))
     }
 
     /// Builds them elsewhere, and names what is not as committed.
@@ -155,40 +199,6 @@ fn sysroot() -> anyhow::Result<PathBuf> {
     Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
 }
 
-/// Builds a package's programs for one target and returns where they lie.
-fn build(package: &str, target: &str) -> anyhow::Result<PathBuf> {
-    let workspace = workspace();
-    let target_folder = workspace.join("target/ebpf");
-    let home = std::env::var("CARGO_HOME").map(PathBuf::from).or_else(|_| {
-        std::env::var("HOME").map(|home| Path::new(&home).join(".cargo")).context("HOME is not set")
-    })?;
-    let rust_source = sysroot()?.join("lib/rustlib/src/rust");
-    let mut flags = vec![
-        "-Clinker=bpf-linker".to_owned(),
-        // BTF is made from debug information.
-        "-Cdebuginfo=2".to_owned(),
-        "-Clink-arg=--btf".to_owned(),
-        // Atomic instructions that return a value, and 32-bit jumps: Linux 5.12.
-        "-Ctarget-cpu=v3".to_owned(),
-        // Headers may lie at any address.
-        "-Clink-arg=--cpu-features=+allows-misaligned-mem-access".to_owned(),
-    ];
-    for (path, name) in [(&workspace, "fastswan"), (&home, "cargo"), (&rust_source, "rust")] {
-        flags.push(format!("--remap-path-prefix={}=/{name}", path.display()));
-    }
-    let status = Process::new(cargo())
-        .current_dir(&workspace)
-        .args(["build", "--quiet", "--locked", "--release", "-Zbuild-std=core", "--target", target])
-        .args(["--package", package, "--bin", package, "--target-dir"])
-        .arg(&target_folder)
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
-        .env_remove("RUSTFLAGS")
-        .status()?;
-    ensure!(status.success(), "building {package} for {target} failed");
-    Ok(target_folder.join(target).join("release").join(package))
-}
-
 /// Takes the sections with DWARF out, with the tool that rustc ships for it.
 fn strip_dwarf(from: &Path, to: &Path) -> anyhow::Result<()> {
     let verbose = Process::new("rustc").arg("-vV").output()?;
@@ -206,8 +216,10 @@ fn strip_dwarf(from: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 fn check() -> anyhow::Result<()> {
-    let mut different = LIBRARY.differences()?;
-    different.extend(TESTKIT.differences()?);
+    let mut different = Vec::new();
+    for programs in ALL {
+        different.extend(programs.differences()?);
+    }
     if !different.is_empty() {
         bail!(
             "the committed bytecode is not what the source gives: {}; run `cargo testkit ebpf build` and \

@@ -11,6 +11,7 @@
 //!
 //! [`veth`] sends live frames through a gateway instead, and counts what arrives.
 
+mod ablation;
 mod bench;
 mod error;
 mod flows;
@@ -24,6 +25,7 @@ mod tries;
 pub mod veth;
 
 pub use self::{
+    ablation::{Ablation, Costs, without},
     bench::Bench,
     error::DatapathError,
     flows::Temperature,

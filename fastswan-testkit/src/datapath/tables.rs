@@ -41,6 +41,7 @@ impl Tables {
         policies: u32,
         flows: u32,
         devices: Devices,
+        configure: impl FnOnce(LoadConfig) -> LoadConfig,
     ) -> Result<Self, DatapathError> {
         let cells = policies + mix.other_cells();
         let (cells_v4, cells_v6) = match family {
@@ -48,7 +49,7 @@ impl Tables {
             Family::V6 => (1, cells),
         };
         let config = TableConfig { cells_v4, cells_v6, exceptions: 64, slots: policies };
-        let ours = ProgRun::load(LoadConfig::from(&config).ask_back(ASK_BACK))?;
+        let ours = ProgRun::load(configure(LoadConfig::from(&config).ask_back(ASK_BACK)))?;
         let (programs, tries) = Programs::load(family, devices, policies, flows, ours.program_id())?;
         let mut compiler = Compiler::new(config.capacity());
         compiler.set_host(&mix.host(devices.egress));

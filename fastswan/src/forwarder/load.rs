@@ -55,6 +55,9 @@ pub struct LoadConfig {
     table: TableConfig,
     allow_unjudged_kernel: bool,
     ask_back: u32,
+    /// Another object, and the bits of what its program leaves out.
+    #[cfg(feature = "broken-rules")]
+    ablation: Option<(&'static [u8], u32)>,
 }
 
 impl Default for LoadConfig {
@@ -67,7 +70,13 @@ impl LoadConfig {
     /// Loads with a table of this size.
     #[must_use]
     pub fn new(table: TableConfig) -> Self {
-        Self { table, allow_unjudged_kernel: false, ask_back: DEFAULT_ASK_BACK }
+        Self {
+            table,
+            allow_unjudged_kernel: false,
+            ask_back: DEFAULT_ASK_BACK,
+            #[cfg(feature = "broken-rules")]
+            ablation: None,
+        }
     }
 
     /// Loads also on kernels before 6.12. No test has compared this library's decisions with theirs: a packet that is
@@ -106,6 +115,15 @@ impl LoadConfig {
         self
     }
 
+    /// **For measurements only:** loads a program of this library that was built to leave out what it is told to.
+    #[cfg(feature = "broken-rules")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn ablate(mut self, object: &'static [u8], checks: u32) -> Self {
+        self.ablation = Some((object, checks));
+        self
+    }
+
     fn ask_mask(&self) -> u64 {
         match self.ask_back {
             0 => ASK_NEVER,
@@ -129,6 +147,8 @@ impl From<&TableConfig> for LoadConfig {
 /// Loads the program with a new table.
 pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), ForwarderError> {
     let ask_mask = config.ask_mask();
+    #[cfg(feature = "broken-rules")]
+    let ablation = &config.ablation;
     let LoadConfig { table: config, allow_unjudged_kernel, .. } = config;
     check_size(config)?;
     if !allow_unjudged_kernel {
@@ -143,8 +163,16 @@ pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), Forw
     for (map, length) in BpfTable::map_lengths(config, cpus) {
         loader.map_max_entries(map, length);
     }
-    let mut ebpf =
-        loader.load(BYTECODE).map_err(|error| refused("creating the BPF maps", MAPS_NEED, error))?;
+    let object = BYTECODE;
+    #[cfg(feature = "broken-rules")]
+    let object = match ablation {
+        None => object,
+        Some((object, checks)) => {
+            loader.override_global("ABLATED", checks, true);
+            object
+        }
+    };
+    let mut ebpf = loader.load(object).map_err(|error| refused("creating the BPF maps", MAPS_NEED, error))?;
     program_mut(&mut ebpf, PROGRAM)
         .and_then(|program| verify(|| program.load()))
         .map_err(|error| refused("loading the XDP program", PROGRAM_NEEDS, error))?;

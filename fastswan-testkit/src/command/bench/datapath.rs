@@ -21,7 +21,7 @@ use self::row::Row;
 use super::machine::Machine;
 
 /// Packets of a run of one program, and flows that are not warm.
-const PACKETS: u32 = 1 << 20;
+pub(super) const PACKETS: u32 = 1 << 20;
 
 /// What `cargo testkit bench datapath` is told.
 #[derive(Debug, clap::Args)]

@@ -82,7 +82,7 @@ impl VethBench {
             .enter(|| ask(&requests, 1))
             .map_err(VethError::system(format!("giving the kernel {policies} policies")))?;
         let (mut tables, flows) = lab.gateway.enter(|| {
-            let mut tables = Tables::new(mix, family, policies, frames, devices)?;
+            let mut tables = Tables::new(mix, family, policies, frames, devices, |config| config)?;
             let flows = tables.set_flows(Temperature::Cold, frames)?;
             Ok::<_, DatapathError>((tables, flows))
         })?;
