@@ -143,6 +143,8 @@ pub(super) const KINDS: &[Kind] = &[
     kind("dummy", devices::dummy),
     kind("xfrm-interface", devices::xfrm_interface),
     kind("tc", hooks::tc).hook(),
+    kind("tc-queue", hooks::tc_queue).hook(),
+    kind("tc-classes", hooks::tc_classes).hook(),
     kind("tc-flower", hooks::flower).hook(),
     kind("nft-filter", hooks::nft_filter).hook(),
     kind("nft-policy", hooks::nft_policy).hook(),
