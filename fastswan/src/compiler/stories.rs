@@ -973,6 +973,42 @@ fn packets_from_own_addresses_stay_with_the_kernel() {
 }
 
 #[test]
+fn packets_from_an_own_address_stay_with_the_kernel_though_no_route_says_that_it_is_one() {
+    let mut scene = Scene::new().has(site()).has(offloaded("2001:db8:1::/48", "2001:db8:2::/48"));
+    scene.compile();
+    let own = |text: &str| text.parse().unwrap();
+    let change = |scene: &mut Scene, change: HostChange| {
+        scene.compiler.change_host(&change);
+        let update = scene.compiler.compile(&scene.database);
+        scene.table.apply(&update);
+        update
+    };
+    change(&mut scene, HostChange::Address(own("10.1.0.1")));
+    assert_eq!(scene.table.decide(&packet("10.1.0.1", "10.2.0.1")), Err(PassReason::DeniedSource));
+    assert!(scene.table.decide(&packet("10.1.0.2", "10.2.0.1")).is_ok());
+    let update = change(&mut scene, HostChange::Address(own("10.1.0.1")));
+    assert!(update.is_empty(), "as before: {update:?}");
+    let update = change(&mut scene, HostChange::Address(own("10.9.0.1")));
+    assert!(update.is_empty(), "a source of no policy: {update:?}");
+
+    // A route that says the same, as most addresses have one, changes nothing.
+    let (facts, prefix) = (scene.table.facts.len(), "10.1.0.1/32".parse().unwrap());
+    let local = |routes: Vec<Route>| HostChange::Routes { table: 255, destination: prefix, routes };
+    let update = change(&mut scene, local(vec![route("10.1.0.1/32", RouteKind::Local)]));
+    assert!(update.is_empty(), "{update:?}");
+    let update = change(&mut scene, HostChange::AddressGone(own("10.1.0.1")));
+    assert!(update.is_empty(), "{update:?}");
+    assert_eq!(scene.table.facts.len(), facts);
+    change(&mut scene, local(Vec::new()));
+    assert!(scene.table.decide(&packet("10.1.0.1", "10.2.0.1")).is_ok());
+    assert_eq!(scene.table.facts.len(), 0, "{:?}", scene.table.facts);
+
+    scene.host.addresses = vec![own("10.1.0.7")];
+    assert_eq!(scene.reason("10.1.0.7", "10.2.0.1"), PassReason::DeniedSource);
+    assert!(explanation(&mut scene, "10.1.0.7", "10.2.0.1").ends_with("(10.1.0.7/32)"));
+}
+
+#[test]
 fn the_reverse_path_is_told_only_where_a_link_asks_for_it() {
     let mut scene =
         Scene::new().has(site()).routes("10.1.0.0/16", via(LAN)).routes("10.1.7.0/24", RouteKind::Unclear);

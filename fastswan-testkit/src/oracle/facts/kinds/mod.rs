@@ -106,6 +106,8 @@ pub(super) const KINDS: &[Kind] = &[
     kind("address-secondaries", devices::address_secondaries),
     kind("address-tentative", devices::address_tentative),
     kind("address-own", devices::address_own),
+    kind("address-without-route", devices::address_without_route),
+    kind("address-down", devices::address_down),
     kind("address-subnet", devices::address_subnet),
     kind("address-outer-lost", devices::address_outer_lost).at_last(),
     kind("address-promoted", devices::address_promoted).at_last(),
