@@ -186,6 +186,13 @@ pub enum Cause {
         /// Which packets.
         selector: Selector,
     },
+    /// An association of the policy's tunnel gives its packets a mark, with which the kernel may look for another route.
+    MarkingSa {
+        /// The policy.
+        policy: PolicyId,
+        /// The association.
+        sa: SaId,
+    },
     /// The default policy blocks.
     DefaultBlock,
     /// The next hop of the policy, its device or its path's length is not known.
@@ -345,8 +352,12 @@ impl Compiler {
                 self.paths.hook(policy.id.selector.family(), device).cloned().map(Cause::Hook)
             }
             (PassReason::NoSa, _) => {
-                let narrow = database.narrow_sa(policy);
-                narrow.map(|(sa, selector)| Cause::NarrowSa { policy: policy.id.clone(), sa, selector })
+                let marking = database.marking_sa(policy);
+                let marking = marking.map(|sa| Cause::MarkingSa { policy: policy.id.clone(), sa });
+                marking.or_else(|| {
+                    let (sa, selector) = database.narrow_sa(policy)?;
+                    Some(Cause::NarrowSa { policy: policy.id.clone(), sa, selector })
+                })
             }
             _ => None,
         };
@@ -532,6 +543,12 @@ impl fmt::Display for Cause {
             }
             Self::NarrowSa { policy, sa, selector } => {
                 write!(f, "the SA of {policy} ({sa}) is for {selector} only, which is not all of its packets")
+            }
+            Self::MarkingSa { policy, sa } => {
+                write!(
+                    f,
+                    "an SA of {policy} ({sa}) sets a mark, by which rules may route its packets another way"
+                )
             }
             Self::DefaultBlock => f.write_str("the default policy blocks"),
             Self::NoPath(policy) => {

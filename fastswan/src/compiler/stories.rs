@@ -1238,6 +1238,12 @@ fn an_explanation_names_the_policy_and_what_stands_in_its_way() {
         explain(&mut scene),
         "kernel (no_sa): out 10.1.0.0/16 → 10.2.0.0/16 has no live outbound packet-offload association on its device"
     );
+    scene.after(PolicyEvent::Sa(SecurityAssociation { sets_mark: true, ..association() }));
+    assert_eq!(
+        explain(&mut scene),
+        "kernel (no_sa): an SA of out 10.1.0.0/16 → 10.2.0.0/16 (dst 192.0.2.2 proto 50 spi 0x00000100) sets a mark, by \
+         which rules may route its packets another way"
+    );
     scene.after(PolicyEvent::Stale(StaleCause::Overrun));
     assert!(explain(&mut scene).starts_with("kernel (disabled): the source has lost track"));
 }
