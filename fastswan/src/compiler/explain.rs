@@ -67,7 +67,7 @@ impl FromStr for Flow {
         let error = |what| ParseFlowError { text: text.to_owned(), what };
         let mut address = || words.next()?.parse().ok();
         let (Some(source), Some(destination)) = (address(), address()) else {
-            return Err(error("two addresses"));
+            return Err(error("a source and a destination address"));
         };
         let mut flow = Self::between(source, destination);
         let number =
@@ -83,7 +83,7 @@ impl FromStr for Flow {
 
 /// A text does not describe a [`Flow`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no packet: {what} is needed, as in \"10.1.0.5 10.2.0.9 17 1000 2000\"")]
+#[error("{text:?} is no packet: it needs {what}, as in \"10.1.0.5 10.2.0.9 17 1000 2000\"")]
 pub struct ParseFlowError {
     text: String,
     what: &'static str,

@@ -1202,6 +1202,15 @@ fn explanation(scene: &mut Scene, source: &str, destination: &str) -> String {
 }
 
 #[test]
+fn a_text_with_one_address_is_no_packet_and_the_error_says_what_it_needs() {
+    let error = "10.1.0.5".parse::<Flow>().unwrap_err().to_string();
+    assert!(
+        error.starts_with("\"10.1.0.5\" is no packet: it needs a source and a destination address"),
+        "{error}"
+    );
+}
+
+#[test]
 fn an_explanation_names_the_policy_and_what_stands_in_its_way() {
     let mut scene = Scene::new().has(with_priority(10, site()));
     let explain = |scene: &mut Scene| explanation(scene, "10.1.0.1", "10.2.0.1");
