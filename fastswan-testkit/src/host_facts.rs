@@ -24,6 +24,7 @@ pub fn sorted(mut facts: HostFacts) -> HostFacts {
     facts.rules.sort_by_key(|rule| (rule.family == Family::V6, rule.priority));
     facts.neighbours.sort_by_key(|neighbour| (neighbour.ifindex, neighbour.destination));
     facts.path_mtus.sort();
+    facts.addresses.sort();
     facts
 }
 
@@ -47,4 +48,5 @@ pub fn difference(told: &HostFacts, read: &HostFacts) -> String {
         + &lines("neighbours", &told.neighbours, &read.neighbours)
         + &lines("hooks", &told.hooks, &read.hooks)
         + &lines("path MTUs", &told.path_mtus, &read.path_mtus)
+        + &lines("addresses", &told.addresses, &read.addresses)
 }

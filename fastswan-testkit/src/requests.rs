@@ -40,6 +40,8 @@ const ATTRIBUTE_AEAD: u16 = 18;
 const ATTRIBUTE_MARK: u16 = 21;
 const ATTRIBUTE_OFFLOAD_DEVICE: u16 = 28;
 const ATTRIBUTE_IF_ID: u16 = 31;
+/// `XFRMA_SET_MARK` and `XFRMA_SET_MARK_MASK`
+const ATTRIBUTES_SET_MARK: [u16; 2] = [29, 30];
 /// `XFRMA_SA_DIR`, Linux 6.10.
 const ATTRIBUTE_DIRECTION: u16 = 33;
 /// `XFRMA_SA_PCPU`, Linux 6.13.
@@ -290,6 +292,11 @@ pub(crate) fn keyed_association(sa: &SecurityAssociation, key: &[u8; 20]) -> Mes
     algorithm[68..].copy_from_slice(&128_u32.to_ne_bytes());
     message.attribute(ATTRIBUTE_AEAD, &[&algorithm[..], key].concat());
     message.offload(sa.offload);
+    if sa.sets_mark {
+        for (attribute, value) in ATTRIBUTES_SET_MARK.into_iter().zip([1_u32, u32::MAX]) {
+            message.attribute(attribute, &value.to_ne_bytes());
+        }
+    }
     if let Some(cpu) = sa.cpu {
         // The kernel takes none without a direction; 2 is out.
         message.attribute(ATTRIBUTE_DIRECTION, &[2]);

@@ -131,13 +131,17 @@ fn associations_say_their_device_and_overhead() {
 /// A message with one attribute more.
 fn with_attribute(name: &str, kind: u16, value: &[u8]) -> Bytes {
     let mut message = captured(name).to_vec();
+    append(&mut message, kind, value);
+    message.into()
+}
+
+fn append(message: &mut Vec<u8>, kind: u16, value: &[u8]) {
     message.extend(u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend(value);
     message.resize(message.len().next_multiple_of(4), 0);
     let length = u32::try_from(message.len()).unwrap();
     message[..4].copy_from_slice(&length.to_ne_bytes());
-    message.into()
 }
 
 #[test]
@@ -168,6 +172,29 @@ fn an_association_that_protects_nothing_that_leaves_says_so() {
     // After the header, `flags` of `struct xfrm_usersa_info`.
     wildcard[16 + 216] |= XFRM_STATE_WILDRECV;
     assert_eq!(told(wildcard.into()), (true, false));
+}
+
+#[test]
+fn an_association_says_whether_its_packets_get_a_mark() {
+    const XFRMA_SET_MARK: u16 = 29;
+    const XFRMA_SET_MARK_MASK: u16 = 30;
+    let with = |mark: u32, mask: Option<u32>| {
+        let mut message = with_attribute("newsa-out-offload", XFRMA_SET_MARK, &mark.to_ne_bytes()).to_vec();
+        if let Some(mask) = mask {
+            append(&mut message, XFRMA_SET_MARK_MASK, &mask.to_ne_bytes());
+        }
+        match decode(&message.into()).unwrap().remove(0).content {
+            Content::Event(PolicyEvent::Sa(sa)) => sa.sets_mark,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(!sa("newsa-out-offload").sets_mark);
+    assert!(with(5, None));
+    assert!(with(5, Some(u32::MAX)));
+    assert!(with(5, Some(4)));
+    assert!(!with(5, Some(2)), "a packet without a mark keeps it");
+    assert!(!with(0, Some(0xff)), "nor is it given one");
+    assert!(decode(&with_attribute("newsa-out-offload", XFRMA_SET_MARK, &[5, 0])).is_err());
 }
 
 #[test]

@@ -233,7 +233,7 @@ fn shell(namespace: &Namespace, commands: &str) {
 }
 
 /// What comes in the way: its name, which families it concerns, of which kind it is, how it comes, and how it goes.
-const HOOKS: [(&str, &[Of], HookKind, &str, &str); 19] = [
+const HOOKS: [(&str, &[Of], HookKind, &str, &str); 23] = [
     (
         "a drop rule in nftables' forward chain",
         &[V4, V6],
@@ -376,6 +376,40 @@ const HOOKS: [(&str, &[Of], HookKind, &str, &str); 19] = [
          tc qdisc add dev lan0 ingress_block 7 clsact\n\
          tc filter add block 7 protocol ip u32 match u32 0 0 action mirred egress redirect dev lo",
         "tc filter del block 7",
+    ),
+    (
+        "a tc filter with an action where packets queue to leave",
+        &[V4, V6],
+        HookKind::Tc,
+        "tc qdisc add dev out0 root handle 1: htb default 1\n\
+         tc class add dev out0 parent 1: classid 1:1 htb rate 1gbit\n\
+         tc filter add dev out0 parent 1: protocol ip u32 match u32 0 0 action mirred egress redirect dev lo",
+        "tc filter del dev out0 parent 1:",
+    ),
+    (
+        "one of a class that a filter leads to",
+        &[V4, V6],
+        HookKind::Tc,
+        "tc filter add dev out0 parent 1: protocol ip u32 match u32 0 0 flowid 1:1\n\
+         tc filter add dev out0 parent 1:1 protocol ip u32 match u32 0 0 action mirred egress redirect dev lo\n\
+         tc class add dev out0 parent 1:1 classid 1:2 htb rate 1gbit",
+        "tc filter del dev out0 parent 1:1",
+    ),
+    (
+        "one of a discipline below a class",
+        &[V4, V6],
+        HookKind::Tc,
+        "tc qdisc add dev out0 parent 1:2 handle 2: htb\n\
+         tc filter add dev out0 parent 2: protocol ip u32 match u32 0 0 action mirred egress redirect dev lo",
+        "tc qdisc del dev out0 root",
+    ),
+    (
+        "one of a discipline that has not been given a handle",
+        &[V4, V6],
+        HookKind::Tc,
+        "tc qdisc add dev out0 root htb\n\
+         tc filter add dev out0 protocol ip u32 match u32 0 0 action mirred egress redirect dev lo",
+        "tc qdisc del dev out0 root",
     ),
 ];
 
@@ -554,7 +588,9 @@ fn what_cannot_change_the_fate_of_forwarded_packets_is_no_hook() {
                     "shaping",
                     "tc qdisc add dev out0 root handle 1: htb default 1\n\
               tc class add dev out0 parent 1: classid 1:1 htb rate 1gbit\n\
-              tc filter add dev out0 parent 1: protocol ip u32 match u32 0 0 flowid 1:1",
+              tc filter add dev out0 parent 1: protocol ip u32 match u32 0 0 flowid 1:1\n\
+              tc class add dev out0 parent 1:1 classid 1:2 htb rate 1gbit\n\
+              tc filter add dev out0 parent 1:1 protocol ip u32 match u32 0 0 flowid 1:2",
                 ),
             ] {
                 running.stays_fast(what, |gateway| shell(gateway, add));

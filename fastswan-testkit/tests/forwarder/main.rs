@@ -77,7 +77,7 @@ fn an_interface_that_is_not_in_this_namespace_is_refused_by_name() {
         for name in ["wan0", "a-name-longer-than-any-interface-has", ""] {
             let error = forwarder.attach(&port(name)).unwrap_err();
             assert!(matches!(&error, ForwarderError::NoSuchInterface { interface } if interface == name));
-            says(&error, &[name, "namespace", "`ip link`"]);
+            says(&error, &[&format!("{name:?}"), "namespace", "`ip link`"]);
         }
         assert_eq!(running(here, "lan0"), None);
         assert_eq!(forwarder.attachments().count(), 0);
@@ -121,7 +121,7 @@ fn a_software_port_is_refused_until_someone_says_that_its_frames_are_complete() 
         );
         let mut forwarder = forwarder();
         namespace.ip("link add br0 type bridge").unwrap();
-        for (name, kind) in [("lan0", "veth"), ("tap0", "tun"), ("br0", "bridge"), ("lo", "")] {
+        for (name, kind) in [("lan0", "veth"), ("tap0", "tun"), ("br0", "bridge")] {
             let error = forwarder.attach(&AttachConfig::new(name)).unwrap_err();
             assert!(
                 matches!(&error, ForwarderError::Unsuitable(PortProblem::IncompleteFrames { .. })),
@@ -132,6 +132,12 @@ fn a_software_port_is_refused_until_someone_says_that_its_frames_are_complete() 
             forwarder.attach(&port(name)).unwrap();
             assert_eq!(running(namespace, name), Some(forwarder.program_id()));
         }
+        let error = forwarder.attach(&port("lo")).unwrap_err();
+        assert!(
+            matches!(&error, ForwarderError::Unsuitable(PortProblem::Loopback { .. })),
+            "whatever is said of its frames: {error}"
+        );
+        says(&error, &["lo is the loopback interface", "name the interface"]);
     });
 }
 
@@ -140,17 +146,16 @@ fn a_driver_without_native_xdp_is_refused_or_replaced_by_the_generic_way() {
     story("a driver without native XDP", |namespace| {
         let mut forwarder = forwarder();
         namespace.ip("link add br0 type bridge").unwrap();
-        for name in ["lo", "br0"] {
-            let error = forwarder.attach(&port(name).mode(AttachMode::Native)).unwrap_err();
-            assert!(matches!(&error, ForwarderError::NoNativeXdp { .. }), "{error}");
-            says(&error, &[name, "native", "AttachMode::Generic"]);
-            assert_eq!(running(namespace, name), None);
+        let name = "br0";
+        let error = forwarder.attach(&port(name).mode(AttachMode::Native)).unwrap_err();
+        assert!(matches!(&error, ForwarderError::NoNativeXdp { .. }), "{error}");
+        says(&error, &[name, "native", "AttachMode::Generic"]);
+        assert_eq!(running(namespace, name), None);
 
-            let attachment = forwarder.attach(&port(name)).unwrap();
-            assert_eq!(attachment.mode, AttachMode::Generic);
-            assert_eq!(attachment.fallback, Some(error.to_string()));
-            assert_eq!(running(namespace, name), Some(forwarder.program_id()));
-        }
+        let attachment = forwarder.attach(&port(name)).unwrap();
+        assert_eq!(attachment.mode, AttachMode::Generic);
+        assert_eq!(attachment.fallback, Some(error.to_string()));
+        assert_eq!(running(namespace, name), Some(forwarder.program_id()));
     });
 }
 

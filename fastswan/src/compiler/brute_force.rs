@@ -1,9 +1,12 @@
 //! A brute force that applies the rule to one packet at a time, to judge the compiler by.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use fastswan_ebpf::PassReason;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::{
     Compiler, Explanation, Flow,
@@ -35,6 +38,8 @@ pub(super) enum Step {
     Route(u32, IpNet, Option<RouteKind>),
     /// The kernel has learnt a path MTU, or knows none any longer.
     PathMtu(IpAddr, Option<u32>),
+    /// An address is the host's, or no longer; and the table local says so, or not.
+    Own(Ipv4Addr, [bool; 2]),
     /// A rule asks [`TABLE`] before the table main, or no longer.
     Rule(bool),
     Flush,
@@ -178,6 +183,10 @@ impl Choices<'_> {
             25 => Step::OtherOrder,
             26 => Step::Rule(self.next() % 3 != 2),
             27..30 => self.path_mtu(),
+            30..32 => {
+                let own = Ipv4Addr::new(10, 0, 0, self.next() % 16);
+                Step::Own(own, self.one_of(&[[true, false], [true, true], [false, false], [false, true]]))
+            }
             _ => self.change_of_route(),
         }
     }
@@ -300,6 +309,14 @@ impl World {
                 self.change_host(HostChange::PathMtu(PathMtu { destination, mtu }));
             }
             Step::PathMtu(destination, None) => self.change_host(HostChange::PathMtuGone(destination)),
+            Step::Own(own, [is_own, has_route]) => {
+                let destination = Ipv4Net::from(own).into();
+                let route = has_route.then(|| Route::new(255, destination, RouteKind::Local));
+                let routes = route.into_iter().collect();
+                self.change_host(HostChange::Routes { table: 255, destination, routes });
+                let change = if is_own { HostChange::Address } else { HostChange::AddressGone };
+                self.change_host(change(own));
+            }
             Step::Rule(is_there) => {
                 for family in [Family::V4, Family::V6] {
                     let mut rules = Rule::ordinary(family).to_vec();
@@ -358,8 +375,10 @@ impl World {
 
     /// Whether the kernel takes a packet from an address.
     fn takes_from(&self, source: IpAddr) -> bool {
+        let is_own = self.host.addresses.iter().any(|own| IpAddr::from(*own) == source);
         match self.route(source) {
             _ if source.is_ipv6() => true,
+            _ if is_own => false,
             Some(RouteKind::Unicast { .. }) => true,
             Some(RouteKind::Local) => false,
             // The program asks for a way back where a port does.

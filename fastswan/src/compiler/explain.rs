@@ -67,7 +67,7 @@ impl FromStr for Flow {
         let error = |what| ParseFlowError { text: text.to_owned(), what };
         let mut address = || words.next()?.parse().ok();
         let (Some(source), Some(destination)) = (address(), address()) else {
-            return Err(error("two addresses"));
+            return Err(error("a source and a destination address"));
         };
         let mut flow = Self::between(source, destination);
         let number =
@@ -83,7 +83,7 @@ impl FromStr for Flow {
 
 /// A text does not describe a [`Flow`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no packet: {what} is needed, as in \"10.1.0.5 10.2.0.9 17 1000 2000\"")]
+#[error("{text:?} is no packet: it needs {what}, as in \"10.1.0.5 10.2.0.9 17 1000 2000\"")]
 pub struct ParseFlowError {
     text: String,
     what: &'static str,
@@ -185,6 +185,13 @@ pub enum Cause {
         sa: SaId,
         /// Which packets.
         selector: Selector,
+    },
+    /// An association of the policy's tunnel gives its packets a mark, with which the kernel may look for another route.
+    MarkingSa {
+        /// The policy.
+        policy: PolicyId,
+        /// The association.
+        sa: SaId,
     },
     /// The default policy blocks.
     DefaultBlock,
@@ -345,8 +352,12 @@ impl Compiler {
                 self.paths.hook(policy.id.selector.family(), device).cloned().map(Cause::Hook)
             }
             (PassReason::NoSa, _) => {
-                let narrow = database.narrow_sa(policy);
-                narrow.map(|(sa, selector)| Cause::NarrowSa { policy: policy.id.clone(), sa, selector })
+                let marking = database.marking_sa(policy);
+                let marking = marking.map(|sa| Cause::MarkingSa { policy: policy.id.clone(), sa });
+                marking.or_else(|| {
+                    let (sa, selector) = database.narrow_sa(policy)?;
+                    Some(Cause::NarrowSa { policy: policy.id.clone(), sa, selector })
+                })
             }
             _ => None,
         };
@@ -532,6 +543,12 @@ impl fmt::Display for Cause {
             }
             Self::NarrowSa { policy, sa, selector } => {
                 write!(f, "the SA of {policy} ({sa}) is for {selector} only, which is not all of its packets")
+            }
+            Self::MarkingSa { policy, sa } => {
+                write!(
+                    f,
+                    "an SA of {policy} ({sa}) sets a mark, by which rules may route its packets another way"
+                )
             }
             Self::DefaultBlock => f.write_str("the default policy blocks"),
             Self::NoPath(policy) => {

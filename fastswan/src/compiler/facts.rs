@@ -132,8 +132,9 @@ impl<'p> AddressFacts<'p> {
     fn covering(&self, side: Side, prefix: IpNet) -> Option<IpNet> {
         let special = self.special_sources(side).filter(|special| special.contains(&prefix));
         let is_learnt = side == Side::Destination && self.routes.path_mtu(prefix).is_some();
-        let learnt = is_learnt.then_some(prefix);
-        self.routes.covering(prefix).into_iter().chain(special).chain(learnt).max_by_key(IpNet::prefix_len)
+        let is_own = side == Side::Source && self.routes.has_own(prefix);
+        let itself = (is_learnt || is_own).then_some(prefix);
+        self.routes.covering(prefix).into_iter().chain(special).chain(itself).max_by_key(IpNet::prefix_len)
     }
 
     /// The prefixes strictly inside one for which something else may hold, and what does, in order.
@@ -145,7 +146,10 @@ impl<'p> AddressFacts<'p> {
         let mut inside = self.routes.inside(prefix, same);
         let special = self.special_sources(side);
         inside.extend(special.filter(|special| *special != prefix && prefix.contains(special)));
-        inside.extend(self.routes.path_mtus_inside(prefix).filter(|_| side == Side::Destination));
+        match side {
+            Side::Destination => inside.extend(self.routes.path_mtus_inside(prefix)),
+            Side::Source => inside.extend(self.routes.own_inside(prefix)),
+        }
         inside.into_iter().map(move |prefix| (prefix, self.at(side, prefix)))
     }
 
@@ -195,7 +199,7 @@ impl<'p> AddressFacts<'p> {
             Side::Source => {
                 let is_special = || self.special_sources(side).any(|special| special.contains(&prefix));
                 match self.of_source(self.routes.answer(prefix, Purpose::Return)) {
-                    Fact::Via(_) if is_special() => Fact::Denied,
+                    Fact::Via(_) if self.routes.has_own(prefix) || is_special() => Fact::Denied,
                     fact => fact,
                 }
             }

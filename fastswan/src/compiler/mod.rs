@@ -61,7 +61,7 @@ pub use self::brute_force::fuzz;
 use std::{collections::BTreeMap, iter};
 
 use fastswan_ebpf::PassReason;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 pub use self::{
     explain::{Cause, Explanation, Flow, ParseFlowError, Shadow},
@@ -202,32 +202,33 @@ impl Compiler {
     }
 
     /// Takes up a change of that. It costs what it concerns: for a route, the cells whose addresses its prefix has, and
-    /// for a path MTU, those that have its address.
+    /// for a path MTU or an address of the host, those that have its address.
     pub fn change_host(&mut self, change: &HostChange) {
-        let (destination, table) = match change {
+        let (prefix, table) = match change {
             HostChange::Routes { table, destination, .. } => (*destination, Some(*table)),
             HostChange::PathMtu(PathMtu { destination, .. }) | HostChange::PathMtuGone(destination) => {
                 (IpNet::from(*destination), None)
             }
+            HostChange::Address(own) | HostChange::AddressGone(own) => (Ipv4Net::from(*own).into(), None),
             _ => {
                 let concerns = self.paths.change(change);
                 return self.take_up(concerns);
             }
         };
-        let family = Family::of(&destination);
+        let family = Family::of(&prefix);
         let facts = AddressFacts::new(&self.paths, family);
-        let before = facts.both(destination);
+        let before = facts.both(prefix);
         match family {
-            Family::V4 => self.v4.forget_addresses(destination, facts),
-            Family::V6 => self.v6.forget_addresses(destination, facts),
+            Family::V4 => self.v4.forget_addresses(prefix, facts),
+            Family::V6 => self.v6.forget_addresses(prefix, facts),
         }
         let concerns = self.paths.change(change);
         let facts = AddressFacts::new(&self.paths, family);
-        let is_other = facts.both(destination) != before
-            || table.is_some_and(|table| facts.reaches_inside(table, destination));
+        let is_other =
+            facts.both(prefix) != before || table.is_some_and(|table| facts.reaches_inside(table, prefix));
         match family {
-            Family::V4 => self.v4.learn_addresses(destination, facts, is_other),
-            Family::V6 => self.v6.learn_addresses(destination, facts, is_other),
+            Family::V4 => self.v4.learn_addresses(prefix, facts, is_other),
+            Family::V6 => self.v6.learn_addresses(prefix, facts, is_other),
         }
         self.take_up(concerns);
     }

@@ -1,8 +1,11 @@
 //! How the packets of a policy leave: the device, the Ethernet header and the longest packet.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::{hooks::HooksAhead, obstacles::Obstacle};
 use crate::{
@@ -103,6 +106,8 @@ impl Paths {
             }
             HostChange::PathMtu(PathMtu { destination, mtu }) => self.set_path_mtu(*destination, Some(*mtu)),
             HostChange::PathMtuGone(destination) => self.set_path_mtu(*destination, None),
+            HostChange::Address(own) => self.set_own(*own, true),
+            HostChange::AddressGone(own) => self.set_own(*own, false),
             HostChange::UnclearPathMtus(families) => {
                 if *families == self.unclear_path_mtus {
                     return Concerns::Nothing;
@@ -125,6 +130,14 @@ impl Paths {
         let known = self.routes_mut(destination.into());
         if !known.is_vouched() && known.set_path_mtu(destination, mtu) {
             Concerns::Addresses(destination.into())
+        } else {
+            Concerns::Nothing
+        }
+    }
+
+    fn set_own(&mut self, own: Ipv4Addr, is_own: bool) -> Concerns {
+        if !self.v4.is_vouched() && self.v4.set_own(own, is_own) {
+            Concerns::Addresses(Ipv4Net::from(own).into())
         } else {
             Concerns::Nothing
         }

@@ -973,6 +973,42 @@ fn packets_from_own_addresses_stay_with_the_kernel() {
 }
 
 #[test]
+fn packets_from_an_own_address_stay_with_the_kernel_though_no_route_says_that_it_is_one() {
+    let mut scene = Scene::new().has(site()).has(offloaded("2001:db8:1::/48", "2001:db8:2::/48"));
+    scene.compile();
+    let own = |text: &str| text.parse().unwrap();
+    let change = |scene: &mut Scene, change: HostChange| {
+        scene.compiler.change_host(&change);
+        let update = scene.compiler.compile(&scene.database);
+        scene.table.apply(&update);
+        update
+    };
+    change(&mut scene, HostChange::Address(own("10.1.0.1")));
+    assert_eq!(scene.table.decide(&packet("10.1.0.1", "10.2.0.1")), Err(PassReason::DeniedSource));
+    assert!(scene.table.decide(&packet("10.1.0.2", "10.2.0.1")).is_ok());
+    let update = change(&mut scene, HostChange::Address(own("10.1.0.1")));
+    assert!(update.is_empty(), "as before: {update:?}");
+    let update = change(&mut scene, HostChange::Address(own("10.9.0.1")));
+    assert!(update.is_empty(), "a source of no policy: {update:?}");
+
+    // A route that says the same, as most addresses have one, changes nothing.
+    let (facts, prefix) = (scene.table.facts.len(), "10.1.0.1/32".parse().unwrap());
+    let local = |routes: Vec<Route>| HostChange::Routes { table: 255, destination: prefix, routes };
+    let update = change(&mut scene, local(vec![route("10.1.0.1/32", RouteKind::Local)]));
+    assert!(update.is_empty(), "{update:?}");
+    let update = change(&mut scene, HostChange::AddressGone(own("10.1.0.1")));
+    assert!(update.is_empty(), "{update:?}");
+    assert_eq!(scene.table.facts.len(), facts);
+    change(&mut scene, local(Vec::new()));
+    assert!(scene.table.decide(&packet("10.1.0.1", "10.2.0.1")).is_ok());
+    assert_eq!(scene.table.facts.len(), 0, "{:?}", scene.table.facts);
+
+    scene.host.addresses = vec![own("10.1.0.7")];
+    assert_eq!(scene.reason("10.1.0.7", "10.2.0.1"), PassReason::DeniedSource);
+    assert!(explanation(&mut scene, "10.1.0.7", "10.2.0.1").ends_with("(10.1.0.7/32)"));
+}
+
+#[test]
 fn the_reverse_path_is_told_only_where_a_link_asks_for_it() {
     let mut scene =
         Scene::new().has(site()).routes("10.1.0.0/16", via(LAN)).routes("10.1.7.0/24", RouteKind::Unclear);
@@ -1166,6 +1202,15 @@ fn explanation(scene: &mut Scene, source: &str, destination: &str) -> String {
 }
 
 #[test]
+fn a_text_with_one_address_is_no_packet_and_the_error_says_what_it_needs() {
+    let error = "10.1.0.5".parse::<Flow>().unwrap_err().to_string();
+    assert!(
+        error.starts_with("\"10.1.0.5\" is no packet: it needs a source and a destination address"),
+        "{error}"
+    );
+}
+
+#[test]
 fn an_explanation_names_the_policy_and_what_stands_in_its_way() {
     let mut scene = Scene::new().has(with_priority(10, site()));
     let explain = |scene: &mut Scene| explanation(scene, "10.1.0.1", "10.2.0.1");
@@ -1201,6 +1246,12 @@ fn an_explanation_names_the_policy_and_what_stands_in_its_way() {
     assert_eq!(
         explain(&mut scene),
         "kernel (no_sa): out 10.1.0.0/16 → 10.2.0.0/16 has no live outbound packet-offload association on its device"
+    );
+    scene.after(PolicyEvent::Sa(SecurityAssociation { sets_mark: true, ..association() }));
+    assert_eq!(
+        explain(&mut scene),
+        "kernel (no_sa): an SA of out 10.1.0.0/16 → 10.2.0.0/16 (dst 192.0.2.2 proto 50 spi 0x00000100) sets a mark, by \
+         which rules may route its packets another way"
     );
     scene.after(PolicyEvent::Stale(StaleCause::Overrun));
     assert!(explain(&mut scene).starts_with("kernel (disabled): the source has lost track"));

@@ -532,7 +532,10 @@ impl Database {
     /// only itself. A reqid of 0 matches only itself there. The kernel compares an association's own selector with
     /// the inner packet: one counts if its selector covers the policy's.
     ///
-    /// There are none while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
+    /// There are none while one of them [sets a mark](SecurityAssociation::sets_mark): which route the kernel takes to the
+    /// tunnel's destination depends on the one that it chooses (`xfrm_bundle_create`).
+    ///
+    /// There are none either while one that is not packet-offloaded has the same addresses and reqid. The kernel stops looking at
     /// such a one, and though it means to keep them behind the others, it puts one that comes later before them
     /// (`XFRM_STATE_INSERT`; Linux 6.12 and 7.3).
     pub fn live_sas<'a>(
@@ -549,21 +552,37 @@ impl Database {
         selectors.find(|(_, of_sa)| !of_sa.covers(&policy.id.selector))
     }
 
+    /// One that sets a mark, because of which there are none of these.
+    pub(crate) fn marking_sa(&self, policy: &Policy) -> Option<SaId> {
+        self.asked(policy).find(|sa| sa.sets_mark).map(|sa| sa.id)
+    }
+
     /// The associations that the device of a policy may use for some packets.
     fn serving<'a>(
         &'a self,
         policy: &'a Policy,
     ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
-        let step = match policy.templates[..] {
-            [ref template] => policy.offload.map(|device| (template, device.ifindex)),
+        let asked = self.asked(policy);
+        let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
+        let hidden = asked.clone().any(|sa| sa.sets_mark || !sa.offload.is_some_and(is_offloaded));
+        let step = policy.templates.first().zip(policy.offload);
+        asked.filter(move |sa| {
+            !hidden && step.is_some_and(|(template, device)| serves(sa, policy, template, device.ifindex))
+        })
+    }
+
+    /// The associations with the addresses and the reqid of an offloaded policy's only template.
+    fn asked<'a>(
+        &'a self,
+        policy: &'a Policy,
+    ) -> impl Iterator<Item = &'a SecurityAssociation> + Clone + use<'a> {
+        let template = match policy.templates[..] {
+            [ref template] if policy.offload.is_some() => Some(template),
             _ => None,
         };
-        step.into_iter().flat_map(move |(template, device)| {
+        template.into_iter().flat_map(move |template| {
             let asked = self.sas.of_request(Request::of(policy, template)).map(|(_, sa)| sa);
-            let asked = asked.filter(|sa| sa.source == template.source);
-            let is_offloaded = |offload: OffloadDev| offload.kind == OffloadKind::Packet;
-            let hidden = asked.clone().any(|sa| !sa.offload.is_some_and(is_offloaded));
-            asked.filter(move |sa| !hidden && serves(sa, policy, template, device))
+            asked.filter(|sa| sa.source == template.source)
         })
     }
 
@@ -882,6 +901,20 @@ mod tests {
     }
 
     #[test]
+    fn an_association_that_sets_a_mark_hides_the_others_of_its_tunnel() {
+        let marking = SecurityAssociation { sets_mark: true, ..sa(2) };
+        let policy = offloaded(&template());
+        let mut database = Database::default();
+        database.apply(PolicyEvent::Sa(sa(1)));
+        assert_eq!(database.marking_sa(&policy), None);
+        database.apply(PolicyEvent::Sa(marking.clone()));
+        assert_eq!(live_spis(&database, &template()), [0; 0], "the kernel may choose either");
+        assert_eq!(database.marking_sa(&policy), Some(marking.id));
+        database.apply(PolicyEvent::SaRemoved(marking.id));
+        assert_eq!(live_spis(&database, &template()), [1]);
+    }
+
+    #[test]
     fn an_association_serves_only_the_policy_the_kernel_would_let_it_serve() {
         let offload = |ifindex, kind, inbound| Some(OffloadDev { ifindex, kind, inbound });
         let elsewhere = "192.0.2.9".parse().unwrap();
@@ -920,6 +953,7 @@ mod tests {
                 SecurityAssociation { selector: selector("::/0", "::/0"), ..sa(1) },
             ),
             ("a security context", SecurityAssociation { has_security_context: true, ..sa(1) }),
+            ("one that sets a mark", SecurityAssociation { sets_mark: true, ..sa(1) }),
             (
                 "a mark",
                 SecurityAssociation { id: SaId { mark: Mark { value: 1, mask: 1 }, ..sa(1).id }, ..sa(1) },

@@ -156,6 +156,9 @@ impl Candidate {
     /// Finds an interface, and looks whether it is suitable in the mode that is asked for.
     pub(super) fn find(config: &AttachConfig) -> Result<Self, ForwarderError> {
         let link = find(&config.interface)?;
+        if link.loopback {
+            return Err(PortProblem::Loopback { interface: link.name }.into());
+        }
         let problems = unsuitable(&link)
             .map_err(|error| ForwarderError::new(format!("asking about {}", link.name), error))?;
         let namespace = network_namespace()

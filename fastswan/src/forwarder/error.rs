@@ -77,7 +77,7 @@ pub enum ForwarderError {
         error: String,
     },
     /// There is no such interface in this network namespace.
-    #[error("no interface {interface} in this network namespace: check its name with `ip link`")]
+    #[error("no interface {interface:?} in this network namespace: check its name with `ip link`")]
     NoSuchInterface {
         /// The name that was asked for, or the index behind `#`.
         interface: String,

@@ -24,7 +24,7 @@ const UNFINISHED: [(&str, &str); 5] = [
 ];
 
 /// Kinds of software interfaces that receive what their senders have sent, and not what another interface of this host
-/// has received: those are merged (GRO) and have lost their VLAN tags. No kind is that of hardware and loopback.
+/// has received: those are merged (GRO) and have lost their VLAN tags. No kind is that of hardware.
 const RECEIVING: [&str; 5] = ["", "veth", "tun", "dummy", "netdevsim"];
 
 /// Why an interface is no port, or is none any longer. Its packets must pass, as they do when the table does not know the
@@ -50,6 +50,15 @@ pub enum PortProblem {
         interface: String,
         /// The number of the program that it runs.
         program: Option<u32>,
+    },
+    /// The interface is the loopback interface.
+    #[error(
+        "{interface} is the loopback interface, on which nothing comes in to be forwarded: name the interface that packets \
+         arrive on"
+    )]
+    Loopback {
+        /// The interface.
+        interface: String,
     },
     /// The interface takes VLAN tags off received frames, so that tagged and untagged frames look alike.
     #[error(

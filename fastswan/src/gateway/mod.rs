@@ -850,6 +850,8 @@ fn may_obstruct(change: &HostChange) -> bool {
             | HostChange::PathMtu(_)
             | HostChange::PathMtuGone(_)
             | HostChange::UnclearPathMtus(_)
+            | HostChange::Address(_)
+            | HostChange::AddressGone(_)
     )
 }
 

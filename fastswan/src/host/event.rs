@@ -1,6 +1,6 @@
 //! What host sources say.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 
@@ -60,6 +60,10 @@ pub enum HostChange {
     PathMtuGone(IpAddr),
     /// These are all families now of which more path MTUs may have been learnt than were told.
     UnclearPathMtus(Vec<Family>),
+    /// A device of the host has this IPv4 address now, and none had it before.
+    Address(Ipv4Addr),
+    /// No device of the host has this IPv4 address any longer.
+    AddressGone(Ipv4Addr),
     /// These are all hooks now.
     Hooks(Vec<Hook>),
 }

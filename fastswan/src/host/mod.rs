@@ -17,7 +17,7 @@ pub(crate) mod routing;
 mod rule;
 mod trie;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 #[cfg(feature = "broken-rules")]
 pub use self::broken::BrokenHostRule;
@@ -74,6 +74,9 @@ pub struct HostFacts {
     /// Families of which more path MTUs may have been learnt than are in [`Self::path_mtus`]: of these, only packets are fast
     /// that are no longer than any path MTU can be (68 bytes for IPv4, 1280 for IPv6).
     pub unclear_path_mtus: Vec<Family>,
+    /// The host's own IPv4 addresses, each once, on whatever device and whether that is up or not. The kernel drops what comes
+    /// from one of them even where no route says that it is the host's (`fib_validate_source`); IPv6 forwards it.
+    pub addresses: Vec<Ipv4Addr>,
     /// What may change the fate of packets on their way. What one of them may concern is not fast; [`Self::allow`] takes out
     /// those that may be skipped.
     pub hooks: Vec<Hook>,
@@ -187,7 +190,7 @@ impl HostFacts {
         })
     }
 
-    /// Takes up a change. Looks at all links, routes, rules, neighbours or path MTUs, whichever it is about.
+    /// Takes up a change. Looks at all links, routes, rules, neighbours, path MTUs or addresses, whichever it is about.
     pub fn apply(&mut self, change: HostChange) {
         match change {
             HostChange::Link(link) => {
@@ -216,6 +219,12 @@ impl HostFacts {
             }
             HostChange::PathMtuGone(destination) => self.forget_path_mtu(destination),
             HostChange::UnclearPathMtus(families) => self.unclear_path_mtus = families,
+            HostChange::Address(own) => {
+                if !self.addresses.contains(&own) {
+                    self.addresses.push(own);
+                }
+            }
+            HostChange::AddressGone(own) => self.addresses.retain(|other| *other != own),
             HostChange::Hooks(hooks) => self.hooks = hooks,
             // What a device can do is not among these facts.
             HostChange::Device { .. } => {}

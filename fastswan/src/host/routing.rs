@@ -9,10 +9,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
 };
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 pub(crate) use super::trie::Kinds;
 use super::{
@@ -86,6 +86,10 @@ pub(crate) struct Routes {
     obscure: Option<u32>,
     /// Path MTUs that the kernel has learnt, by destination.
     path_mtus: BTreeMap<IpAddr, u32>,
+    /// The host's own addresses of IPv4, whatever routes say.
+    own: BTreeSet<Ipv4Addr>,
+    /// Those for which the table local has no route: few, as a rule.
+    bare: BTreeSet<Ipv4Addr>,
 }
 
 /// What a table has for a prefix.
@@ -155,12 +159,18 @@ impl Routes {
             may_be_merged: false,
             obscure: None,
             path_mtus: BTreeMap::new(),
+            own: BTreeSet::new(),
+            bare: BTreeSet::new(),
         };
         if host.vouched {
             return new;
         }
         let learnt = host.path_mtus.iter().filter(|learnt| Family::from(learnt.destination) == family);
         new.path_mtus = learnt.map(|learnt| (learnt.destination, learnt.mtu)).collect();
+        if family == Family::V4 {
+            new.own = host.addresses.iter().copied().collect();
+            new.bare.clone_from(&new.own);
+        }
         let rules = host.rules.iter().filter(|rule| rule.family == family).cloned().collect();
         new.set_rules(rules, |name| host.ifindex(name).is_some());
         let mut routes: Vec<&Route> =
@@ -271,6 +281,11 @@ impl Routes {
         if trie.is_empty() {
             self.tables.remove(&table);
         }
+        if table == LOCAL
+            && let Some(own) = address_v4(destination).filter(|own| self.own.contains(own))
+        {
+            self.look_for_route(own);
+        }
         let is_new = old != value.map(|(value, _)| value);
         if let Some(old) = old {
             self.entries.remove(old);
@@ -339,6 +354,48 @@ impl Routes {
             None => self.path_mtus.remove(&destination),
         };
         old != mtu
+    }
+
+    /// Whether a prefix is an address of the host, whatever routes say (`inet_lookup_ifaddr_rcu`).
+    pub(crate) fn has_own(&self, prefix: IpNet) -> bool {
+        address_v4(prefix).is_some_and(|address| self.own.contains(&address))
+    }
+
+    /// The addresses of the host strictly inside a prefix that have no route of their own which says that they are.
+    pub(crate) fn own_inside(&self, prefix: IpNet) -> impl Iterator<Item = IpNet> {
+        let prefix = match prefix {
+            IpNet::V4(prefix) if prefix.prefix_len() < 32 => Some(prefix),
+            _ => None,
+        };
+        let asks_local = self.asked().any(|table| table == LOCAL);
+        let known = if asks_local { &self.bare } else { &self.own };
+        let inside = prefix.map(|prefix| known.range(prefix.network()..=prefix.broadcast()));
+        inside.into_iter().flatten().map(|own| Ipv4Net::from(*own).into())
+    }
+
+    /// Takes up that an address is the host's, or no longer. Returns whether that is new.
+    pub(crate) fn set_own(&mut self, own: Ipv4Addr, is_own: bool) -> bool {
+        if is_own {
+            let is_new = self.own.insert(own);
+            self.look_for_route(own);
+            is_new
+        } else {
+            self.bare.remove(&own);
+            self.own.remove(&own)
+        }
+    }
+
+    /// Notes whether the table local has a route for an address of the host.
+    fn look_for_route(&mut self, own: Ipv4Addr) {
+        let found = self.look_up(LOCAL, Ipv4Net::from(own).into());
+        let has_route = found.is_some_and(|(length, entry)| {
+            length == 32 && entry.kind == RouteKind::Local && !entry.is_partial
+        });
+        if has_route {
+            self.bare.remove(&own);
+        } else {
+            self.bare.insert(own);
+        }
     }
 
     /// What happens to packets to a prefix for which no longer prefix counts. If there is no route they are unreachable. The
@@ -516,6 +573,14 @@ fn agree(one: RouteKind, other: RouteKind) -> RouteKind {
         (true, _) => one,
         (_, true) => other,
         (false, false) => RouteKind::Unclear,
+    }
+}
+
+/// The address that a prefix of IPv4 is, if it is one.
+fn address_v4(prefix: IpNet) -> Option<Ipv4Addr> {
+    match prefix {
+        IpNet::V4(prefix) if prefix.prefix_len() == 32 => Some(prefix.addr()),
+        _ => None,
     }
 }
 

@@ -38,6 +38,8 @@ const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
+const XFRMA_SET_MARK: u16 = 29;
+const XFRMA_SET_MARK_MASK: u16 = 30;
 const XFRMA_SA_DIR: u16 = 33;
 const XFRM_SA_DIR_IN: u8 = 1;
 const XFRMA_SA_PCPU: u16 = 35;
@@ -235,6 +237,8 @@ struct Attributes {
     security_context: Box<[u8]>,
     is_inbound: bool,
     cpu: Option<u32>,
+    set_mark: Option<u32>,
+    set_mark_mask: Option<u32>,
     offload: Option<OffloadDev>,
     /// Name and ICV length in bits of an AEAD algorithm.
     aead: Option<(String, u32)>,
@@ -270,6 +274,11 @@ impl Attributes {
             XFRMA_SA_PCPU => {
                 let number = attribute.value().first_chunk().ok_or("a processor's number is cut short")?;
                 self.cpu = Some(u32::from_ne_bytes(*number));
+            }
+            XFRMA_SET_MARK | XFRMA_SET_MARK_MASK => {
+                let value = attribute.value().first_chunk().ok_or("a mark to set is cut short")?;
+                let told = if kind == XFRMA_SET_MARK { &mut self.set_mark } else { &mut self.set_mark_mask };
+                *told = Some(u32::from_ne_bytes(*value));
             }
             xfrm::XFRMA_POLICY
             | xfrm::XFRMA_POLICY_TYPE
@@ -398,6 +407,7 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<SecurityAssociation,
         cpu: attributes.cpu,
         receives_only: attributes.is_inbound || info.flags & xfrm::XFRM_STATE_WILDRECV != 0,
         has_security_context: !attributes.security_context.is_empty(),
+        sets_mark: sets_mark(attributes),
         offload: attributes.offload,
         overhead: overhead(info, attributes),
         expires: expires(
@@ -405,6 +415,12 @@ fn sa(info: &UserSaInfo, attributes: &Attributes) -> Result<SecurityAssociation,
             &[info.lifetime_cfg.hard_add_expires_seconds, info.lifetime_cfg.hard_use_expires_seconds],
         ),
     })
+}
+
+/// Whether a packet without a mark gets one (`xfrm_smark_init`, `xfrm_smark_get`).
+fn sets_mark(attributes: &Attributes) -> bool {
+    let mask = attributes.set_mark_mask.unwrap_or(u32::MAX);
+    attributes.set_mark.is_some_and(|mark| mark & mask != 0)
 }
 
 /// Whether associations of a protocol have algorithms: ESP, AH and `IPComp`. Those of Mobile IPv6 have none.

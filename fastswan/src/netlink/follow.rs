@@ -23,6 +23,7 @@ use hashbrown::{HashMap, HashSet};
 use tokio::time::Instant;
 
 use super::{
+    addresses::{Addresses, DeviceAddress},
     due::{Due, PopIfDue as _},
     link_state::{ConfTold, Everywhere, LinkState, LinkTold},
     path_mtu::{PathMtus, PathMtusRead},
@@ -87,7 +88,7 @@ pub(crate) struct Follower {
     stamp: u64,
     /// When the host was told of last.
     touched: u64,
-    addresses: HashMap<u32, BTreeSet<IpAddr>>,
+    addresses: Addresses,
     v4: Routes,
     v6: Routes,
     rules_v4: Rules,
@@ -198,13 +199,11 @@ impl Follower {
             rules_v4: Rules { list: rules_v4, ..Rules::default() },
             rules_v6: Rules { list: rules_v6, ..Rules::default() },
             path_mtus: PathMtus::new(path_mtus, now),
+            addresses: Addresses::new(addresses),
             ..Self::default()
         };
-        for (ifindex, address) in addresses {
-            follower.addresses.entry(ifindex).or_default().insert(address);
-        }
         for state in links {
-            let told = Some(state.link(&everywhere, follower.has_address_v4(state.ifindex())));
+            let told = Some(state.link(&everywhere, follower.addresses.has(state.ifindex())));
             follower.links.insert(state.ifindex(), Followed { state, told, touched: 0 });
         }
         for (ifindex, destination, address) in neighbours {
@@ -227,6 +226,7 @@ impl Follower {
             links: self.links.values().filter_map(|link| link.told.clone()).collect(),
             path_mtus,
             unclear_path_mtus,
+            addresses: self.addresses.own().collect(),
             ..HostFacts::default()
         };
         for rules in [&self.rules_v4, &self.rules_v6] {
@@ -359,7 +359,7 @@ impl Follower {
             self.links.insert(ifindex, Followed { state, told: link.told, touched: self.stamp });
             self.changed_links.insert(ifindex);
         }
-        self.addresses.remove(&ifindex);
+        self.addresses.lose(ifindex);
         if self.broken == Some(BrokenHostRule::IgnoresLinksThatGoDown) {
             return;
         }
@@ -404,22 +404,15 @@ impl Follower {
         }
     }
 
-    fn has_address_v4(&self, ifindex: u32) -> bool {
-        self.addresses.get(&ifindex).is_some_and(|addresses| addresses.iter().any(IpAddr::is_ipv4))
-    }
-
-    fn take_address(&mut self, ifindex: u32, address: IpAddr, is_new: bool, now: Instant) {
+    fn take_address(&mut self, ifindex: u32, address: DeviceAddress, is_new: bool, now: Instant) {
         self.changed_links.insert(ifindex);
-        let addresses = self.addresses.entry(ifindex).or_default();
         if is_new {
-            addresses.insert(address);
+            self.addresses.add(ifindex, address);
             return;
         }
-        addresses.remove(&address);
-        let is_last = addresses.is_empty();
-        self.v4.suspect(Suspect::Preferred(address), now);
-        if is_last {
-            self.addresses.remove(&ifindex);
+        self.addresses.remove(ifindex, address);
+        self.v4.suspect(Suspect::Preferred(address.own.into()), now);
+        if !self.addresses.has(ifindex) {
             self.v4.suspect(Suspect::Device(ifindex), now);
         }
     }
@@ -498,7 +491,7 @@ impl Follower {
     pub(crate) fn changes(&mut self, now: Instant) -> Vec<HostChange> {
         let mut changes = std::mem::take(&mut self.devices);
         for ifindex in std::mem::take(&mut self.changed_links) {
-            let has_address_v4 = self.has_address_v4(ifindex);
+            let has_address_v4 = self.addresses.has(ifindex);
             let Some(link) = self.links.get_mut(&ifindex) else { continue };
             if link.state.ifindex() != ifindex {
                 let was_told = link.told.is_some();
@@ -520,6 +513,7 @@ impl Follower {
         }
         changes.append(&mut self.neighbours.changes);
         changes.append(&mut self.path_mtus.changes());
+        changes.append(&mut self.addresses.changes());
         for routes in [&mut self.v4, &mut self.v6] {
             for _ in 0..MOST_ROUTES {
                 let Some(key) = routes.changed.pop_front() else { break };

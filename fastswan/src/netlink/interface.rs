@@ -5,7 +5,7 @@ use std::io;
 use netlink_packet_core::DefaultNla;
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    link::{LinkAttribute, LinkInfo, LinkMessage, LinkXdp},
+    link::{LinkAttribute, LinkInfo, LinkLayerType, LinkMessage, LinkXdp},
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 
@@ -26,6 +26,8 @@ pub(crate) struct PortLink {
     pub(crate) generic: bool,
     /// It is a device on a bus, not one that the kernel made up.
     pub(crate) hardware: bool,
+    /// It is the loopback interface.
+    pub(crate) loopback: bool,
     /// What kind of made-up device it is (`IFLA_INFO_KIND`); empty if the kernel does not say.
     pub(crate) kind: String,
     /// The interface of this network namespace that it is on, or for a veth, joined to.
@@ -76,7 +78,9 @@ fn ask(flags: u16, message: LinkMessage) -> io::Result<Vec<PortLink>> {
 }
 
 fn read(message: &LinkMessage) -> PortLink {
-    let mut port = PortLink { ifindex: message.header.index, ..PortLink::default() };
+    let header = &message.header;
+    let loopback = header.link_layer_type == LinkLayerType::Loopback;
+    let mut port = PortLink { ifindex: header.index, loopback, ..PortLink::default() };
     let mut elsewhere = false;
     for attribute in &message.attributes {
         match attribute {

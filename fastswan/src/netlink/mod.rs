@@ -3,6 +3,7 @@
 //! [`decode`] reads what the kernel's XFRM netlink says, for programs that have a socket of their own. All else here
 //! serves [`NetlinkSource`](crate::NetlinkSource) and [`NetlinkHost`](crate::NetlinkHost).
 
+mod addresses;
 mod anchor;
 mod audit;
 mod back_off;

@@ -1,6 +1,10 @@
 //! Reads what the kernel has: rtnetlink dumps, and the sysctls of the whole host.
 
-use std::{fs, io, net::IpAddr, sync::Arc};
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use netlink_packet_core::{NetlinkDeserializable as _, NetlinkHeader};
@@ -12,6 +16,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::time::Instant;
 
 use super::{
+    addresses::DeviceAddress,
     link_state::{ConfTold, Everywhere, LinkState, LinkTold},
     links::settle as settle_links,
     path_mtu::{PathMtusRead, Question, RTM_F_CLONED, learnt},
@@ -87,7 +92,7 @@ pub(crate) enum Told {
     /// An IPv4 address of a link.
     Address {
         ifindex: u32,
-        address: IpAddr,
+        address: DeviceAddress,
         is_new: bool,
     },
     /// Something about a next hop object.
@@ -150,7 +155,7 @@ impl Told {
 pub(crate) struct Read {
     pub(crate) links: Vec<LinkState>,
     pub(crate) everywhere: Everywhere,
-    pub(crate) addresses: Vec<(u32, IpAddr)>,
+    pub(crate) addresses: Vec<(u32, DeviceAddress)>,
     pub(crate) rules: [Vec<RuleState>; 2],
     pub(crate) routes: [RoutesRead; 2],
     pub(crate) neighbours: Vec<NeighbourTold>,
@@ -291,7 +296,7 @@ impl Dumps {
         })
     }
 
-    fn addresses(&mut self) -> Result<Vec<(u32, IpAddr)>, HostError> {
+    fn addresses(&mut self) -> Result<Vec<(u32, DeviceAddress)>, HostError> {
         let request = of_family(Family::V4, ADDRESS_LENGTH);
         self.list("addresses", RTM_GETADDR, &request, own_address)
     }
@@ -409,15 +414,23 @@ fn of_family(family: Family, length: usize) -> Vec<u8> {
 }
 
 /// Interface index and IPv4 address of this host.
-fn own_address(payload: &[u8]) -> Result<Option<(u32, IpAddr)>, CutOff> {
+fn own_address(payload: &[u8]) -> Result<Option<(u32, DeviceAddress)>, CutOff> {
     let cut_off = CutOff { object: "an address" };
     let ifindex = u32_at(payload, 4).ok_or(cut_off)?;
     if i32::from(payload[0]) != libc::AF_INET {
         return Ok(None);
     }
-    let find = |sought| attributes(payload, ADDRESS_LENGTH).find(|(kind, _)| *kind == sought);
-    let own = find(IFA_LOCAL).or_else(|| find(IFA_ADDRESS));
-    Ok(own.and_then(|(_, value)| address(value)).map(|address| (ifindex, address)))
+    let find = |sought| {
+        let (_, value) = attributes(payload, ADDRESS_LENGTH).find(|(kind, _)| *kind == sought)?;
+        <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from)
+    };
+    let (own, peer) = (find(IFA_LOCAL), find(IFA_ADDRESS));
+    let address = own.or(peer).zip(peer.or(own)).map(|(own, peer)| DeviceAddress {
+        own,
+        peer,
+        prefix_length: payload[1],
+    });
+    Ok(address.map(|address| (ifindex, address)))
 }
 
 /// A neighbour, with its Ethernet address if it is known.

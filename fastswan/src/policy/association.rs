@@ -68,6 +68,9 @@ pub struct SecurityAssociation {
     pub receives_only: bool,
     /// It has a security context (`XFRMA_SEC_CTX`): only policies that have one, too, use it.
     pub has_security_context: bool,
+    /// It gives its packets a mark (`XFRMA_SET_MARK`, strongSwan's `set_mark_out`), with which the kernel looks for the route to
+    /// its destination: another one than without, if a rule asks for marks. Policies that may use it are not fast.
+    pub sets_mark: bool,
     /// The device it is offloaded to.
     pub offload: Option<OffloadDev>,
     /// Bytes it adds to a packet: outer header, ESP header, IV, trailer and ICV, UDP encapsulation.
@@ -94,6 +97,7 @@ impl SecurityAssociation {
             cpu: None,
             receives_only: false,
             has_security_context: false,
+            sets_mark: false,
             offload: None,
             overhead: None,
             expires: None,

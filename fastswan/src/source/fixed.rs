@@ -173,7 +173,7 @@ pub enum StaticSourceError {
         written: String,
     },
     /// A policy is for a device that does not exist.
-    #[error("policy {selector}: no interface named {device}: check its name with `ip link`")]
+    #[error("policy {selector}: no interface named {device:?}: check its name with `ip link`")]
     NoSuchInterface {
         /// The policy.
         selector: Box<Selector>,
@@ -348,7 +348,7 @@ mod tests {
             "{unknown}"
         );
         assert!(wrong("10.1.0.0/16", "10.1.0.0/33").contains("source = \"10.1.0.0/33\""));
-        assert!(wrong("\"lo\"", "\"none0\"").contains("no interface named none0"));
+        assert!(wrong("\"lo\"", "\"none0\"").contains("no interface named \"none0\""));
         assert!(wrong("10.1.0.0/16", "2001:db8::/32").contains("one address family"));
         assert!(wrong("192.0.2.1", "2001:db8::1").contains("must be of its address family"));
         let crossed = POLICY.replace("192.0.2.1", "2001:db8::1").replace("192.0.2.2", "2001:db8::2");

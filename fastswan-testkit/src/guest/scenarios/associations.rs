@@ -49,6 +49,9 @@ pub(super) fn odd_associations(story: &mut Story) -> anyhow::Result<()> {
     let receives = SecurityAssociation { receives_only: true, ..sa.clone() };
     gateway.are_slow("an association that receives only", &[&receives], 0)?;
 
+    let marking = SecurityAssociation { sets_mark: true, ..sa.clone() };
+    gateway.are_slow("an association that sets a mark", &[&marking], PACKETS)?;
+
     let one_cpu = SecurityAssociation { cpu: Some(1), ..sa.clone() };
     run_on(&[0])?;
     gateway.are_slow("an association for another processor", &[&one_cpu], 0)?;

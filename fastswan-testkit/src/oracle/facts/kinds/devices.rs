@@ -27,6 +27,39 @@ pub(super) fn address_own(draw: &mut Draw<'_>) -> Change {
         .from([own.into()])
 }
 
+/// One more address of the host, with no route that says so. The kernel takes no packets from it all the same, until the
+/// device has lost it as often as it has it.
+pub(super) fn address_without_route(draw: &mut Draw<'_>) -> Change {
+    let from = draw.source(false);
+    let own = draw.address(from);
+    let device = draw.one(&["lo", "lan0", "out0"]);
+    let lengths: &[u8] = if draw.flip() { &[32, 31] } else { &[32] };
+    let each = |how: &str| {
+        let how = how.to_owned();
+        lengths.iter().map(move |length| ip(format!("address {how} {own}/{length} dev {device}")))
+    };
+    let mut change = Change::once(each("add"))
+        .then([ip(format!("route del local {own} dev {device} table local"))])
+        .undone_by(each("del"))
+        .from([own.into()]);
+    for deletion in each("del") {
+        change = change.then([deletion]);
+    }
+    change
+}
+
+/// The address of a device that goes down stays the host's.
+pub(super) fn address_down(draw: &mut Draw<'_>) -> Change {
+    let from = draw.source(false);
+    let own = draw.address(from);
+    Change::once([ip("link add dn0 type veth peer name dn1"), ip(format!("address add {own}/32 dev dn0"))])
+        .then([ip("link set dn0 up")])
+        .then([ip("link set dn0 down")])
+        .then([ip(format!("address del {own}/32 dev dn0"))])
+        .undone_by([ip("link del dn0")])
+        .from([own.into()])
+}
+
 /// One more network, with its broadcast addresses.
 pub(super) fn address_subnet(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();

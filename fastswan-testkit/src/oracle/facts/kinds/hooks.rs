@@ -38,6 +38,59 @@ fn filter(draw: &mut Draw<'_>, filter: &str) -> Change {
         .undone_by([tc(format!("qdisc del dev {device} clsact"))])
 }
 
+/// A filter with an action where packets queue to leave: of the discipline, of a class that another filter leads to, or of a
+/// discipline below a class.
+pub(super) fn tc_queue(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let (protocol, word) = if v6 { ("ipv6", "ip6") } else { ("ip", "ip") };
+    let (device, elsewhere) = draw.one(&[("out0", "out1"), ("out1", "out0")]);
+    let tc = |text: String| Command::Tc(text);
+    let filter = |parent: &str, what: &str| {
+        tc(format!("filter add dev {device} parent {parent} protocol {protocol} prio 1 u32 {what}"))
+    };
+    let harmful = |parent| {
+        filter(parent, &format!("match {word} dst {to} action mirred egress redirect dev {elsewhere}"))
+    };
+    let onwards = |parent, class| filter(parent, &format!("match u32 0 0 flowid {class}"));
+    let change = Change::once([
+        tc(format!("qdisc add dev {device} root handle 1: htb default 2")),
+        tc(format!("class add dev {device} parent 1: classid 1:1 htb rate 10gbit")),
+        tc(format!("class add dev {device} parent 1:1 classid 1:2 htb rate 10gbit")),
+    ]);
+    let (change, parent) = match draw.below(4) {
+        0 | 1 => (change.then([harmful("1:")]), "1:"),
+        2 => (change.then([onwards("1:", "1:1")]).then([harmful("1:1")]), "1:1"),
+        _ => (
+            change.then([tc(format!("qdisc add dev {device} parent 1:2 handle 2: htb")), harmful("2:")]),
+            "2:",
+        ),
+    };
+    change
+        .then([tc(format!("filter del dev {device} parent {parent}"))])
+        .undone_by([tc(format!("qdisc del dev {device} root"))])
+        .to([to])
+}
+
+/// Filters that choose a class, and change no packet's fate.
+pub(super) fn tc_classes(draw: &mut Draw<'_>) -> Change {
+    let v6 = draw.flip();
+    let to = draw.destination(v6);
+    let (protocol, word) = if v6 { ("ipv6", "ip6") } else { ("ip", "ip") };
+    let device = draw.one(&["out0", "out1"]);
+    let tc = |text: String| Command::Tc(text);
+    Change::once([
+        tc(format!("qdisc add dev {device} root handle 1: htb default 1")),
+        tc(format!("class add dev {device} parent 1: classid 1:1 htb rate 10gbit")),
+        tc(format!("class add dev {device} parent 1: classid 1:2 htb rate 10gbit")),
+    ])
+    .then([tc(format!(
+        "filter add dev {device} parent 1: protocol {protocol} prio 1 u32 match {word} dst {to} flowid 1:2"
+    ))])
+    .undone_by([tc(format!("qdisc del dev {device} root"))])
+    .to([to])
+}
+
 /// A chain of nftables that drops some packets, or none.
 pub(super) fn nft_filter(draw: &mut Draw<'_>) -> Change {
     let v6 = draw.flip();
