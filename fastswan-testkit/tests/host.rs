@@ -340,6 +340,26 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
+/// Another device may have taken over the index, the name and all else, and yet the program is not on it.
+#[test]
+fn a_link_that_is_replaced_is_gone_before_the_other_one_is_there() {
+    following("a link that is replaced", async |gateway, mut followed| {
+        let make = "link add twin0 index 4711 address 02:00:00:00:47:11 type veth peer name twin1";
+        gateway.ip(make).unwrap();
+        followed.follow_for(Duration::from_millis(200)).await;
+        followed.changes.clear();
+        gateway.ip("link del twin0").unwrap();
+        gateway.ip(make).unwrap();
+        followed.catch_up().await;
+        let about_it = followed.changes.iter().filter_map(|change| match change {
+            HostChange::LinkGone(4711) => Some(None),
+            HostChange::Link(link) if link.ifindex == 4711 => Some(Some(link.name.as_str())),
+            _ => None,
+        });
+        assert_eq!(about_it.collect::<Vec<_>>()[..2], [None, Some("twin0")], "{:?}", followed.changes);
+    });
+}
+
 /// Each of these leads to what would be read then, at once, and nothing is lost for it.
 #[test]
 fn what_changes_is_told_at_once_and_nothing_else() {

@@ -111,6 +111,25 @@ impl Interfaces {
         self.wanted.len() < before
     }
 
+    /// Forgets an interface that is gone: another one may have its index now.
+    pub(super) fn lose(&mut self, ifindex: u32) {
+        for interface in self.wanted.iter_mut().filter(|interface| interface.ifindex == Some(ifindex)) {
+            interface.ifindex = None;
+        }
+    }
+
+    /// Takes up that the program runs no longer where it was attached. True if that is new.
+    pub(super) fn detached(&mut self, ifindex: u32, host: &HostFacts) -> bool {
+        let ran =
+            |interface: &Interface| interface.ifindex == Some(ifindex) && interface.stage == Stage::Attached;
+        let is_new = self.wanted.iter().any(ran);
+        if is_new {
+            self.lose(ifindex);
+            self.resolve(host);
+        }
+        is_new
+    }
+
     /// Takes up what links there are: an interface that is gone is looked for by its name.
     pub(super) fn resolve(&mut self, host: &HostFacts) {
         for interface in &mut self.wanted {

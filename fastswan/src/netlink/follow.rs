@@ -105,6 +105,8 @@ pub(crate) struct Follower {
 struct Followed {
     state: LinkState,
     told: Option<Link>,
+    /// It was gone since it was told: another one may have its index now, and even its name.
+    has_gone: bool,
     /// When it was told of last.
     touched: u64,
 }
@@ -205,7 +207,7 @@ impl Follower {
         }
         for state in links {
             let told = Some(state.link(&everywhere, follower.has_address_v4(state.ifindex())));
-            follower.links.insert(state.ifindex(), Followed { state, told, touched: 0 });
+            follower.links.insert(state.ifindex(), Followed { state, told, has_gone: false, touched: 0 });
         }
         for (ifindex, destination, address) in neighbours {
             follower.neighbours.known.extend(address.map(|address| ((ifindex, destination), address)));
@@ -324,8 +326,10 @@ impl Follower {
         // That of IPv6 may follow in silence.
         self.is_conf_doubtful |= has_other_mtu;
         let is_usable = state.is_usable();
-        let told = self.links.remove(&ifindex).and_then(|link| link.told);
-        self.links.insert(ifindex, Followed { state, told, touched: self.stamp });
+        let before = self.links.remove(&ifindex);
+        let has_gone = before.as_ref().is_some_and(|link| link.has_gone);
+        let told = before.and_then(|link| link.told);
+        self.links.insert(ifindex, Followed { state, told, has_gone, touched: self.stamp });
         self.changed_links.insert(ifindex);
         if self.broken == Some(BrokenHostRule::IgnoresLinksThatGoDown) {
             return;
@@ -356,7 +360,8 @@ impl Follower {
         if let Some(link) = self.links.remove(&ifindex) {
             // Kept until it has been told.
             let state = LinkState::default();
-            self.links.insert(ifindex, Followed { state, told: link.told, touched: self.stamp });
+            self.links
+                .insert(ifindex, Followed { state, told: link.told, has_gone: true, touched: self.stamp });
             self.changed_links.insert(ifindex);
         }
         self.addresses.remove(&ifindex);
@@ -500,10 +505,11 @@ impl Follower {
         for ifindex in std::mem::take(&mut self.changed_links) {
             let has_address_v4 = self.has_address_v4(ifindex);
             let Some(link) = self.links.get_mut(&ifindex) else { continue };
+            if std::mem::take(&mut link.has_gone) && link.told.take().is_some() {
+                changes.push(HostChange::LinkGone(ifindex));
+            }
             if link.state.ifindex() != ifindex {
-                let was_told = link.told.is_some();
                 self.links.remove(&ifindex);
-                changes.extend(was_told.then_some(HostChange::LinkGone(ifindex)));
                 continue;
             }
             let is = link.state.link(&self.everywhere, has_address_v4);
