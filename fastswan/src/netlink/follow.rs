@@ -87,6 +87,9 @@ pub(crate) struct Follower {
     stamp: u64,
     /// When the host was told of last.
     touched: u64,
+    /// Links whose frames a device of another network namespace takes, or once took: the kernel does not tell when it no
+    /// longer does, so that is so until the link is gone.
+    taken_elsewhere: BTreeSet<u32>,
     addresses: HashMap<u32, BTreeSet<IpAddr>>,
     v4: Routes,
     v6: Routes,
@@ -178,14 +181,15 @@ struct Neighbours {
 /// The kernel answers at once, so this waits for nothing but what is being done to links; it takes about a microsecond for
 /// each route and neighbour. A change while it reads may be seen in part: read again after a change.
 pub(crate) fn read_host() -> Result<HostFacts, HostError> {
-    Ok(Follower::new(read_all()?, Instant::now()).1)
+    Ok(Follower::new(read_all()?, &BTreeSet::new(), Instant::now()).1)
 }
 
 impl Follower {
-    /// Begins with what was read.
-    pub(crate) fn new(read: Read, now: Instant) -> (Self, HostFacts) {
+    /// Begins with what was read, and with the links that were taken by devices of other network namespaces before.
+    pub(crate) fn new(read: Read, taken: &BTreeSet<u32>, now: Instant) -> (Self, HostFacts) {
         let Read {
             links,
+            elsewhere,
             everywhere,
             addresses,
             rules: [rules_v4, rules_v6],
@@ -205,8 +209,16 @@ impl Follower {
         for (ifindex, address) in addresses {
             follower.addresses.entry(ifindex).or_default().insert(address);
         }
+        let is_taken = |state: &LinkState| {
+            taken.contains(&state.ifindex()) || elsewhere.iter().any(|other| other.takes_frames_of(state))
+        };
         for state in links {
-            let told = Some(state.link(&everywhere, follower.has_address_v4(state.ifindex())));
+            let mut link = state.link(&everywhere, follower.has_address_v4(state.ifindex()));
+            link.taken_elsewhere = is_taken(&state);
+            if link.taken_elsewhere {
+                follower.taken_elsewhere.insert(link.ifindex);
+            }
+            let told = Some(link);
             follower.links.insert(state.ifindex(), Followed { state, told, has_gone: false, touched: 0 });
         }
         for (ifindex, destination, address) in neighbours {
@@ -257,7 +269,8 @@ impl Follower {
     pub(crate) fn take(&mut self, told: Told, is_repeated: bool, now: Instant) {
         match told {
             Told::Link(LinkTold::Is(state)) => self.take_link(state, now),
-            Told::Link(LinkTold::Gone(ifindex)) => self.lose_link(ifindex, now),
+            Told::Link(LinkTold::Gone(state)) => self.lose_link(&state, now),
+            Told::Link(LinkTold::Moved(state)) => self.lose_moved_link(&state, now),
             Told::Link(LinkTold::Conf6(ifindex, conf)) => {
                 self.change_link(ifindex, now, |state| state.set_conf6(conf));
             }
@@ -355,7 +368,34 @@ impl Follower {
         }
     }
 
-    fn lose_link(&mut self, ifindex: u32, now: Instant) {
+    /// Links whose frames a device of another network namespace may take.
+    pub(crate) fn taken_elsewhere(&self) -> &BTreeSet<u32> {
+        &self.taken_elsewhere
+    }
+
+    /// One that is in another network namespace now goes on taking frames of the link below it, and is on that one when
+    /// both meet again.
+    fn lose_moved_link(&mut self, state: &LinkState, now: Instant) {
+        let is_below = |link: &&Followed| state.takes_frames_of(&link.state);
+        if let Some(below) = self.links.values().find(is_below).map(|link| link.state.ifindex()) {
+            self.take_elsewhere(below);
+        }
+        let is_taken = self.taken_elsewhere.contains(&state.ifindex());
+        self.lose_link(state, now);
+        if is_taken {
+            self.taken_elsewhere.insert(state.ifindex());
+        }
+    }
+
+    fn take_elsewhere(&mut self, ifindex: u32) {
+        if self.taken_elsewhere.insert(ifindex) {
+            self.changed_links.insert(ifindex);
+        }
+    }
+
+    fn lose_link(&mut self, state: &LinkState, now: Instant) {
+        let ifindex = state.ifindex();
+        self.taken_elsewhere.remove(&ifindex);
         self.stamp += 1;
         if let Some(link) = self.links.remove(&ifindex) {
             // Kept until it has been told.
@@ -396,6 +436,13 @@ impl Follower {
 
     /// Takes up sysctls, and what else of links the kernel does not tell of, unless something was told since they began to be read.
     pub(crate) fn take_sysctls(&mut self, stamp: u64, read: Sysctls, now: Instant) {
+        for other in read.elsewhere {
+            let is_below = |link: &&Followed| other.takes_frames_of(&link.state);
+            let below = self.links.values().find(is_below).filter(|link| link.touched <= stamp);
+            if let Some(below) = below.map(|link| link.state.ifindex()) {
+                self.take_elsewhere(below);
+            }
+        }
         for state in read.links {
             let Some(link) = self.links.get(&state.ifindex()) else { continue };
             if link.touched <= stamp && link.state != state {
@@ -512,7 +559,8 @@ impl Follower {
                 self.links.remove(&ifindex);
                 continue;
             }
-            let is = link.state.link(&self.everywhere, has_address_v4);
+            let mut is = link.state.link(&self.everywhere, has_address_v4);
+            is.taken_elsewhere = self.taken_elsewhere.contains(&ifindex);
             if link.told.as_ref() != Some(&is) {
                 link.told = Some(is.clone());
                 changes.push(HostChange::Link(is));
