@@ -11,7 +11,7 @@ use fastswan::{
     BpfTable, ChannelSource, Gateway, NetlinkHost, NetlinkSource, PassReason, PolicyEvent, PolicySource,
     SecurityAssociation, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
     compiler::{Explanation, Flow, PolicyState},
-    forwarder::RunAction,
+    forwarder::{AttachConfig, RunAction},
     gateway::{GatewayError, PolicyStatus},
     mirror::InterfaceState,
     policy::{Egress, NextHop},
@@ -419,6 +419,49 @@ fn a_port_that_goes_and_comes_back_under_its_name_is_a_port_again() {
         program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
         let interfaces = gateway.status().interfaces;
         assert!(matches!(interfaces[0].state, InterfaceState::Attached { .. }), "{interfaces:?}");
+    });
+}
+
+/// While the loop does not run, so that all that is told of it comes at once, or is lost.
+#[test]
+fn the_program_is_attached_to_an_interface_that_was_replaced_by_one_of_its_name_and_index() {
+    story("an interface that is replaced", async |host| {
+        let capacity = TableConfig { cells_v4: 256, cells_v6: 256, exceptions: 64, slots: 16 };
+        let (forwarder, table) = XdpForwarder::load(&capacity).unwrap();
+        let source = NetlinkHost::with_receive_buffers(1 << 16, 1 << 16).unwrap();
+        let mut gateway = Gateway::new(StaticSource::new(&[]), source, table)
+            .with_forwarder(forwarder, [AttachConfig::new("lan0").complete_frames(true)])
+            .unwrap();
+        let namespace = host.namespace();
+        let runs = || namespace.ip("-d link show dev lan0").unwrap().contains("prog/xdp");
+        for round in 0..4 {
+            let attached = async {
+                while !runs() {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            };
+            let run = timeout(PATIENCE, gateway.run_until(attached)).await;
+            run.unwrap_or_else(|_| panic!("round {round}: never attached")).unwrap();
+            gateway.run_until(sleep(Duration::from_millis(100))).await.unwrap();
+            let interfaces = gateway.status().interfaces;
+            let InterfaceState::Attached { vlans } = &interfaces[0].state else { panic!("{interfaces:?}") };
+            assert_eq!((vlans.as_slice(), interfaces[0].ifindex), (&[0][..], Some(host.lan)));
+            namespace.ip("link del lan0").unwrap();
+            // Mostly in every respect.
+            let address = if round == 1 { "02:00:00:00:00:33".to_owned() } else { LAN.to_string() };
+            let add = format!("link add lan0 index {} address {address} type veth peer name lan9", host.lan);
+            namespace.ip(&add).unwrap();
+            namespace.ip("link set lan0 up").unwrap();
+            namespace.ip("link set lan9 up").unwrap();
+            if round == 2 {
+                let noise = tempfile::NamedTempFile::new().unwrap();
+                let lines = "link set lan9 mtu 1400\nlink set lan9 mtu 1401\n".repeat(200);
+                std::fs::write(noise.path(), lines).unwrap();
+                namespace.ip(&format!("-batch {}", noise.path().display())).unwrap();
+            }
+        }
+        let causes = &gateway.mirror().statistics().host_resyncs;
+        assert!(causes.contains_key("overrun"), "{causes:?}");
     });
 }
 

@@ -340,6 +340,75 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
+/// A device that takes frames of its parent goes on doing so from another namespace, and the kernel does not tell when it stops.
+#[test]
+fn a_port_whose_frames_a_device_takes_in_another_namespace_is_none() {
+    following("macvlan devices that move", async |gateway, mut followed| {
+        let container = Namespace::new("container").unwrap();
+        let has_port = |facts: &HostFacts, name| facts.port(facts.ifindex(name).unwrap(), 0).is_some();
+        gateway.ip("link add mac0 link lan0 type macvlan mode bridge").unwrap();
+        gateway.ip(&format!("link set mac0 netns {}", container.name())).unwrap();
+        followed.catch_up().await;
+        assert!(has_port(&followed.facts, "lan0"), "it takes frames for its own address only");
+
+        gateway.ip("link add mac1 link out0 type macvlan mode passthru").unwrap();
+        followed.catch_up().await;
+        assert!(!has_port(&followed.facts, "out0"));
+        gateway.ip(&format!("link set mac1 netns {}", container.name())).unwrap();
+        followed.catch_up().await;
+        assert!(followed.facts.ifindex("mac1").is_none() && !has_port(&followed.facts, "out0"));
+
+        // Made there, where nothing tells of it.
+        let made = format!("link add mac2 link lan0 netns {} type macvlan mode source", container.name());
+        gateway.ip(&made).unwrap();
+        let taken = |facts: &HostFacts| !has_port(facts, "lan0");
+        followed.until(Duration::from_secs(2), "made elsewhere", taken).await;
+
+        // Read anew: by this source, which was there, and by one that was not.
+        let as_read = read(gateway);
+        assert!(!has_port(&as_read, "lan0") && !has_port(&as_read, "out0"));
+        drop(container);
+        let begins = followed.stale;
+        followed.host.resync();
+        followed.until(PATIENCE, "read again", |facts| facts.ifindex("lan0").is_some()).await;
+        assert!(followed.stale > begins);
+        assert!(!has_port(&followed.facts, "lan0") && !has_port(&followed.facts, "out0"), "remembered");
+        assert!(
+            NetlinkHost::read_once().is_ok_and(|facts| has_port(&facts, "lan0")),
+            "nothing takes them now"
+        );
+
+        // Of another one with the index, nothing was said.
+        let index = gateway.ifindex("lan0").unwrap();
+        gateway.ip("link del lan0").unwrap();
+        gateway.ip(&format!("link add lan0 index {index} type veth peer name lan9")).unwrap();
+        gateway.ip("link set lan0 up").unwrap();
+        gateway.ip("link set lan9 up").unwrap();
+        let is_free = |facts: &HostFacts| facts.ifindex("lan0").is_some() && has_port(facts, "lan0");
+        followed.until(PATIENCE, "another device", is_free).await;
+    });
+}
+
+/// Another device may have taken over the index, the name and all else, and yet the program is not on it.
+#[test]
+fn a_link_that_is_replaced_is_gone_before_the_other_one_is_there() {
+    following("a link that is replaced", async |gateway, mut followed| {
+        let make = "link add twin0 index 4711 address 02:00:00:00:47:11 type veth peer name twin1";
+        gateway.ip(make).unwrap();
+        followed.follow_for(Duration::from_millis(200)).await;
+        followed.changes.clear();
+        gateway.ip("link del twin0").unwrap();
+        gateway.ip(make).unwrap();
+        followed.catch_up().await;
+        let about_it = followed.changes.iter().filter_map(|change| match change {
+            HostChange::LinkGone(4711) => Some(None),
+            HostChange::Link(link) if link.ifindex == 4711 => Some(Some(link.name.as_str())),
+            _ => None,
+        });
+        assert_eq!(about_it.collect::<Vec<_>>()[..2], [None, Some("twin0")], "{:?}", followed.changes);
+    });
+}
+
 /// Each of these leads to what would be read then, at once, and nothing is lost for it.
 #[test]
 fn what_changes_is_told_at_once_and_nothing_else() {

@@ -16,7 +16,9 @@ const WAITING: usize = 64;
 /// Asks and commands a gateway while it runs, from any thread, and from any executor. Clones are for the same gateway.
 ///
 /// Nothing that it does stops the gateway for longer than a fraction of a millisecond, however many policies there are.
-/// Each method waits until the gateway has run and answered, and fails with [`HandleError::Ended`] once it is gone.
+/// Each method waits until the gateway has run and answered: a question between two runs of
+/// [`Gateway::run_until`](super::Gateway::run_until) is answered in the next one. It fails with [`HandleError::Failed`] once the
+/// gateway has failed, and with [`HandleError::Ended`] once it is gone, also if it waits when that happens.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -65,6 +67,9 @@ pub enum HandleError {
     /// It was dropped.
     #[error("the gateway was dropped: build another, and take a handle of that")]
     Ended,
+    /// It has failed, and everything passes. [`GatewayError`](super::GatewayError) says why: the result of its run.
+    #[error("the gateway has failed: build another of its parts, and take a handle of that")]
+    Failed,
     /// An interface could not be attached to, or detached from.
     #[cfg(feature = "bpf")]
     #[error(transparent)]
@@ -89,6 +94,21 @@ impl Ends {
     pub(super) fn handle(&self) -> GatewayHandle {
         self.handle.clone()
     }
+
+    /// Tells that the gateway has failed.
+    pub(super) fn fail(&self) {
+        self.states.send_modify(|state| {
+            state.is_on = false;
+            state.has_ended = true;
+        });
+    }
+
+    /// Takes no more commands, and refuses those that wait: each learns that the gateway has failed. Cancel-safe.
+    pub(super) async fn refuse_commands(&mut self) {
+        self.commands.close();
+        // Those too whose sender has a place in the queue and is about to fill it.
+        while self.commands.recv().await.is_some() {}
+    }
 }
 
 impl GatewayHandle {
@@ -96,7 +116,7 @@ impl GatewayHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Ended`].
+    /// [`HandleError::Failed`] and [`HandleError::Ended`].
     pub async fn status(&self) -> Result<Status, HandleError> {
         let mut status = self.ask(Command::Status).await?;
         // Here, so that the gateway need not.
@@ -108,7 +128,7 @@ impl GatewayHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Ended`].
+    /// [`HandleError::Failed`] and [`HandleError::Ended`].
     pub async fn explain(&self, flow: Flow) -> Result<Explanation, HandleError> {
         self.ask(|answer| Command::Explain(flow, answer)).await
     }
@@ -117,7 +137,7 @@ impl GatewayHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Ended`]; everything passes then.
+    /// [`HandleError::Failed`] and [`HandleError::Ended`]; everything passes then.
     pub async fn set_kill_switch(&self, on: bool) -> Result<(), HandleError> {
         self.ask(|answer| Command::Kill(on, answer)).await
     }
@@ -128,7 +148,7 @@ impl GatewayHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Ended`]; everything passes then.
+    /// [`HandleError::Failed`] and [`HandleError::Ended`]; everything passes then.
     pub async fn hold(&self, target: HoldTarget) -> Result<HoldId, HandleError> {
         self.ask(|answer| Command::Hold(target, answer)).await
     }
@@ -137,7 +157,7 @@ impl GatewayHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Ended`].
+    /// [`HandleError::Failed`] and [`HandleError::Ended`].
     pub async fn release(&self, hold: HoldId) -> Result<bool, HandleError> {
         self.ask(|answer| Command::Release(hold, answer)).await
     }
@@ -147,7 +167,7 @@ impl GatewayHandle {
     /// # Errors
     ///
     /// [`HandleError::Forwarder`] if there is no such interface, it is not suitable, or the gateway has no forwarder;
-    /// [`HandleError::Ended`].
+    /// [`HandleError::Failed`] and [`HandleError::Ended`].
     #[cfg(feature = "bpf")]
     pub async fn attach(&self, config: AttachConfig) -> Result<ResolvedPort, HandleError> {
         Ok(self.ask(|answer| Command::Attach(config, answer)).await??)
@@ -157,7 +177,7 @@ impl GatewayHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Forwarder`] if it is not attached; [`HandleError::Ended`].
+    /// [`HandleError::Forwarder`] if it is not attached; [`HandleError::Failed`] and [`HandleError::Ended`].
     #[cfg(feature = "bpf")]
     pub async fn detach(&self, interface: impl Into<String>) -> Result<(), HandleError> {
         let interface = interface.into();
@@ -172,8 +192,13 @@ impl GatewayHandle {
 
     async fn ask<A>(&self, command: impl FnOnce(oneshot::Sender<A>) -> Command) -> Result<A, HandleError> {
         let (sender, answer) = oneshot::channel();
-        self.commands.send(command(sender)).await.map_err(|_| HandleError::Ended)?;
-        answer.await.map_err(|_| HandleError::Ended)
+        self.commands.send(command(sender)).await.map_err(|_| self.ended())?;
+        answer.await.map_err(|_| self.ended())
+    }
+
+    /// Why there is no answer.
+    fn ended(&self) -> HandleError {
+        if self.states.borrow().has_ended { HandleError::Failed } else { HandleError::Ended }
     }
 }
 
@@ -203,9 +228,12 @@ impl StateWatch {
         self.0.borrow_and_update().clone()
     }
 
-    /// Waits until the state is another one than it was when it was looked at last; `None` once the gateway is gone.
-    /// Cancel-safe.
+    /// Waits until the state is another one than it was when it was looked at last; `None` once the gateway is gone, or when
+    /// that was the state of one that has failed: there is no other after it. Cancel-safe.
     pub async fn changed(&mut self) -> Option<GatewayState> {
+        if self.0.borrow().has_ended && !self.0.has_changed().ok()? {
+            return None;
+        }
         self.0.changed().await.ok()?;
         Some(self.state())
     }

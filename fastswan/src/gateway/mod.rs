@@ -267,14 +267,15 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         self.ends.handle()
     }
 
-    /// Follows the sources until `stop` is ready. Call it again to go on; in between the lease runs.
+    /// Follows the sources until `stop` is ready. Call it again to go on; in between the lease runs, and what a
+    /// [`GatewayHandle`] asks waits.
     ///
     /// Cancel-safe: dropping the future loses nothing but the lease.
     ///
     /// # Errors
     ///
-    /// [`GatewayError`]. Everything passes to the kernel from then on; [`Self::into_parts`] gives back what the gateway was
-    /// made of.
+    /// [`GatewayError`]. Everything passes to the kernel from then on, and handles are refused ([`HandleError::Failed`]);
+    /// [`Self::into_parts`] gives back what the gateway was made of.
     pub async fn run_until(&mut self, stop: impl Future<Output = ()>) -> Result<(), GatewayError> {
         self.run(stop, |_| false).await
     }
@@ -337,19 +338,25 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         is_done: impl Fn(&Self) -> bool,
     ) -> Result<(), GatewayError> {
         if self.has_failed {
+            self.refuse_questions().await;
             return Err(GatewayError::Failed);
         }
         let result = self.follow(stop, is_done).await;
         if let Err(error) = &result {
             self.has_failed = true;
             self.table.set_enabled(false);
-            self.ends.states.send_modify(|state| {
-                state.is_on = false;
-                state.has_ended = true;
-            });
+            self.ends.fail();
             tracing::error!(%error, "the gateway cannot go on: everything passes");
+            self.refuse_questions().await;
         }
         result
+    }
+
+    /// Answers nobody any longer: a handle that waits learns that the gateway has failed. It may live on for long.
+    async fn refuse_questions(&mut self) {
+        self.held.clear();
+        self.collection = Collection::default();
+        self.ends.refuse_commands().await;
     }
 
     async fn follow(

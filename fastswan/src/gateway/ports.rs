@@ -96,8 +96,8 @@ impl Attached {
     pub(super) fn look_again(&self, mirror: &mut Mirror) {
         for port in self.forwarder.iter().flat_map(XdpForwarder::check_ports) {
             match &port.problem {
-                // The host source tells of those that are gone, and of those that come.
-                Some(PortProblem::Gone { .. }) => {}
+                // Another interface may have its name and index, and then the host source need not tell that it was gone.
+                Some(PortProblem::Gone { .. }) => mirror.handle_detached(port.ifindex),
                 Some(problem) => {
                     let problem = problem.to_string();
                     tracing::warn!(interface = port.interface, problem, "its packets pass");

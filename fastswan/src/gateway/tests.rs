@@ -14,12 +14,12 @@ use tokio::time::{sleep, timeout};
 
 use super::*;
 use crate::{
-    MemoryTable, Selector, StaticSource, VouchedHost,
+    ChannelSource, MemoryTable, Selector, Snapshot, StaticSource, VouchedHost,
     compiler::PolicyState,
     event::StaleCause,
     mirror::HoldTarget,
     policy::{Direction, Egress, NextHop, PolicyId, PolicyType},
-    source::fixed::StaticPolicy,
+    source::{channel::PolicySender, fixed::StaticPolicy},
     table::{Capacity, Port, ReadBack as _, Removals, Slot, TableConfig, Verdict},
 };
 
@@ -421,4 +421,54 @@ async fn nothing_is_fast_while_the_host_is_not_known() {
         assert_eq!(seen.is_on(), is_on);
     }
     assert_eq!(gateway.mirror().statistics().host_resyncs.len(), 2);
+}
+
+/// A policy source whose embedder has gone.
+fn gateway_that_will_fail() -> (Gateway<ChannelSource, VouchedHost, MemoryTable>, PolicySender) {
+    let (sender, source) = ChannelSource::new(Snapshot::default(), 8);
+    (Gateway::new(source, VouchedHost::new(), MemoryTable::new(&TableConfig::default())), sender)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handle_of_a_gateway_that_has_failed_is_told_so() {
+    let (mut gateway, sender) = gateway_that_will_fail();
+    let handle = gateway.handle();
+    // Those that wait: what was asked before, and more than the queue has room for.
+    let mut waiting: FuturesUnordered<_> = (0..200).map(|_| handle.status()).collect();
+    assert!(waiting.next().now_or_never().is_none());
+    drop(sender);
+    gateway.run_until(pending()).await.unwrap_err();
+    let refused = timeout(PATIENCE, waiting.by_ref().collect::<Vec<_>>()).await.unwrap();
+    assert!(refused.iter().all(|answer| matches!(answer, Err(HandleError::Failed))), "{refused:?}");
+
+    let hold = timeout(PATIENCE, handle.hold(HoldTarget::Policy(id(0)))).await.unwrap();
+    assert!(matches!(hold, Err(HandleError::Failed)), "{hold:?}");
+    gateway.run_until(pending()).await.unwrap_err();
+    drop(gateway);
+    assert!(matches!(handle.status().await, Err(HandleError::Failed)), "that it was dropped then is no news");
+}
+
+/// As an embedder writes it: the loop, a daemon that holds before it removes, and one that watches.
+#[tokio::test(start_paused = true)]
+async fn those_who_run_beside_a_gateway_that_fails_end_too() {
+    let (mut gateway, sender) = gateway_that_will_fail();
+    let (handle, mut watch) = (gateway.handle(), gateway.handle().watch());
+    let daemon = async {
+        sleep(Duration::from_millis(50)).await;
+        drop(sender);
+        sleep(Duration::from_millis(50)).await;
+        handle.hold(HoldTarget::Policy(id(0))).await
+    };
+    let watching = async {
+        let mut last = watch.state();
+        while let Some(state) = watch.changed().await {
+            last = state;
+        }
+        last
+    };
+    let all = async { tokio::join!(gateway.run_until(pending()), daemon, watching) };
+    let (ran, held, last) = timeout(PATIENCE, all).await.expect("they wait for ever");
+    assert!(matches!(ran, Err(GatewayError::Source(_))));
+    assert!(matches!(held, Err(HandleError::Failed)));
+    assert!(last.has_ended && !last.is_on);
 }

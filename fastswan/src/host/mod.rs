@@ -114,20 +114,13 @@ impl HostFacts {
     ///
     /// `None` if the kernel does not give such frames to its IP layer, or may not: no such interface or VLAN
     /// device, a device that is down, has no carrier or no Ethernet address, a member of a bridge, bond or VRF, one whose
-    /// frames go to a [device on it](Link::takes_frames), or one with a hook where packets come in. Devices of other network
-    /// namespaces are not seen.
+    /// frames go to a [device on it](Link::takes_frames), here or [in another network namespace](Link::taken_elsewhere), or one
+    /// with a hook where packets come in.
     #[must_use]
     pub fn port(&self, ifindex: u32, vlan: u16) -> Option<Port> {
         let device = self.link(ifindex)?;
-        let on_device = |link: &&Link| link.parent == Some(ifindex);
-        // The kernel looks for a macvlan device with the address first.
-        let is_macvlan = |link: &Link| matches!(link.kind.as_str(), "macvlan" | "macvtap");
-        let takes_frames =
-            |link: &Link| link.takes_frames || is_macvlan(link) && link.address == device.address;
-        if device.controller.is_some() || self.links.iter().filter(on_device).any(takes_frames) {
-            return None;
-        }
-        let tagged = self.links.iter().filter(on_device).find(|link| link.vlan == Some(vlan));
+        let is_tagged = |link: &&Link| link.parent == Some(ifindex) && link.vlan == Some(vlan);
+        let tagged = self.links.iter().find(is_tagged);
         let receiver = match (vlan, tagged) {
             (0, None) => device,
             // A device for VLAN 0 takes the priority-tagged frames, but not the untagged ones.
@@ -135,7 +128,11 @@ impl HostFacts {
             (_, Some(link)) => link,
         };
         let is_on = |link: &Link| link.up && link.carrier;
-        if receiver.controller.is_some() || !is_on(device) || !is_on(receiver) {
+        if !is_on(device) || !is_on(receiver) {
+            return None;
+        }
+        // A frame with a tag is first the device's, and then that of the VLAN device.
+        if self.is_taken(device) || self.is_taken(receiver) {
             return None;
         }
         if self.ingress_hook(device.ifindex, receiver.ifindex).is_some() {
@@ -149,6 +146,12 @@ impl HostFacts {
             forwards: receiver.forwards,
             reverse_path: receiver.reverse_path,
         })
+    }
+
+    /// Whether another device takes frames of a link, or may.
+    fn is_taken(&self, link: &Link) -> bool {
+        let is_taken_by = |other: &Link| other.is_on_and_takes_frames_of(link);
+        link.controller.is_some() || link.taken_elsewhere || self.links.iter().any(is_taken_by)
     }
 
     /// All ports of an interface: without a VLAN tag, and with that of each VLAN device on it.
@@ -264,6 +267,8 @@ pub struct Link {
     /// It takes frames that are for its parent, or may: an ipvlan device, or a macvlan device whose mode is `passthru` or
     /// `source`. In the other modes that takes those for its own address.
     pub takes_frames: bool,
+    /// A device of another network namespace takes its frames, or may.
+    pub taken_elsewhere: bool,
     /// The VLAN id of an IEEE 802.1Q device on its parent.
     pub vlan: Option<u16>,
     /// The bridge, bond or VRF that it is a member of.
@@ -285,6 +290,14 @@ impl Link {
             Family::V4 => self.mtu,
             Family::V6 => self.mtu.min(self.mtu_v6),
         }
+    }
+
+    /// Whether it is on another link and takes frames that are for that one, or may. The kernel looks for a macvlan device with
+    /// the address first.
+    pub(crate) fn is_on_and_takes_frames_of(&self, below: &Self) -> bool {
+        let is_macvlan = matches!(self.kind.as_str(), "macvlan" | "macvtap");
+        let takes_frames = self.takes_frames || is_macvlan && self.address == below.address;
+        takes_frames && self.parent == Some(below.ifindex)
     }
 }
 
@@ -352,6 +365,21 @@ mod tests {
         let address = link(1, "lan").address;
         assert_eq!(receivers(&[link(1, "lan"), Link { address, ..macvlan }]), [], "that is the port's");
         assert_eq!(receivers(&[link(1, "lan"), vlan(3, 0)]), [], "who takes which frame is not clear");
+    }
+
+    #[test]
+    fn frames_that_a_device_on_the_vlan_device_or_one_of_another_namespace_takes_have_no_port() {
+        let passthru = |parent| Link {
+            kind: "macvlan".to_owned(),
+            takes_frames: true,
+            parent: Some(parent),
+            ..link(4, "mac")
+        };
+        assert_eq!(receivers(&[link(1, "lan"), vlan(3, 20), passthru(3)]), [(0, 1)]);
+        assert_eq!(receivers(&[link(1, "lan"), vlan(3, 20), passthru(1)]), [], "with their tags");
+        let taken = |link| Link { taken_elsewhere: true, ..link };
+        assert_eq!(receivers(&[link(1, "lan"), taken(vlan(3, 20))]), [(0, 1)]);
+        assert_eq!(receivers(&[taken(link(1, "lan")), vlan(3, 20)]), []);
     }
 
     #[test]

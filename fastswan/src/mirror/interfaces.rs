@@ -23,7 +23,8 @@ pub enum InterfaceState {
     /// The program runs there.
     Attached {
         /// The VLANs whose packets may be fast; 0 is for untagged frames. Empty if the device is down, has no Ethernet
-        /// address, or is a member of a bridge, bond or VRF.
+        /// address, is a member of a bridge, bond or VRF, or has its frames taken by a macvlan or ipvlan device, here or in
+        /// another network namespace.
         vlans: Vec<u16>,
     },
     /// The program runs there, and packets must not skip what else hooks into where they come in: they pass.
@@ -49,7 +50,8 @@ impl fmt::Display for InterfaceState {
             Self::Missing => f.write_str("there is no such interface; it is attached when it comes"),
             Self::Waiting => f.write_str("the program is not attached so far"),
             Self::Attached { vlans } if vlans.is_empty() => f.write_str(
-                "attached, but it is down, has no Ethernet address, or belongs to a bridge, bond or VRF",
+                "attached, but it is down, has no Ethernet address, belongs to a bridge, bond or VRF, or a macvlan or ipvlan \
+                 device takes its frames, here or in another network namespace",
             ),
             Self::Attached { vlans } => write!(f, "attached, VLANs {vlans:?}"),
             Self::Refused { reason } => write!(f, "not attached: {reason}"),
@@ -109,6 +111,25 @@ impl Interfaces {
         self.wanted.retain(|interface| interface.name != name);
         self.resolve(host);
         self.wanted.len() < before
+    }
+
+    /// Forgets an interface that is gone: another one may have its index now.
+    pub(super) fn lose(&mut self, ifindex: u32) {
+        for interface in self.wanted.iter_mut().filter(|interface| interface.ifindex == Some(ifindex)) {
+            interface.ifindex = None;
+        }
+    }
+
+    /// Takes up that the program runs no longer where it was attached. True if that is new.
+    pub(super) fn detached(&mut self, ifindex: u32, host: &HostFacts) -> bool {
+        let ran =
+            |interface: &Interface| interface.ifindex == Some(ifindex) && interface.stage == Stage::Attached;
+        let is_new = self.wanted.iter().any(ran);
+        if is_new {
+            self.lose(ifindex);
+            self.resolve(host);
+        }
+        is_new
     }
 
     /// Takes up what links there are: an interface that is gone is looked for by its name.

@@ -263,6 +263,9 @@ impl Mirror {
                         continue;
                     }
                     self.compiler.change_host(&change);
+                    if let HostChange::LinkGone(ifindex) = change {
+                        self.interfaces.lose(ifindex);
+                    }
                     if matches!(change, HostChange::Link(_) | HostChange::LinkGone(_)) {
                         self.links.apply(change);
                         links_changed = true;
@@ -379,6 +382,13 @@ impl Mirror {
     pub fn handle_attached(&mut self, ifindex: u32, result: Result<(), String>, now: Instant) {
         self.tick(now);
         self.interfaces.attached(ifindex, &result, now);
+    }
+
+    /// Takes up that the program, which was attached to an interface, runs there no longer: it is attached again.
+    pub fn handle_detached(&mut self, ifindex: u32) {
+        if self.interfaces.detached(ifindex, &self.links) {
+            self.revision += 1;
+        }
     }
 
     /// Takes up why the frames of an interface do not show all of a packet, or that they do. Until they do they pass.

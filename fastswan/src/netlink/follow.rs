@@ -88,6 +88,9 @@ pub(crate) struct Follower {
     stamp: u64,
     /// When the host was told of last.
     touched: u64,
+    /// Links whose frames a device of another network namespace takes, or once took: the kernel does not tell when it no
+    /// longer does, so that is so until the link is gone.
+    taken_elsewhere: BTreeSet<u32>,
     addresses: Addresses,
     v4: Routes,
     v6: Routes,
@@ -106,6 +109,8 @@ pub(crate) struct Follower {
 struct Followed {
     state: LinkState,
     told: Option<Link>,
+    /// It was gone since it was told: another one may have its index now, and even its name.
+    has_gone: bool,
     /// When it was told of last.
     touched: u64,
 }
@@ -177,14 +182,15 @@ struct Neighbours {
 /// The kernel answers at once, so this waits for nothing but what is being done to links; it takes about a microsecond for
 /// each route and neighbour. A change while it reads may be seen in part: read again after a change.
 pub(crate) fn read_host() -> Result<HostFacts, HostError> {
-    Ok(Follower::new(read_all()?, Instant::now()).1)
+    Ok(Follower::new(read_all()?, &BTreeSet::new(), Instant::now()).1)
 }
 
 impl Follower {
-    /// Begins with what was read.
-    pub(crate) fn new(read: Read, now: Instant) -> (Self, HostFacts) {
+    /// Begins with what was read, and with the links that were taken by devices of other network namespaces before.
+    pub(crate) fn new(read: Read, taken: &BTreeSet<u32>, now: Instant) -> (Self, HostFacts) {
         let Read {
             links,
+            elsewhere,
             everywhere,
             addresses,
             rules: [rules_v4, rules_v6],
@@ -202,9 +208,17 @@ impl Follower {
             addresses: Addresses::new(addresses),
             ..Self::default()
         };
+        let is_taken = |state: &LinkState| {
+            taken.contains(&state.ifindex()) || elsewhere.iter().any(|other| other.takes_frames_of(state))
+        };
         for state in links {
-            let told = Some(state.link(&everywhere, follower.addresses.has(state.ifindex())));
-            follower.links.insert(state.ifindex(), Followed { state, told, touched: 0 });
+            let mut link = state.link(&everywhere, follower.addresses.has(state.ifindex()));
+            link.taken_elsewhere = is_taken(&state);
+            if link.taken_elsewhere {
+                follower.taken_elsewhere.insert(link.ifindex);
+            }
+            let told = Some(link);
+            follower.links.insert(state.ifindex(), Followed { state, told, has_gone: false, touched: 0 });
         }
         for (ifindex, destination, address) in neighbours {
             follower.neighbours.known.extend(address.map(|address| ((ifindex, destination), address)));
@@ -255,7 +269,8 @@ impl Follower {
     pub(crate) fn take(&mut self, told: Told, is_repeated: bool, now: Instant) {
         match told {
             Told::Link(LinkTold::Is(state)) => self.take_link(state, now),
-            Told::Link(LinkTold::Gone(ifindex)) => self.lose_link(ifindex, now),
+            Told::Link(LinkTold::Gone(state)) => self.lose_link(&state, now),
+            Told::Link(LinkTold::Moved(state)) => self.lose_moved_link(&state, now),
             Told::Link(LinkTold::Conf6(ifindex, conf)) => {
                 self.change_link(ifindex, now, |state| state.set_conf6(conf));
             }
@@ -324,8 +339,10 @@ impl Follower {
         // That of IPv6 may follow in silence.
         self.is_conf_doubtful |= has_other_mtu;
         let is_usable = state.is_usable();
-        let told = self.links.remove(&ifindex).and_then(|link| link.told);
-        self.links.insert(ifindex, Followed { state, told, touched: self.stamp });
+        let before = self.links.remove(&ifindex);
+        let has_gone = before.as_ref().is_some_and(|link| link.has_gone);
+        let told = before.and_then(|link| link.told);
+        self.links.insert(ifindex, Followed { state, told, has_gone, touched: self.stamp });
         self.changed_links.insert(ifindex);
         if self.broken == Some(BrokenHostRule::IgnoresLinksThatGoDown) {
             return;
@@ -351,12 +368,40 @@ impl Follower {
         }
     }
 
-    fn lose_link(&mut self, ifindex: u32, now: Instant) {
+    /// Links whose frames a device of another network namespace may take.
+    pub(crate) fn taken_elsewhere(&self) -> &BTreeSet<u32> {
+        &self.taken_elsewhere
+    }
+
+    /// One that is in another network namespace now goes on taking frames of the link below it, and is on that one when
+    /// both meet again.
+    fn lose_moved_link(&mut self, state: &LinkState, now: Instant) {
+        let is_below = |link: &&Followed| state.takes_frames_of(&link.state);
+        if let Some(below) = self.links.values().find(is_below).map(|link| link.state.ifindex()) {
+            self.take_elsewhere(below);
+        }
+        let is_taken = self.taken_elsewhere.contains(&state.ifindex());
+        self.lose_link(state, now);
+        if is_taken {
+            self.taken_elsewhere.insert(state.ifindex());
+        }
+    }
+
+    fn take_elsewhere(&mut self, ifindex: u32) {
+        if self.taken_elsewhere.insert(ifindex) {
+            self.changed_links.insert(ifindex);
+        }
+    }
+
+    fn lose_link(&mut self, state: &LinkState, now: Instant) {
+        let ifindex = state.ifindex();
+        self.taken_elsewhere.remove(&ifindex);
         self.stamp += 1;
         if let Some(link) = self.links.remove(&ifindex) {
             // Kept until it has been told.
             let state = LinkState::default();
-            self.links.insert(ifindex, Followed { state, told: link.told, touched: self.stamp });
+            self.links
+                .insert(ifindex, Followed { state, told: link.told, has_gone: true, touched: self.stamp });
             self.changed_links.insert(ifindex);
         }
         self.addresses.lose(ifindex);
@@ -391,6 +436,13 @@ impl Follower {
 
     /// Takes up sysctls, and what else of links the kernel does not tell of, unless something was told since they began to be read.
     pub(crate) fn take_sysctls(&mut self, stamp: u64, read: Sysctls, now: Instant) {
+        for other in read.elsewhere {
+            let is_below = |link: &&Followed| other.takes_frames_of(&link.state);
+            let below = self.links.values().find(is_below).filter(|link| link.touched <= stamp);
+            if let Some(below) = below.map(|link| link.state.ifindex()) {
+                self.take_elsewhere(below);
+            }
+        }
         for state in read.links {
             let Some(link) = self.links.get(&state.ifindex()) else { continue };
             if link.touched <= stamp && link.state != state {
@@ -493,13 +545,15 @@ impl Follower {
         for ifindex in std::mem::take(&mut self.changed_links) {
             let has_address_v4 = self.addresses.has(ifindex);
             let Some(link) = self.links.get_mut(&ifindex) else { continue };
+            if std::mem::take(&mut link.has_gone) && link.told.take().is_some() {
+                changes.push(HostChange::LinkGone(ifindex));
+            }
             if link.state.ifindex() != ifindex {
-                let was_told = link.told.is_some();
                 self.links.remove(&ifindex);
-                changes.extend(was_told.then_some(HostChange::LinkGone(ifindex)));
                 continue;
             }
-            let is = link.state.link(&self.everywhere, has_address_v4);
+            let mut is = link.state.link(&self.everywhere, has_address_v4);
+            is.taken_elsewhere = self.taken_elsewhere.contains(&ifindex);
             if link.told.as_ref() != Some(&is) {
                 link.told = Some(is.clone());
                 changes.push(HostChange::Link(is));

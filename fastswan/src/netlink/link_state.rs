@@ -20,6 +20,7 @@ const IFLA_PROTINFO: u16 = 12;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_NEW_NETNSID: u16 = 45;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_VLAN_ID: u16 = 1;
@@ -48,6 +49,9 @@ const NETCONFA_IFINDEX_ALL: i32 = -1;
 pub(crate) struct LinkState {
     /// Without what sysctls say.
     link: Link,
+    /// The network namespace of the interface below it, if it is another one than its own, as the socket's namespace numbers
+    /// it; and the index of that interface there.
+    below_elsewhere: Option<(i32, u32)>,
     pub(crate) conf: Conf,
 }
 
@@ -83,7 +87,9 @@ pub(crate) struct Everywhere {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum LinkTold {
     Is(LinkState),
-    Gone(u32),
+    Gone(LinkState),
+    /// It is in another network namespace now.
+    Moved(LinkState),
     /// IPv6 has other settings for it.
     Conf6(u32, Conf),
     /// Nothing that matters.
@@ -100,7 +106,6 @@ impl LinkTold {
             return Err(cut_off);
         }
         match i32::from(payload[0]) {
-            libc::AF_UNSPEC if is_gone => return Ok(Self::Gone(ifindex)),
             libc::AF_UNSPEC => {}
             libc::AF_INET6 if !is_gone => {
                 let conf = attributes(payload, LINK_LENGTH).find(|(kind, _)| *kind == IFLA_PROTINFO);
@@ -115,7 +120,7 @@ impl LinkTold {
         let mut link =
             Link { ifindex, up: flags & IFF_UP != 0, carrier: flags & IFF_LOWER_UP != 0, ..Link::default() };
         let mut conf = Conf::default();
-        let (mut parent_is_elsewhere, mut data) = (false, None);
+        let (mut parent_namespace, mut has_moved, mut data) = (None, false, None);
         for (kind, value) in attributes(payload, LINK_LENGTH) {
             let number = u32_at(value, 0);
             match kind {
@@ -123,7 +128,9 @@ impl LinkTold {
                 IFLA_ADDRESS => link.address = ethernet_address(value),
                 IFLA_MTU => link.mtu = number.unwrap_or_default(),
                 IFLA_LINK => link.parent = number.filter(|parent| *parent != 0),
-                IFLA_LINK_NETNSID => parent_is_elsewhere = true,
+                // Of an unknown namespace -1, and then it is elsewhere all the same.
+                IFLA_LINK_NETNSID => parent_namespace = Some(i32_at(value, 0).unwrap_or(-1)),
+                IFLA_NEW_NETNSID => has_moved = true,
                 IFLA_MASTER => link.controller = number.filter(|controller| *controller != 0),
                 IFLA_LINKINFO => {
                     for (kind, value) in attributes(value, 0) {
@@ -136,12 +143,13 @@ impl LinkTold {
                 }
                 IFLA_AF_SPEC => conf = Conf::read(value),
                 // An event of a wireless device, with nothing about the link.
-                IFLA_WIRELESS => return Ok(Self::Nothing),
+                IFLA_WIRELESS if !is_gone => return Ok(Self::Nothing),
                 _ => {}
             }
         }
-        if parent_is_elsewhere {
-            link.parent = None;
+        let mut below_elsewhere = None;
+        if let Some(namespace) = parent_namespace {
+            below_elsewhere = link.parent.take().map(|parent| (namespace, parent));
         }
         link.vlan = data.filter(|_| link.kind == "vlan").and_then(vlan_id);
         link.takes_frames = match link.kind.as_str() {
@@ -149,7 +157,12 @@ impl LinkTold {
             "macvlan" | "macvtap" => !data.and_then(macvlan_mode).is_some_and(is_by_address),
             _ => false,
         };
-        Ok(Self::Is(LinkState { link, conf }))
+        let state = LinkState { link, below_elsewhere, conf };
+        Ok(match (is_gone, has_moved) {
+            (false, _) => Self::Is(state),
+            (true, false) => Self::Gone(state),
+            (true, true) => Self::Moved(state),
+        })
     }
 }
 
@@ -208,6 +221,18 @@ impl ConfV6 {
 impl LinkState {
     pub(crate) fn ifindex(&self) -> u32 {
         self.link.ifindex
+    }
+
+    /// Of a link in another network namespace whose parent is in ours, as though it were here, by the number that ours has
+    /// for itself; `None` if its parent is not.
+    pub(crate) fn seen_from(mut self, ours: i32) -> Option<Self> {
+        self.link.parent = Some(self.below_elsewhere?).filter(|below| below.0 == ours).map(|below| below.1);
+        self.link.parent.is_some().then_some(self)
+    }
+
+    /// Whether it takes frames that are for another link, or may.
+    pub(crate) fn takes_frames_of(&self, below: &Self) -> bool {
+        self.link.is_on_and_takes_frames_of(&below.link)
     }
 
     /// Whether what is sent to it may leave.

@@ -13,6 +13,7 @@ use netlink_packet_route::{
     rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
+use rustix::thread::gettid;
 use tokio::time::Instant;
 
 use super::{
@@ -24,7 +25,7 @@ use super::{
     request::{DUMP, RequestError, Requests},
     route_message::{RouteInfo, RouteKey, RouteMessage},
     route_store::{RouteAction, RouteStore, RouteTold},
-    wire::{CutOff, address, attributes, ethernet_address, family, u16_at, u32_at},
+    wire::{CutOff, address, attributes, ethernet_address, family, i32_at, u16_at, u32_at},
 };
 use crate::{
     host::{self, HostError, Rule, RuleSelector},
@@ -47,6 +48,7 @@ const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 const RTM_GETRULE: u16 = 34;
 const RTM_NEWNETCONF: u16 = 80;
+const RTM_GETNSID: u16 = 90;
 const RTM_NEWNEXTHOP: u16 = 104;
 const RTM_DELNEXTHOP: u16 = 105;
 
@@ -60,9 +62,13 @@ const ROUTE_LENGTH: usize = 12;
 const NEIGHBOUR_LENGTH: usize = 12;
 const RULE_LENGTH: usize = 12;
 const NEXTHOP_LENGTH: usize = 8;
+const NAMESPACE_LENGTH: usize = 4;
 
 const IFLA_EXT_MASK: u16 = 29;
+const IFLA_TARGET_NETNSID: u16 = 46;
 const RTEXT_FILTER_SKIP_STATS: u32 = 8;
+const NETNSA_NSID: u16 = 1;
+const NETNSA_PID: u16 = 2;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const NDA_DST: u16 = 1;
@@ -154,6 +160,8 @@ impl Told {
 #[derive(Debug, Default)]
 pub(crate) struct Read {
     pub(crate) links: Vec<LinkState>,
+    /// Links of other network namespaces that are on links of ours.
+    pub(crate) elsewhere: Vec<LinkState>,
     pub(crate) everywhere: Everywhere,
     pub(crate) addresses: Vec<(u32, DeviceAddress)>,
     pub(crate) rules: [Vec<RuleState>; 2],
@@ -174,10 +182,13 @@ pub(crate) struct RoutesRead {
     pub(crate) differences: Vec<RouteKey>,
 }
 
-/// The sysctls of links.
+/// The sysctls of links, and what is on them from elsewhere.
 #[derive(Debug)]
 pub(crate) struct Sysctls {
     pub(crate) links: Vec<LinkState>,
+    pub(crate) elsewhere: Vec<LinkState>,
+    /// How many links were read for that, in all namespaces.
+    pub(crate) read: usize,
     pub(crate) everywhere: Everywhere,
 }
 
@@ -186,7 +197,8 @@ pub(crate) fn read_all() -> Result<Read, HostError> {
     settle()?;
     let mut dumps = Dumps::open()?;
     Ok(Read {
-        links: dumps.links()?,
+        links: dumps.links(None)?,
+        elsewhere: dumps.elsewhere()?.0,
         everywhere: Everywhere::read(),
         addresses: dumps.addresses()?,
         rules: [dumps.rules(Family::V4)?, dumps.rules(Family::V6)?],
@@ -241,7 +253,10 @@ pub(crate) fn ask_path_mtu(kernel: &mut Requests, question: &Question) -> Result
 
 /// Reads the sysctls of all links and of the host.
 pub(crate) fn read_sysctls() -> Result<Sysctls, HostError> {
-    Ok(Sysctls { links: Dumps::open()?.links()?, everywhere: Everywhere::read() })
+    let mut dumps = Dumps::open()?;
+    let links = dumps.links(None)?;
+    let (elsewhere, read) = dumps.elsewhere()?;
+    Ok(Sysctls { read: links.len() + read, links, elsewhere, everywhere: Everywhere::read() })
 }
 
 /// A link's notification comes before the routes go that it takes along, which are not notified of.
@@ -283,17 +298,46 @@ impl Dumps {
         kernel.map(Self).map_err(|error| system("opening a NETLINK_ROUTE socket", error))
     }
 
-    fn links(&mut self) -> Result<Vec<LinkState>, HostError> {
+    /// The links of a network namespace by our number for it, or of ours.
+    fn links(&mut self, namespace: Option<i32>) -> Result<Vec<LinkState>, HostError> {
         let mut request = vec![0; LINK_LENGTH];
-        request.extend(8_u16.to_ne_bytes());
-        request.extend(IFLA_EXT_MASK.to_ne_bytes());
-        request.extend(RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
+        request.extend(attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS.to_ne_bytes()));
+        if let Some(namespace) = namespace {
+            request.extend(attribute(IFLA_TARGET_NETNSID, namespace.to_ne_bytes()));
+        }
         self.list("links", RTM_GETLINK, &request, |payload| {
             LinkTold::read(false, payload).map(|told| match told {
                 LinkTold::Is(link) => Some(link),
                 _ => None,
             })
         })
+    }
+
+    /// The links of other network namespaces that are on links of ours, as far as ours has a number for these namespaces, as
+    /// it has for each that one of its links has moved to. Those that may not be looked into are left out. And how many links
+    /// were read for it.
+    fn elsewhere(&mut self) -> Result<(Vec<LinkState>, usize), HostError> {
+        let namespaces = self.list("network namespaces", RTM_GETNSID, &[0; NAMESPACE_LENGTH], |payload| {
+            Ok(namespace(payload))
+        })?;
+        let mut links = Vec::new();
+        for number in namespaces {
+            match self.links(Some(number)) {
+                Ok(its) => links.extend(its),
+                Err(error) => tracing::debug!(%error, number, "cannot look into a network namespace"),
+            }
+        }
+        // That it is known by a number to itself may come of telling those links.
+        let mut request = vec![0; NAMESPACE_LENGTH];
+        request.extend(attribute(NETNSA_PID, gettid().as_raw_nonzero().get().to_ne_bytes()));
+        let mut ours = None;
+        let asked = self.0.ask((RTM_GETNSID, 0, &request), |_, payload| {
+            ours = namespace(payload);
+            Ok::<_, RequestError>(())
+        });
+        asked.map_err(|error| system("asking for the number of this network namespace", error.into()))?;
+        let read = links.len();
+        Ok((links.into_iter().filter_map(|link| link.seen_from(ours?)).collect(), read))
     }
 
     fn addresses(&mut self) -> Result<Vec<(u32, DeviceAddress)>, HostError> {
@@ -401,6 +445,16 @@ impl Dumps {
         }
         Err(HostError::Changing { object })
     }
+}
+
+fn attribute(kind: u16, value: [u8; 4]) -> Vec<u8> {
+    [&8_u16.to_ne_bytes()[..], &kind.to_ne_bytes(), &value].concat()
+}
+
+/// The number that our network namespace has for another one, if it has one.
+fn namespace(payload: &[u8]) -> Option<i32> {
+    let number = attributes(payload, NAMESPACE_LENGTH).find(|(kind, _)| *kind == NETNSA_NSID);
+    number.and_then(|(_, number)| i32_at(number, 0)).filter(|number| *number >= 0)
 }
 
 /// The fixed part of a request, which begins with the family.

@@ -24,7 +24,8 @@ pub struct PolicySender {
 }
 
 impl PolicySender {
-    /// Pushes an event, and waits while the channel is full. Cancel-safe: the event is then not pushed.
+    /// Pushes an event, and waits while the channel is full, as it may stay if the gateway has failed. Cancel-safe: the event is
+    /// then not pushed.
     ///
     /// # Errors
     ///
@@ -85,7 +86,8 @@ pub struct Pushed {
 impl Pushed {
     /// Returns when the table holds what follows from the event: when a [`Gateway`](crate::Gateway) has written it.
     /// Packets that the program had begun to handle just before may still meet what was there. Cancel-safe; may be
-    /// called more than once.
+    /// called more than once. A gateway that has failed writes nothing any longer: this waits until it is dropped, or the source
+    /// is that it gave back ([`Gateway::into_parts`](crate::Gateway::into_parts)).
     ///
     /// # Errors
     ///

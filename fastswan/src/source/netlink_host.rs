@@ -1,6 +1,12 @@
 //! The running kernel as a source of facts about the host.
 
-use std::{collections::VecDeque, convert::identity, future::pending, io, time::Duration};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    convert::identity,
+    future::pending,
+    io,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use futures::FutureExt as _;
@@ -33,7 +39,8 @@ const LONGEST_BACKLOG: usize = 1 << 18;
 /// Datagrams that are thrown away before everything is read.
 const MOST_UNREAD: usize = 1 << 20;
 
-/// From one look at the sysctls that the kernel does not tell of to the next, for each so many links.
+/// From one look at the sysctls that the kernel does not tell of, and at the links of other namespaces, to the next, for each so
+/// many links.
 const SYSCTLS: Duration = Duration::from_millis(150);
 const SYSCTL_LINKS: usize = 256;
 
@@ -45,7 +52,8 @@ const SYSCTL_LINKS: usize = 256;
 /// address or a next hop object goes or a lifetime ends, those that may be concerned are told as
 /// [unclear](crate::host::RouteKind::Unclear) at once, the routes of the family are read again on another thread, and what is
 /// different is told. Of other sysctls the kernel does not tell: they are looked at every 150 ms; with more than 256
-/// links in proportion less often. Lifetimes are looked at every 200 ms, with more than 2,000 IPv6 prefixes in proportion less
+/// links in proportion less often. With them it looks at the links of the other network namespaces that its own has a number
+/// for, since a macvlan or ipvlan device there may take frames of a link here. Lifetimes are looked at every 200 ms, with more than 2,000 IPv6 prefixes in proportion less
 /// often, since they may be cut short in silence.
 ///
 /// When there were more notifications about links, routes and rules than its receive buffer of 32 MiB holds, it says so, and
@@ -89,6 +97,8 @@ pub struct NetlinkHost {
     /// As they were told last.
     known_hooks: Option<Vec<Hook>>,
     state: State,
+    /// Links whose frames devices of other network namespaces may take, as they were known when track was lost last.
+    taken: BTreeSet<u32>,
     /// Not yielded yet.
     ready: VecDeque<HostEvent>,
     back_off: BackOff,
@@ -180,6 +190,7 @@ impl NetlinkHost {
             hooks,
             known_hooks: None,
             state: State::Waiting(Instant::now()),
+            taken: BTreeSet::new(),
             ready: VecDeque::new(),
             back_off: BackOff::default(),
             #[cfg(feature = "broken-rules")]
@@ -208,6 +219,10 @@ impl NetlinkHost {
     /// Everything is to be read again.
     fn lose_track(&mut self, cause: HostStaleCause) {
         let now = Instant::now();
+        if let State::Following(following) = &self.state {
+            // What is read may not show them all.
+            self.taken.clone_from(following.follower.taken_elsewhere());
+        }
         self.state = State::Waiting(now + self.back_off.next(now));
         self.ready.clear();
         self.ready.push_back(HostEvent::Stale(cause));
@@ -230,7 +245,8 @@ impl NetlinkHost {
                 }
             }
         }
-        let job = self.anchor.run("fastswan-host", begin);
+        let taken = self.taken.clone();
+        let job = self.anchor.run("fastswan-host", move || begin(&taken));
         let beginning = Beginning { job, read: None, backlog: Vec::new(), has_lost_neighbours: false };
         self.state = State::Reading(Box::new(beginning));
         Ok(())
@@ -529,13 +545,17 @@ impl Following {
     }
 
     fn take_sysctls(&mut self, looked: Result<Sysctls, HostError>, now: Instant) {
+        let mut links = self.follower.links();
         if let Look::Looking(stamp, _) = self.sysctls {
             match looked {
-                Ok(sysctls) => self.follower.take_sysctls(stamp, sysctls, now),
+                Ok(sysctls) => {
+                    links = sysctls.read;
+                    self.follower.take_sysctls(stamp, sysctls, now);
+                }
                 Err(error) => tracing::debug!(%error, "cannot read sysctls, trying again"),
             }
         }
-        let share = u32::try_from(self.follower.links() / SYSCTL_LINKS).unwrap_or(u32::MAX);
+        let share = u32::try_from(links / SYSCTL_LINKS).unwrap_or(u32::MAX);
         self.sysctls = Look::Waiting(now + SYSCTLS.saturating_mul(share.saturating_add(1)));
     }
 }
@@ -554,8 +574,8 @@ impl Look {
 }
 
 /// Reads everything.
-fn begin() -> Begun {
-    let (follower, facts) = Follower::new(read_all()?, Instant::now());
+fn begin(taken: &BTreeSet<u32>) -> Begun {
+    let (follower, facts) = Follower::new(read_all()?, taken, Instant::now());
     Ok((Box::new(follower), facts))
 }
 

@@ -12,10 +12,13 @@ use anyhow::{Context as _, ensure};
 
 use super::world::{Device, Wires, World};
 
+/// Stands for the name of the namespace that the far ends of the wires are in.
+pub(super) const FAR: &str = "FAR";
+
 /// One change of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Arguments of `ip`.
+    /// Arguments of `ip`; the word [`FAR`] is the namespace of the far ends.
     Ip(String),
     /// Arguments of `ip -6`, for commands that name no address.
     Ip6(String),
@@ -106,7 +109,7 @@ pub(super) fn run(
         };
         let (gateway, far) = (world.gateway.name(), world.far.name());
         let result = match first {
-            Command::Ip(_) => feed("ip", &["-n", gateway], &lines(batch), is_strict),
+            Command::Ip(_) => feed("ip", &["-n", gateway], &lines(batch).replace(FAR, far), is_strict),
             Command::Ip6(_) => feed("ip", &["-6", "-n", gateway], &lines(batch), is_strict),
             Command::Tc(_) => feed("tc", &["-n", gateway], &lines(batch), is_strict),
             Command::Far(_) => feed("ip", &["-n", far], &lines(batch), is_strict),

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::super::{
-    command::{self, Command, ip, ip_of, sysctl},
+    command::{self, Command, FAR, ip, ip_of, sysctl},
     draw::{Change, Draw},
     icmp,
     world::Device,
@@ -297,6 +297,35 @@ pub(super) fn macvlan(draw: &mut Draw<'_>) -> Change {
     Change::once([ip(format!("link add mac0 link {device} type macvlan mode {mode}"))])
         .then([ip("link set mac0 up")])
         .undone_by([ip("link del mac0"), ip("link set lan0 promisc off")])
+}
+
+/// A device that takes the port's frames goes on doing so from another namespace. It cannot be seen to stop.
+pub(super) fn macvlan_moved(draw: &mut Draw<'_>) -> Change {
+    let (device, mode) = (draw.one(&["lan0", "lan1"]), draw.one(&["passthru", "passthru", "source"]));
+    Change::once([ip(format!("link add mac0 link {device} type macvlan mode {mode}"))])
+        .then([ip(format!("link set mac0 netns {FAR}"))])
+        .then([Command::Far("link set mac0 up".to_owned())])
+        .then([Command::Far("link set mac0 down".to_owned())])
+}
+
+/// The same of one that was never here.
+pub(super) fn macvlan_elsewhere(draw: &mut Draw<'_>) -> Change {
+    let (device, mode) = (draw.one(&["lan0", "lan1"]), draw.one(&["passthru", "passthru", "source"]));
+    Change::once([ip(format!("link add mac0 link {device} netns {FAR} type macvlan mode {mode}"))])
+        .then([Command::Far("link set mac0 up".to_owned())])
+}
+
+/// Another device takes frames with a tag, or all that are handed to the device for them.
+pub(super) fn macvlan_tagged(draw: &mut Draw<'_>) -> Change {
+    let (device, mode) = (draw.one(&["lan0", "lan1"]), draw.one(&["passthru", "bridge", "source"]));
+    Change::once([
+        ip(format!("link add vlan9 link {device} type vlan id 10")),
+        ip("link set vlan9 up"),
+        ip("address add 198.18.9.1/24 dev vlan9"),
+    ])
+    .then([ip(format!("link add mac0 link vlan9 type macvlan mode {mode}")), ip("link set mac0 up")])
+    .then([ip("link del mac0")])
+    .undone_by([ip("link del vlan9"), ip(format!("link set {device} promisc off"))])
 }
 
 /// The port becomes a bridge's, and is free again.
