@@ -165,6 +165,24 @@ fn a_policy_is_fast_from_its_addition_to_its_deletion() {
     });
 }
 
+/// Where packets come in on another port, that the device is a port too makes none of them fast.
+#[test]
+fn a_policy_whose_device_takes_no_frames_is_not_said_to_be_fast() {
+    story("a device that takes no frames", async |host| {
+        let (program, gateway) = host.gateway(host.kernel());
+        let mut gateway = gateway.with_interface("out0");
+        host.namespace().ip(&format!("xfrm policy add {POLICY} priority 100 {TUNNEL}")).unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
+        assert_eq!(gateway.status().policies[0].state, PolicyState::Fast);
+        // The device's peer then does not poll.
+        host.site.peer.set_feature("eth0", "rx-gro", false).unwrap();
+        program.until(&mut gateway, INSIDE, RunAction::Pass).await;
+        let passes = PolicyState::Pass(PassReason::EgressUnavailable);
+        assert_eq!(program.reason(&gateway, INSIDE), PassReason::EgressUnavailable);
+        assert_eq!(gateway.status().policies[0].state, passes);
+    });
+}
+
 #[test]
 fn a_policy_that_will_be_deleted_for_its_age_is_switched_off_before() {
     story("a limited life", async |host| {

@@ -48,7 +48,8 @@
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
 //! let (forwarder, table) = XdpForwarder::load(TableConfig::default())?;
 //! let mut gateway = Gateway::new(NetlinkSource::open()?, NetlinkHost::open()?, table)
-//!     .with_forwarder(forwarder, ["lan0", "nic0"].map(AttachConfig::new))?;
+//!     // Where packets come in that are to be encrypted. The device that encrypts them need not be listed.
+//!     .with_forwarder(forwarder, [AttachConfig::new("lan0")])?;
 //! let handle = gateway.handle();
 //! let stop = async {
 //!     // Elsewhere, on any thread, as often as you like.

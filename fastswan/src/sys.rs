@@ -272,6 +272,7 @@ pub(crate) mod bpf {
 
     const BPF_OBJ_PIN: u32 = 6;
     const BPF_OBJ_GET: u32 = 7;
+    const BPF_PROG_TEST_RUN: u32 = 10;
     const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
     const BPF_PROG_QUERY: u32 = 16;
     const BPF_LINK_CREATE: u32 = 28;
@@ -291,6 +292,16 @@ pub(crate) mod bpf {
         path: u64,
         object: u32,
         flags: u32,
+    }
+
+    #[repr(C)]
+    struct TestRun {
+        program: u32,
+        answer: u32,
+        input_length: u32,
+        output_length: u32,
+        input: u64,
+        output: u64,
     }
 
     #[repr(C)]
@@ -452,6 +463,19 @@ pub(crate) mod bpf {
         let path = CString::new(path.as_os_str().as_bytes())?;
         let mut get = Pin { path: path.as_ptr().expose_provenance() as u64, object: 0, flags: 0 };
         descriptor(command(BPF_OBJ_GET, &mut get)?)
+    }
+
+    /// Runs a program once, on a packet that goes nowhere.
+    pub(crate) fn run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
+        let mut run = TestRun {
+            program: program.as_raw_fd().cast_unsigned(),
+            answer: 0,
+            input_length: u32::try_from(packet.len()).map_err(io::Error::other)?,
+            output_length: 0,
+            input: packet.as_ptr().expose_provenance() as u64,
+            output: 0,
+        };
+        command(BPF_PROG_TEST_RUN, &mut run).map(drop)
     }
 
     fn descriptor(number: i32) -> io::Result<OwnedFd> {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use fastswan::{
-    XdpForwarder,
+    OffloadTable as _, XdpForwarder,
     forwarder::{AttachConfig, AttachMode, ForwarderError, HeldBy, PortProblem},
     table::{Slot, TableConfig, TableCounters as _},
 };
@@ -232,6 +232,31 @@ fn a_table_without_room_is_refused_by_the_field_that_says_so() {
     }
     let error = XdpForwarder::load(&TableConfig { slots: 0, ..config() }).unwrap_err();
     assert!(matches!(error, ForwarderError::TableSize { field: "slots", value: 0, .. }), "{error}");
+}
+
+/// Set for the copy of this program that has only the capabilities that the documentation asks for.
+const CONFINED: &str = "FASTSWAN_TEST_CONFINED";
+
+#[test]
+fn a_process_with_the_documented_capabilities_only_loads_and_attaches() {
+    if std::env::var_os(CONFINED).is_some() {
+        let (mut forwarder, mut table) = XdpForwarder::load(config()).unwrap();
+        forwarder.attach(&port("lan0")).unwrap();
+        table.renew_lease(Instant::now() + Duration::from_secs(1));
+        return;
+    }
+    story("few capabilities", |_| {
+        let name = "ports::a_process_with_the_documented_capabilities_only_loads_and_attaches";
+        let copy = Command::new("setpriv")
+            .args(["--bounding-set=-all,+bpf,+net_admin,+perfmon", "--inh-caps=-all"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CONFINED, "1")
+            .output()
+            .unwrap();
+        let [told, errors] = [copy.stdout, copy.stderr].map(|text| String::from_utf8(text).unwrap());
+        assert!(told.contains("1 passed"), "{told}{errors}");
+    });
 }
 
 /// Set for the copies of this program that lack a capability.

@@ -75,8 +75,8 @@ pub enum PortProblem {
     /// An interface hands over frames that its sender, on this same host, has not completed: checksums are
     /// still to be computed and VLAN tags to be inserted.
     #[error(
-        "{interface} ({kind}) is a software port, whose frames may lack checksums and VLAN tags: turn them \
-         on at the sender with `ethtool -K DEVICE tx off txvlan off` and say so with \
+        "{interface} ({kind}) is a software port, whose frames may lack checksums and VLAN tags: have the sender \
+         complete them, with `ethtool -K DEVICE tx off txvlan off` at its end, and say so with \
          `AttachConfig::complete_frames(true)`"
     )]
     IncompleteFrames {

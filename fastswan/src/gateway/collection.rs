@@ -101,8 +101,10 @@ fn look_at(
     let (is_on, has_ports) = (mirror.is_enabled(), has_ports(mirror));
     let (some, next) = mirror.compiler().some_policies(mirror.database(), first, limit);
     policies.extend(some.into_iter().map(|(report, device)| {
-        let is_reachable = device
-            .is_none_or(|device| table.takes_redirects(device.ifindex) || mirror.has_port_on(device.ifindex));
+        // What comes in where it leaves is not redirected.
+        let is_reachable = device.is_none_or(|device| {
+            table.takes_redirects(device.ifindex) || mirror.has_only_ports_on(device.ifindex)
+        });
         PolicyStatus {
             id: report.id,
             state: as_met(report.state, is_on, has_ports, is_reachable),

@@ -248,8 +248,8 @@ impl Interfaces {
     }
 
     /// Whether the table has ports at all, and whether one of them is on a device.
-    pub(super) fn has_port_on(&self, ifindex: u32) -> bool {
-        self.ports.range((ifindex, 0)..=(ifindex, u16::MAX)).next().is_some()
+    pub(super) fn has_only_ports_on(&self, ifindex: u32) -> bool {
+        !self.ports.is_empty() && self.ports.keys().all(|(port, _)| *port == ifindex)
     }
 
     /// The port that the table has for an interface and VLAN.

@@ -607,8 +607,8 @@ impl Mirror {
     }
 
     /// Whether the table has a port on a device.
-    pub(crate) fn has_port_on(&self, ifindex: u32) -> bool {
-        self.interfaces.has_port_on(ifindex)
+    pub(crate) fn has_only_ports_on(&self, ifindex: u32) -> bool {
+        self.interfaces.has_only_ports_on(ifindex)
     }
 
     /// What the table lacks, once there is something to be fast by.

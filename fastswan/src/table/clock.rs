@@ -3,10 +3,13 @@
 //! User space cannot see them, and does not compute them from another clock: a kernel without high-resolution timers may
 //! lose some. A program tells them, when it is asked.
 
-use std::{borrow::Cow, time::Duration};
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    time::Duration,
+};
 
 use aya::{
-    Ebpf, TestRun as _, TestRunOptions,
+    Ebpf,
     programs::{ProgramError, SchedClassifier},
 };
 use fastswan_ebpf::Word;
@@ -17,6 +20,7 @@ use super::{
     mmap::Region,
     verify::verify,
 };
+use crate::sys::bpf;
 
 /// The program of the object that tells the time.
 const CLOCK_PROGRAM: &str = "fastswan_clock";
@@ -24,7 +28,7 @@ const CLOCK_PROGRAM: &str = "fastswan_clock";
 /// The program, and the memory where it leaves its answer.
 #[derive(Debug)]
 pub(super) struct Clock {
-    program: SchedClassifier,
+    program: OwnedFd,
     answer: Region<Word>,
     tick: Duration,
 }
@@ -35,7 +39,7 @@ impl Clock {
         let program: &mut SchedClassifier =
             ebpf.program_mut(CLOCK_PROGRAM).ok_or(ProgramError::NotLoaded)?.try_into()?;
         verify(|| program.load())?;
-        let program = SchedClassifier::from_program_info(program.info()?, Cow::Borrowed(CLOCK_PROGRAM))?;
+        let program = program.fd()?.as_fd().try_clone_to_owned().map_err(ProgramError::from)?;
         let clock = Self { program, answer: map(ebpf, "CLOCK", 1)?, tick: length_of_tick() };
         clock.now()?;
         Ok(clock)
@@ -43,9 +47,8 @@ impl Clock {
 
     /// Ticks of the kernel, up to now.
     pub(super) fn now(&self) -> Result<u64, ProgramError> {
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(&[0; 14]);
-        self.program.test_run(options)?;
+        // An Ethernet header is the least that there can be of a packet.
+        bpf::run(self.program.as_fd(), &[0; 14])?;
         Ok(self.answer[0].load())
     }
 
