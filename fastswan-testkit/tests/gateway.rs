@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use fastswan::{
     BpfTable, ChannelSource, Gateway, NetlinkHost, NetlinkSource, PassReason, PolicyEvent, PolicySource,
     SecurityAssociation, Selector, Snapshot, SourceError, StaticSource, XdpForwarder,
-    compiler::{Explanation, Flow, PolicyState},
+    compiler::{Cause, Explanation, Flow, PolicyState},
     forwarder::{AttachConfig, RunAction},
     gateway::{GatewayError, PolicyStatus},
     mirror::InterfaceState,
@@ -174,12 +174,22 @@ fn a_policy_whose_device_takes_no_frames_is_not_said_to_be_fast() {
         host.namespace().ip(&format!("xfrm policy add {POLICY} priority 100 {TUNNEL}")).unwrap();
         program.until(&mut gateway, INSIDE, RunAction::Redirect).await;
         assert_eq!(gateway.status().policies[0].state, PolicyState::Fast);
+        let flow = Flow::between("10.1.0.5".parse().unwrap(), INSIDE.parse().unwrap());
+        assert!(matches!(gateway.explain(&flow), Explanation::Fast { .. }));
         // The device's peer then does not poll.
         host.site.peer.set_feature("eth0", "rx-gro", false).unwrap();
         program.until(&mut gateway, INSIDE, RunAction::Pass).await;
         let passes = PolicyState::Pass(PassReason::EgressUnavailable);
         assert_eq!(program.reason(&gateway, INSIDE), PassReason::EgressUnavailable);
         assert_eq!(gateway.status().policies[0].state, passes);
+        for ingress in [None, Some((host.lan, 0))] {
+            let Explanation::Pass { reason, cause } = gateway.explain(&Flow { ingress, ..flow }) else {
+                panic!()
+            };
+            assert_eq!((reason, cause), (PassReason::EgressUnavailable, Cause::Egress(host.out)));
+        }
+        let hairpin = gateway.explain(&Flow { ingress: Some((host.out, 0)), ..flow });
+        assert!(matches!(hairpin, Explanation::Fast { .. }), "{hairpin}");
     });
 }
 

@@ -203,6 +203,8 @@ pub enum Cause {
     Hook(Hook),
     /// The table has no room.
     Capacity,
+    /// The policy's device, which has this index, takes no frames from XDP.
+    Egress(u32),
     /// The kernel has learnt that packets to the destination must be shorter than the policy's device takes: it answers those
     /// that are too long.
     PathMtu(PathMtu),
@@ -291,7 +293,16 @@ impl Compiler {
 
         let verdict = compiled.verdict(flow.source, flow.destination);
         let (slot, probes) = match verdict {
-            None => return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)),
+            None => {
+                // The table has no cell for it, so the program knows of no policy.
+                let is_left_out =
+                    |policy: &&Policy| policy.id.direction == Direction::Out && policy.is_packet_offloaded();
+                let no_room = matching.iter().any(is_left_out);
+                return Err(pass(
+                    PassReason::NoPolicy,
+                    if no_room { Cause::Capacity } else { Cause::NoPolicy },
+                ));
+            }
             Some(Verdict::Pass(reason)) => {
                 let cause = match reason {
                     PassReason::DeniedDestination | PassReason::RouteElsewhere => {
@@ -562,6 +573,10 @@ impl fmt::Display for Cause {
             }
             Self::Hook(hook) => write!(f, "the fast path would skip {hook}"),
             Self::Capacity => f.write_str("the table has no room to tell it apart from others"),
+            Self::Egress(ifindex) => write!(
+                f,
+                "device #{ifindex} takes no frames from XDP: its driver does not, or, of a veth device, the peer has GRO off"
+            ),
             Self::PathMtu(PathMtu { destination, mtu }) => {
                 write!(
                     f,

@@ -798,6 +798,19 @@ fn sources_of_covering_destinations_that_do_not_fit_let_the_region_pass() {
 }
 
 #[test]
+fn a_policy_for_which_the_table_has_no_cell_is_explained_by_that() {
+    let mut scene = Scene::with_capacity(Capacity { cells_v4: 1, cells_v6: 1, ..AMPLE });
+    for n in 0..3 {
+        scene.after(PolicyEvent::Policy(offloaded("10.1.0.0/16", &format!("10.{}.0.0/16", 2 + n))));
+    }
+    let told = (2..5).map(|n| explanation(&mut scene, "10.1.0.1", &format!("10.{n}.0.1")));
+    let told: Vec<String> = told.filter(|told| told.contains("no_policy")).collect();
+    assert!(!told.is_empty() && told.iter().all(|told| told.contains("has no room")), "{told:?}");
+    let unknown = explanation(&mut scene, "10.1.0.1", "10.9.0.1");
+    assert!(unknown.contains("no policy matches"), "{unknown}");
+}
+
+#[test]
 fn host_facts_that_do_not_fit_let_the_cells_that_need_them_pass() {
     for capacity in [Capacity { fact_lengths: 1, ..AMPLE }, Capacity { cells_v4: 3, cells_v6: 3, ..AMPLE }] {
         let clean = offloaded("10.1.0.0/16", "10.9.0.0/16");

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use fastswan_ebpf::PassReason;
 use tokio::sync::oneshot;
 
 use super::{
@@ -9,8 +10,10 @@ use super::{
     status::{as_met, name},
 };
 use crate::{
+    compiler::{Cause, Explanation, Flow},
     database::PolicyKey,
     mirror::{InterfaceState, Mirror},
+    table::Forwarding,
 };
 
 /// Policies that are looked at in one turn of the loop; they take a few hundred microseconds.
@@ -101,10 +104,7 @@ fn look_at(
     let (is_on, has_ports) = (mirror.is_enabled(), has_ports(mirror));
     let (some, next) = mirror.compiler().some_policies(mirror.database(), first, limit);
     policies.extend(some.into_iter().map(|(report, device)| {
-        // What comes in where it leaves is not redirected.
-        let is_reachable = device.is_none_or(|device| {
-            table.takes_redirects(device.ifindex) || mirror.has_only_ports_on(device.ifindex)
-        });
+        let is_reachable = device.is_none_or(|device| is_reachable(mirror, table, device.ifindex));
         PolicyStatus {
             id: report.id,
             state: as_met(report.state, is_on, has_ports, is_reachable),
@@ -133,6 +133,31 @@ impl Status {
 }
 
 /// Whether packets come in anywhere. A mirror without interfaces leaves ports to the embedder.
+/// Whether a packet is fast, as it meets the interfaces: see [`as_met`].
+pub(super) fn explain(mirror: &Mirror, table: &impl GatewayTable, flow: &Flow) -> Explanation {
+    let explanation = mirror.explain(flow);
+    let Explanation::Fast { forwarding: Forwarding { ifindex, .. }, .. } = explanation else {
+        return explanation;
+    };
+    let leaves = match flow.ingress {
+        Some((ingress, _)) => ingress == ifindex || table.takes_redirects(ifindex),
+        None => is_reachable(mirror, table, ifindex),
+    };
+    if !has_ports(mirror) {
+        Explanation::Pass { reason: PassReason::UnknownPort, cause: Cause::Port }
+    } else if !leaves {
+        Explanation::Pass { reason: PassReason::EgressUnavailable, cause: Cause::Egress(ifindex) }
+    } else {
+        explanation
+    }
+}
+
+/// Whether packets can leave by a device, wherever they come in. What comes in where it leaves is not redirected.
+fn is_reachable(mirror: &Mirror, table: &impl GatewayTable, ifindex: u32) -> bool {
+    table.takes_redirects(ifindex) || mirror.has_only_ports_on(ifindex)
+}
+
+/// Whether packets can come in, as far as interfaces are followed.
 fn has_ports(mirror: &Mirror) -> bool {
     let mut interfaces = mirror.interfaces().peekable();
     interfaces.peek().is_none()

@@ -207,6 +207,21 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         self
     }
 
+    /// Has everything pass until [`GatewayHandle::set_kill_switch`] says otherwise: to look at what would be fast before
+    /// anything is. A status then says `disabled` of the policies that would be, and of the others why not.
+    ///
+    /// ```
+    /// # use fastswan::{Gateway, MemoryTable, StaticSource, VouchedHost, table::TableConfig};
+    /// # let table = MemoryTable::new(&TableConfig::default());
+    /// let gateway = Gateway::new(StaticSource::new(&[]), VouchedHost::new(), table).with_kill_switch(true);
+    /// # drop(gateway);
+    /// ```
+    #[must_use]
+    pub fn with_kill_switch(mut self, on: bool) -> Self {
+        self.mirror.set_kill_switch(on);
+        self
+    }
+
     /// Has packets be fast that skip hooks of these kinds: the embedder answers for it that this changes no packet's fate.
     /// See [`host::hooks`](crate::host::hooks) for when that is so. The status names those that are skipped.
     ///
@@ -320,10 +335,11 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         status
     }
 
-    /// Whether a packet is fast, via which policy and association, or why not.
+    /// Whether a packet is fast, via which policy and association, or why not. Takes interfaces and devices into account as a
+    /// status does; the lease and the next moment it does not know.
     #[must_use]
     pub fn explain(&self, flow: &Flow) -> Explanation {
-        self.mirror.explain(flow)
+        collection::explain(&self.mirror, self.table.get(), flow)
     }
 
     /// The table, to look things up in.
@@ -647,7 +663,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         // An answer that nobody waits for any longer is of no use to anybody.
         match command {
             Command::Status(asker) => self.collection.ask(asker),
-            Command::Explain(flow, asker) => drop(asker.send(self.mirror.explain(&flow))),
+            Command::Explain(flow, asker) => drop(asker.send(self.explain(&flow))),
             Command::Kill(on, asker) => {
                 self.mirror.set_kill_switch(on);
                 tracing::info!(on, "the kill switch");

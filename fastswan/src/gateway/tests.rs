@@ -299,6 +299,17 @@ async fn nothing_is_fast_before_a_source_says_that_it_has_told_everything() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_gateway_that_begins_with_its_kill_switch_on_is_off_until_it_is_told_otherwise() {
+    let (gateway, _kernel, seen) = gateway(1).await;
+    let mut gateway = gateway.with_kill_switch(true);
+    gateway.synchronise().await.unwrap();
+    assert!(is_fast(&gateway, 0) && !seen.is_on(), "it is in the table, and the table is off");
+    let handle = gateway.handle();
+    gateway.run_until(async { handle.set_kill_switch(false).await.unwrap() }).await.unwrap();
+    assert!(seen.is_on());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_source_is_told_when_all_that_it_said_is_in_the_table() {
     let (mut gateway, kernel, _) = gateway(1).await;
     gateway.synchronise().await.unwrap();

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use async_trait::async_trait;
 
-use super::{PolicyEvent, PolicySource, Snapshot, SourceError};
+use super::{PolicyEvent, PolicyOrder, PolicySource, Snapshot, SourceError};
 use crate::policy::{
     Direction, Egress, Family, OffloadDev, OffloadKind, Overhead, Policy, PolicyId, Selector, Template,
 };
@@ -72,12 +72,32 @@ impl StaticPolicy {
         Self { overhead, ..self }
     }
 
-    /// The policy with this number in its source.
-    fn policy(&self, number: u32) -> Policy {
+    /// The policy and its assumed association, for a source of your own. Policies with the same reqid share an association
+    /// in the kernel's eyes: give each tunnel its own.
+    ///
+    /// ```
+    /// # #[cfg(feature = "tokio")]
+    /// # async fn push() -> Result<(), Box<dyn std::error::Error>> {
+    /// use fastswan::{ChannelSource, PolicyEvent, Selector, Snapshot, source::fixed::StaticPolicy};
+    ///
+    /// let (sender, source) = ChannelSource::new(Snapshot::default(), 16);
+    /// // … give the source to a gateway, and from anywhere else:
+    /// let selector = Selector::between("10.1.0.0/16".parse()?, "10.2.0.0/16".parse()?)?;
+    /// let tunnel = StaticPolicy::new(selector, 7, "192.0.2.1".parse()?, "192.0.2.2".parse()?).policy(1);
+    /// let id = tunnel.id.clone();
+    /// sender.push(PolicyEvent::Policy(tunnel)).await?.written().await?;
+    /// // It is in the table. Later:
+    /// sender.push(PolicyEvent::PolicyRemoved(id)).await?.written().await?;
+    /// # drop(source);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn policy(&self, reqid: u32) -> Policy {
         let (source, destination) = self.tunnel;
         Policy {
             priority: self.priority,
-            templates: [Template::esp_tunnel(source, destination, number + 1)].into(),
+            templates: [Template::esp_tunnel(source, destination, reqid)].into(),
             offload: Some(OffloadDev { ifindex: self.device, kind: OffloadKind::Packet, inbound: false }),
             egress: self.egress,
             assumed: Some(self.overhead),
@@ -118,16 +138,30 @@ impl StaticSource {
     /// These policies, each with an assumed association.
     #[must_use]
     pub fn new(policies: &[StaticPolicy]) -> Self {
-        let policies = (0..).zip(policies).map(|(number, policy)| policy.policy(number)).collect();
+        let policies = (1..).zip(policies).map(|(reqid, policy)| policy.policy(reqid)).collect();
         Self(Some(Snapshot { policies, ..Snapshot::default() }))
     }
 
-    /// What a TOML text says: an array `policy` of tables with the fields
+    /// Has priorities alone decide where policies overlap that lead different ways ([`PolicyOrder::ByPriority`]): for a device
+    /// that encrypts by these policies and not by the kernel's. Otherwise packets that several match pass, unless they
+    /// lead the same way: the kernel's order among offloaded policies does not go by priority.
+    ///
+    /// [`PolicyOrder::ByPriority`]: crate::PolicyOrder::ByPriority
+    #[must_use]
+    pub fn by_priority(mut self) -> Self {
+        if let Some(snapshot) = &mut self.0 {
+            snapshot.order = PolicyOrder::ByPriority;
+        }
+        self
+    }
+
+    /// What a TOML text says: optionally `order = "priority"`, for [`by_priority`](Self::by_priority), and an array `policy` of
+    /// tables with the fields
     ///
     /// - `source`, `destination`: the prefixes between which packets are sent;
     /// - `device`: name of the interface, in the calling thread's network namespace;
     /// - `local`, `peer`: the outer addresses of the tunnel, of the same family;
-    /// - `priority`: optional, 0 if left out; lower is better;
+    /// - `priority`: optional, 0 if left out; lower is better, where priorities decide;
     /// - `next-hop`: optional: `"device"` (the default), `"neighbour"`, or a table with `source` and
     ///   `destination`; see [`NextHop`](crate::policy::NextHop);
     /// - `max-length`: optional, bytes from the IP header on.
@@ -139,7 +173,11 @@ impl StaticSource {
     pub fn from_toml(text: &str) -> Result<Self, StaticSourceError> {
         let file: written::File = toml::from_str(text).map_err(|error| not_understood(text, &error))?;
         let policies: Result<Vec<_>, _> = file.policy.into_iter().map(TryInto::try_into).collect();
-        Ok(Self::new(&policies?))
+        let source = Self::new(&policies?);
+        Ok(match file.order {
+            written::Order::Kernel => source,
+            written::Order::Priority => source.by_priority(),
+        })
     }
 }
 
@@ -227,7 +265,17 @@ mod written {
     #[serde(deny_unknown_fields)]
     pub(super) struct File {
         #[serde(default)]
+        pub(super) order: Order,
+        #[serde(default)]
         pub(super) policy: Vec<Written>,
+    }
+
+    #[derive(Default, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub(super) enum Order {
+        #[default]
+        Kernel,
+        Priority,
     }
 
     #[derive(Deserialize)]
@@ -336,6 +384,19 @@ mod tests {
             NextHop::Fixed { source: MacAddr([2, 0, 0, 0, 0, 1]), destination: MacAddr([2, 0, 0, 0, 0, 2]) };
         assert_eq!(policies[0].egress.next_hop, fixed);
         assert_eq!(policies[1].egress.next_hop, NextHop::Neighbour);
+    }
+
+    #[tokio::test]
+    async fn priorities_decide_if_the_text_says_so() {
+        let order =
+            async |text: &str| match StaticSource::from_toml(text).unwrap().next_event().await.unwrap() {
+                Some(PolicyEvent::Snapshot(snapshot)) => snapshot.order,
+                other => panic!("{other:?}"),
+            };
+        assert_eq!(order(POLICY).await, PolicyOrder::Kernel);
+        assert_eq!(order(&format!("order = \"priority\"\n{POLICY}")).await, PolicyOrder::ByPriority);
+        let wrong = StaticSource::from_toml("order = \"age\"").unwrap_err().to_string();
+        assert!(wrong.contains("`kernel`") && wrong.contains("`priority`"), "{wrong}");
     }
 
     #[test]

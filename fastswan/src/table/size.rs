@@ -41,6 +41,11 @@ impl Capacity {
 ///
 /// The default takes about 11 MiB, and 256 KiB for each CPU.
 ///
+/// A policy takes a slot, and a cell; where selectors overlap, so does each part that two of them have in common. Host facts
+/// are the prefixes in the networks of policies that the host treats in another way than the rest: its own addresses, other
+/// routes, rules. A guard is the source of a forward policy, an exception a policy that asks for a protocol or ports. Twice
+/// what there is leaves room. What finds none passes, and a status says `capacity`.
+///
 /// ```
 /// use fastswan::table::TableConfig;
 ///

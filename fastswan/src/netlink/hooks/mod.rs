@@ -302,7 +302,11 @@ impl Part {
         self.has_failed = read.is_err();
         self.hooks = read.unwrap_or_else(|error| {
             let error: io::Error = error.into();
-            let remedy = super::remedy(&error);
+            let remedy = match (kind, error.raw_os_error()) {
+                // Files in /proc that only root's group may read.
+                (HookKind::IpTables, Some(libc::EACCES)) => "; run with CAP_DAC_READ_SEARCH, or as root",
+                _ => super::remedy(&error),
+            };
             let name = format!("what there is of {what} cannot be read: {error}{remedy}");
             vec![Hook { kind, place: HookPlace::Forwarding(None), name }]
         });
