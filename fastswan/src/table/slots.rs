@@ -93,7 +93,7 @@ impl Slots {
 
     /// What each CPU has counted for a slot, and what earlier processes have.
     fn columns(&self, slot: Slot) -> impl Iterator<Item = &Forwarded> {
-        self.forwarded.iter().skip(slot.0 as usize).step_by(self.records.len())
+        self.forwarded.iter().skip(slot.0 as usize).step_by(self.records.len().max(1))
     }
 
     fn record(&self, slot: Slot) -> Result<&SlotRecord, TableError> {
@@ -245,6 +245,7 @@ mod tests {
         assert_eq!(slots.traffic(Slot(2)), Traffic { packets: sum, bytes: 100 * sum });
         slots.clear(Slot(2));
         assert_eq!(slots.traffic(Slot(2)), Traffic::default());
+        assert_eq!(self::slots(0).traffic(Slot(0)), Traffic::default(), "a table without slots");
         assert_eq!(slots.traffic(Slot(1)).packets, 1 << 1 | 1 << 5 | 1 << 9);
     }
 
