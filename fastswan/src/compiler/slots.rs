@@ -1,6 +1,9 @@
 //! Which policy has which slot of the table.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    num::NonZeroU32,
+};
 
 use crate::{database::PolicyKey, table::Slot};
 
@@ -23,14 +26,25 @@ pub(super) struct Slots {
 
 #[derive(Clone, Copy, Debug)]
 struct Assigned {
-    slot: Slot,
+    /// The slot's number plus 1, so that no slot takes no room of its own.
+    number: NonZeroU32,
     /// Of the policy's key.
     generation: u32,
 }
 
+impl Assigned {
+    fn new(slot: Slot, generation: u32) -> Self {
+        Self { number: NonZeroU32::MIN.saturating_add(slot.0), generation }
+    }
+
+    fn slot(self) -> Slot {
+        Slot(self.number.get() - 1)
+    }
+}
+
 impl Slots {
     pub(super) fn get(&self, policy: PolicyKey) -> Option<Slot> {
-        Some(self.assigned.get(policy.0 as usize)?.as_ref()?.slot)
+        Some((*self.assigned.get(policy.0 as usize)?)?.slot())
     }
 
     /// How many slots are, or were, in use.
@@ -56,7 +70,7 @@ impl Slots {
         if self.assigned.len() <= index {
             self.assigned.resize(index + 1, None);
         }
-        self.assigned[index] = Some(Assigned { slot, generation });
+        self.assigned[index] = Some(Assigned::new(slot, generation));
         let number = slot.0 as usize;
         if self.holders.len() <= number {
             self.holders.resize(number + 1, policy);
@@ -69,7 +83,7 @@ impl Slots {
     /// Frees the slot of a key unless it still belongs to the policy of this generation.
     pub(super) fn release(&mut self, policy: PolicyKey, generation: Option<u32>) -> Option<Slot> {
         let assigned = self.assigned.get_mut(policy.0 as usize).filter(|_| !self.hoarding)?;
-        let slot = assigned.take_if(|assigned| Some(assigned.generation) != generation)?.slot;
+        let slot = assigned.take_if(|assigned| Some(assigned.generation) != generation)?.slot();
         self.free.push_back(slot);
         Some(slot)
     }
