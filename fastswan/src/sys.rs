@@ -294,7 +294,9 @@ pub(crate) mod bpf {
         flags: u32,
     }
 
+    /// The kernel writes the answer, the length of the output and the duration.
     #[repr(C)]
+    #[derive(Default)]
     struct TestRun {
         program: u32,
         answer: u32,
@@ -302,7 +304,20 @@ pub(crate) mod bpf {
         output_length: u32,
         input: u64,
         output: u64,
+        repeat: u32,
+        duration: u32,
+        context_input_length: u32,
+        context_output_length: u32,
+        context_input: u64,
+        context_output: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        padding: u32,
     }
+
+    // As in `union bpf_attr`.
+    const _: () = assert!(size_of::<TestRun>() == 80 && std::mem::offset_of!(TestRun, duration) == 36);
 
     #[repr(C)]
     struct GetInfo {
@@ -469,11 +484,9 @@ pub(crate) mod bpf {
     pub(crate) fn run(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
         let mut run = TestRun {
             program: program.as_raw_fd().cast_unsigned(),
-            answer: 0,
             input_length: u32::try_from(packet.len()).map_err(io::Error::other)?,
-            output_length: 0,
             input: packet.as_ptr().expose_provenance() as u64,
-            output: 0,
+            ..TestRun::default()
         };
         command(BPF_PROG_TEST_RUN, &mut run).map(drop)
     }
@@ -486,10 +499,11 @@ pub(crate) mod bpf {
         Ok(unsafe { OwnedFd::from_raw_fd(number) })
     }
 
-    /// `T` must be how the structure of the command begins; what it points to must live through the call.
+    /// `T` must be how the structure of the command begins, with all fields that the kernel writes: it does so whether they
+    /// are within the length that it is told or not. What it points to must live through the call.
     fn command<T: ?Sized>(command: u32, attributes: &mut T) -> io::Result<i32> {
         // SAFETY: the kernel reads as many bytes as the structure has and takes the rest for zero. It writes only into
-        // these, and where the structure points to, which its maker keeps alive and large enough.
+        // fields that `T` has, and where the structure points to, which its maker keeps alive and large enough.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,
