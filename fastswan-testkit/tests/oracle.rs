@@ -115,6 +115,7 @@ fn a_host_source_that_lies_is_noticed() {
     let seed: u64 = rand::random();
     for mutant in HostMutant::ALL {
         eprintln!("{}, seed {seed}", mutant.name());
-        assert!(FactsOracle::new(seed, 15_000).convict(mutant).unwrap(), "{}", mutant.name());
+        // Some are wrong in every second part of a run only.
+        assert!(FactsOracle::new(seed, 200_000).convict(mutant).unwrap(), "{}", mutant.name());
     }
 }
