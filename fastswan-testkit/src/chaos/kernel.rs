@@ -164,7 +164,7 @@ impl<'r> Kernel<'r> {
     }
 
     /// Looks at packets, once they may not be fast any longer, and takes away what is in their way.
-    fn relent(&mut self, packets: &[Packet], report: &mut Report) -> anyhow::Result<()> {
+    pub(super) fn relent(&mut self, packets: &[Packet], report: &mut Report) -> anyhow::Result<()> {
         let Some((hindrance, since)) = self.hindrance.take() else { return Ok(()) };
         let allowed = hindrance.within + lease_tick()?;
         if !packets.is_empty() {
@@ -214,8 +214,6 @@ impl<'r> Kernel<'r> {
 
     /// Waits until the mirror has caught up, and judges it.
     pub(super) fn be_quiet(&mut self, report: &mut Report) -> anyhow::Result<()> {
-        // If the time is over, it has not gone yet.
-        self.relent(&[], report)?;
         let begin = Instant::now();
         // Since when the mirror says that it knows everything, and does not.
         let mut behind: Option<Instant> = None;
