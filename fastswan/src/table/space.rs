@@ -274,7 +274,7 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
             .free_place(primary, hashed.identity)
             .or_else(|| self.free_place(secondary, hashed.identity))
             .or_else(|| self.make_room(primary, secondary, hashed.identity));
-        place.map(|place| self.put(place, entry)).is_some()
+        place.map(|place| self.put(place, entry, &hashed)).is_some()
     }
 
     /// A free place in a bucket, unless the bucket has an entry that looks the same before its key is
@@ -324,7 +324,7 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
         while let Some((bucket, place)) = from {
             if let Some(entry) = self.entry_at(place) {
                 self.take(place);
-                self.put(free, &entry);
+                self.put(free, &entry, &self.hashed(&entry.key, entry.number));
             }
             free = place;
             from = searched[bucket].from;
@@ -347,9 +347,8 @@ impl<const K: usize, const L: usize> TupleSpace<K, L> {
         Some(Entry { key: self.key_at(place), number: Value::number(stored), value: Value(stored) })
     }
 
-    /// Stores an entry in a free place.
-    fn put(&mut self, place: Place, entry: &Entry<K>) {
-        let hashed = self.hashed(&entry.key, entry.number);
+    /// Stores an entry, which is hashed already, in a free place.
+    fn put(&mut self, place: Place, entry: &Entry<K>, hashed: &Hashed) {
         store_words(&self.buckets[place.bucket].keys[place.entry], &entry.key);
         self.store_value(place, entry.value.stored(hashed.identity));
         let primary = hashed.primary as usize;

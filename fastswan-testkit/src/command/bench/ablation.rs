@@ -1,18 +1,17 @@
 //! `cargo testkit bench ablation`: what each check of the XDP program costs.
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use fastswan::policy::Family;
 use fastswan_testkit::{
     datapath::{Ablation, Costs, DatapathLab, Mix, Spread},
     lab::{clean_up_on_signals, remove_leftovers},
 };
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 use serde_json::{Value, json};
 
-use super::{datapath::PACKETS, machine::Machine};
+use super::{
+    datapath::PACKETS,
+    machine::{Machine, stay_on_this_cpu},
+};
 
 /// What `cargo testkit bench ablation` is told.
 #[derive(Debug, clap::Args)]
@@ -61,9 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn measure(arguments: &Arguments, family: Family, device: u32) -> anyhow::Result<Costs> {
-    let mut cpus = CpuSet::new();
-    cpus.set(nix::sched::sched_getcpu()?)?;
-    sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one CPU")?;
+    stay_on_this_cpu()?;
     let Arguments { policies, rounds, .. } = *arguments;
     let ablation = Ablation { mix: Mix::SiteToSite, family, policies, packets: PACKETS, device };
     Ok(ablation.measure(rounds)?)

@@ -11,14 +11,10 @@ use fastswan_testkit::{
     datapath::{ASK_BACK, Bench, DatapathLab, Mix, Temperature},
     lab::{clean_up_on_signals, remove_leftovers},
 };
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 use serde_json::json;
 
 use self::row::Row;
-use super::machine::Machine;
+use super::machine::{Machine, stay_on_this_cpu};
 
 /// Packets of a run of one program, and flows that are not warm.
 pub(super) const PACKETS: u32 = 1 << 20;
@@ -97,10 +93,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 /// Measures everything, in the namespace of a device.
 fn measure(arguments: &Arguments, device: u32) -> anyhow::Result<Vec<Row>> {
     // What the program asks the kernel about it counts for each CPU.
-    let cpu = nix::sched::sched_getcpu()?;
-    let mut cpus = CpuSet::new();
-    cpus.set(cpu)?;
-    sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one CPU")?;
+    stay_on_this_cpu()?;
     let mixes = if arguments.mix.is_empty() { &Mix::ALL[..] } else { &arguments.mix };
     let temperatures =
         if arguments.temperature.is_empty() { &Temperature::ALL[..] } else { &arguments.temperature };

@@ -3,6 +3,10 @@
 use std::fs;
 
 use anyhow::Context as _;
+use nix::{
+    sched::{CpuSet, sched_getcpu, sched_setaffinity},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 
 /// The machine before the bench.
@@ -27,6 +31,13 @@ impl Machine {
             "load_after": load()?,
         }))
     }
+}
+
+/// Keeps this thread on the CPU that it is on.
+pub(super) fn stay_on_this_cpu() -> anyhow::Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(sched_getcpu()?)?;
+    sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one CPU")
 }
 
 /// The load of the machine in the last minute, the last five and the last fifteen.
