@@ -182,7 +182,7 @@ impl Changing for Contents {
     fn entries(&self, family: Family) -> usize {
         let cells = self.cells.keys().map(|cell| &cell.source);
         let prefixes = cells.chain(self.facts.keys().map(|(_, prefix)| prefix)).chain(&self.guards);
-        prefixes.filter(|prefix| Family::of(*prefix) == family).count()
+        prefixes.filter(|prefix| Family::of(prefix) == family).count()
     }
 
     fn rotate_slots(&mut self, rng: &mut SmallRng, number: usize) {
