@@ -306,14 +306,15 @@ pub(super) struct Story {
     pub(super) winner: Option<PolicyId>,
 }
 
-/// Stories about policies that are offloaded to a device, or to none that is known.
+/// Stories about policies that are offloaded to a device, or to none that is known. Those with different numbers lead
+/// different ways, so that it matters which of them is chosen.
 pub(super) fn stories(device: Option<OffloadDev>) -> Vec<Story> {
     let policy = |source: &str, destination: &str, priority: u32, offload: bool| {
         let prefix = |text: &str| text.parse().expect("a prefix");
         let selector =
             Selector::between(prefix(source), prefix(destination)).expect("prefixes of one family");
-        let template =
-            Template::esp_tunnel([192, 0, 2, 1].into(), [192, 0, 2, 2].into(), 2 + u32::from(offload));
+        let reqid = 2 * priority + u32::from(offload);
+        let template = Template::esp_tunnel([192, 0, 2, 1].into(), [192, 0, 2, 2].into(), reqid);
         Policy {
             priority,
             templates: [template].into(),
@@ -378,9 +379,13 @@ pub(super) fn stories(device: Option<OffloadDev>) -> Vec<Story> {
     tell(name, added([&default, &site]), packet, Some(&site));
     let around = policy("10.1.0.0/16", "10.2.0.0/16", 100, true);
     let inside = policy("10.1.0.0/24", "10.2.0.0/24", 200, true);
-    let name = "of two offloaded policies in a list the newer is chosen, whatever the priority";
+    let name =
+        "of two offloaded policies in a list the newer is chosen, whatever the priority and the prefixes";
     tell(name, added([&around, &inside]), packet, Some(&inside));
     tell(name, added([&inside, &around]), packet, Some(&around));
+    let narrow = policy("10.1.0.0/24", "10.2.0.0/24", 100, true);
+    let wide = policy("10.1.0.0/16", "10.2.0.0/16", 200, true);
+    tell(name, added([&narrow, &wide]), packet, Some(&wide));
     let again = vec![Change::Update(around.clone())];
     let name = "an update that changes nothing makes an offloaded policy the newest";
     tell(name, [added([&around, &inside]), again].concat(), packet, Some(&around));
