@@ -11,6 +11,7 @@
 //! - [`chaos`]: everything changes at once, as fast as the kernel takes it;
 //! - [`host_facts`]: what is followed of a host, compared with what is read;
 //! - [`churn`]: a full table of routes that changes all the time, and how it is followed;
+//! - [`growth`]: a table that is too small, and its larger successor, under traffic;
 //! - [`datapath`]: what a packet costs in the XDP program, beside what it would cost elsewhere;
 //! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
@@ -24,6 +25,7 @@ pub mod churn;
 pub mod conformance;
 pub mod datapath;
 pub mod frames;
+pub mod growth;
 pub mod guest;
 pub mod host_facts;
 pub mod lab;

@@ -1,5 +1,5 @@
 //! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs; how it follows a
-//! host that changes all the time; what a packet costs; and how many frames a gateway forwards in a second.
+//! host that changes all the time; what a packet costs; how many frames a gateway forwards in a second; and how a table grows.
 
 use std::{
     fs, io,
@@ -34,6 +34,7 @@ use serde_json::json;
 mod ablation;
 mod churn;
 mod datapath;
+mod growth;
 mod machine;
 mod panels;
 mod veth;
@@ -52,6 +53,8 @@ pub(crate) enum Command {
     /// How many frames a gateway forwards in a second, on veth pairs from end to end, beside two longest-prefix matches, only
     /// forwarding, and the kernel.
     Veth(veth::Arguments),
+    /// How a table that is too small is replaced by a larger one under traffic, and how its policies are deleted.
+    Growth(growth::Arguments),
     /// One round, in a namespace that has them already.
     #[command(hide = true)]
     Round(Size),
@@ -115,6 +118,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Datapath(arguments) => datapath::run(arguments),
         Command::Ablation(arguments) => ablation::run(arguments),
         Command::Veth(arguments) => veth::run(arguments),
+        Command::Growth(arguments) => growth::run(arguments),
         Command::Round(size) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             println!("{}", serde_json::to_string(&runtime.block_on(round(size.policies))?)?);

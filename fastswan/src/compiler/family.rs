@@ -390,7 +390,8 @@ impl<A: Address> FamilyCompiler<A> {
                 }
             }
         }
-        fit(cells, limit - used, self.capacity.tuples, pass);
+        let is_fast = |verdict: &Verdict| matches!(verdict, Verdict::Fast { .. });
+        fit(cells, limit - used, self.capacity.tuples, is_fast, pass);
         self.count_probes(cells, facts);
     }
 

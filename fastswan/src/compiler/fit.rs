@@ -12,9 +12,15 @@ use ipnet::IpNet;
 
 use crate::{prefix_map::PrefixMap, table::Cell};
 
-/// Keeps at most `limit` cells of at most `tuples` pairs of prefix lengths, those with the most cells first,
-/// and calls `pass` for the cells that must let their packets pass because others were left out.
-pub(super) fn fit<V>(cells: &mut Vec<(Cell, V)>, limit: usize, tuples: usize, mut pass: impl FnMut(&mut V)) {
+/// Keeps at most `limit` cells of at most `tuples` pairs of prefix lengths, those with the most cells first, and of a pair
+/// those first that are fast. Calls `pass` for the cells that must let their packets pass because others were left out.
+pub(super) fn fit<V>(
+    cells: &mut Vec<(Cell, V)>,
+    limit: usize,
+    tuples: usize,
+    is_fast: impl Fn(&V) -> bool,
+    mut pass: impl FnMut(&mut V),
+) {
     let tuple = |cell: &Cell| (cell.destination.prefix_len(), cell.source.prefix_len());
     let mut sizes: BTreeMap<(u8, u8), usize> = BTreeMap::new();
     for (cell, _) in cells.iter() {
@@ -32,15 +38,25 @@ pub(super) fn fit<V>(cells: &mut Vec<(Cell, V)>, limit: usize, tuples: usize, mu
         left -= size.min(left);
     }
 
+    // Without one that passes, its packets pass as well, unless another one finds them.
+    let mut has_room = vec![false; cells.len()];
+    for fast in [true, false] {
+        for ((cell, _), has_room) in
+            cells.iter().zip(&mut has_room).filter(|((_, value), _)| is_fast(value) == fast)
+        {
+            if let Some(room) = room.get_mut(&tuple(cell)).filter(|room| **room > 0) {
+                *room -= 1;
+                *has_room = true;
+            }
+        }
+    }
     let mut dropped = Vec::new();
     let mut kept = Vec::with_capacity(limit.min(cells.len()));
-    for (cell, value) in cells.drain(..) {
-        match room.get_mut(&tuple(&cell)) {
-            Some(room) if *room > 0 => {
-                *room -= 1;
-                kept.push((cell, value));
-            }
-            _ => dropped.push(cell),
+    for ((cell, value), has_room) in cells.drain(..).zip(has_room) {
+        if has_room {
+            kept.push((cell, value));
+        } else {
+            dropped.push(cell);
         }
     }
     for index in later(&kept, &dropped) {
@@ -117,7 +133,7 @@ mod tests {
             tuples in 0..12usize,
         ) {
             let mut kept = all.clone();
-            fit(&mut kept, limit, tuples, |fast| *fast = false);
+            fit(&mut kept, limit, tuples, |fast| *fast, |fast| *fast = false);
             prop_assert!(kept.len() <= limit);
             let lengths: HashSet<_> =
                 kept.iter().map(|(cell, _)| (cell.destination.prefix_len(), cell.source.prefix_len())).collect();
@@ -140,7 +156,7 @@ mod tests {
             tuples in 0..12usize,
         ) {
             let mut kept = all.clone();
-            fit(&mut kept, limit, tuples, |fast| *fast = false);
+            fit(&mut kept, limit, tuples, |fast| *fast, |fast| *fast = false);
             for (cell, _) in kept.iter().filter(|(_, fast)| !fast) {
                 let is_left_out = |other: &Cell| kept.iter().all(|(kept, _)| kept != other);
                 let meets = |other: &Cell| {
@@ -150,5 +166,17 @@ mod tests {
                 prop_assert!(all.iter().any(|(other, _)| is_left_out(other) && meets(other)), "{}", cell);
             }
         }
+    }
+
+    /// Policies that found no slot take no place of one that has.
+    #[test]
+    fn of_cells_with_the_same_prefix_lengths_those_are_kept_that_are_fast() {
+        let cell = |last: u8, fast| {
+            let destination = format!("10.0.0.{last}/32").parse().unwrap();
+            (Cell { destination, source: "10.1.0.0/16".parse().unwrap() }, fast)
+        };
+        let mut cells: Vec<_> = (0..8).map(|last| cell(last, last >= 5)).collect();
+        fit(&mut cells, 4, 12, |fast| *fast, |fast| *fast = false);
+        assert_eq!(cells, [cell(0, false), cell(5, true), cell(6, true), cell(7, true)]);
     }
 }

@@ -16,7 +16,7 @@ pub enum GatewayError {
     /// The table failed.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// The program could not be attached at the start, or another process has taken over
+    /// The program could not be attached at the start, or another gateway has taken over, which forwards from then on
     /// ([`ForwarderError::Superseded`](crate::forwarder::ForwarderError::Superseded)).
     #[cfg(feature = "bpf")]
     #[error(transparent)]
@@ -26,4 +26,14 @@ pub enum GatewayError {
         "the gateway has failed before, and does not know what its table holds: build another of its parts"
     )]
     Failed,
+}
+
+impl GatewayError {
+    /// Whether another gateway forwards in this one's place.
+    pub(super) fn is_superseded(&self) -> bool {
+        #[cfg(feature = "bpf")]
+        return matches!(self, Self::Forwarder(crate::forwarder::ForwarderError::Superseded { .. }));
+        #[cfg(not(feature = "bpf"))]
+        false
+    }
 }

@@ -261,6 +261,56 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
 
     /// Has the program pinned in a directory of a BPF file system, so that it stays attached when the process ends, and
     /// taken over from an earlier process: see [`XdpForwarder::attach_pinned`].
+    ///
+    /// So a table grows, too: a gateway with a larger one takes over from this one, in another process or in the same, and this
+    /// one's [`Self::run_until`] ends with [`ForwarderError::Superseded`]. Both run on threads of their own, since filling a
+    /// large table takes longer than a lease.
+    ///
+    #[cfg_attr(feature = "netlink", doc = "```no_run")]
+    #[cfg_attr(not(feature = "netlink"), doc = "```ignore")]
+    /// use std::{error::Error, sync::mpsc, thread, time::Duration};
+    ///
+    /// use fastswan::{Gateway, NetlinkHost, NetlinkSource, XdpForwarder};
+    /// use fastswan::{forwarder::AttachConfig, gateway::GatewayHandle, table::TableConfig};
+    ///
+    /// /// Runs until another gateway takes over.
+    /// #[tokio::main(flavor = "current_thread")]
+    /// async fn follow(policies: u32, grow: mpsc::Sender<u32>) -> Result<(), Box<dyn Error + Send + Sync>> {
+    ///     let config = TableConfig { cells_v4: policies * 4, slots: policies, ..TableConfig::default() };
+    ///     let (forwarder, table) = XdpForwarder::load(config)?;
+    ///     let mut gateway = Gateway::new(NetlinkSource::open()?, NetlinkHost::open()?, table)
+    ///         .with_forwarder(forwarder, [AttachConfig::new("lan0")])?
+    ///         .pinned_in("/sys/fs/bpf/gateway");
+    ///     let handle = gateway.handle();
+    ///     tokio::spawn(async move {
+    ///         if is_full(&handle).await {
+    ///             let _ = grow.send(policies * 2);
+    ///         }
+    ///     });
+    ///     Ok(gateway.run_until(std::future::pending()).await?)
+    /// }
+    ///
+    /// /// Waits until policies find no room; false if the gateway ends before.
+    /// async fn is_full(handle: &GatewayHandle) -> bool {
+    ///     while let Ok(status) = handle.status().await {
+    ///         if status.totals.contains_key("capacity") {
+    ///             return true;
+    ///         }
+    ///         tokio::time::sleep(Duration::from_secs(10)).await;
+    ///     }
+    ///     false
+    /// }
+    ///
+    /// # fn main() -> Result<(), Box<dyn Error>> {
+    /// let (grow, sizes) = mpsc::channel();
+    /// grow.send(100_000)?;
+    /// for policies in sizes {
+    ///     let grow = grow.clone();
+    ///     thread::spawn(move || println!("{:?}", follow(policies, grow)));
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     #[cfg(feature = "bpf")]
     #[must_use]
     pub fn pinned_in(mut self, directory: impl Into<std::path::PathBuf>) -> Self {
@@ -362,7 +412,12 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.has_failed = true;
             self.table.set_enabled(false);
             self.ends.fail();
-            tracing::error!(%error, "the gateway cannot go on: everything passes");
+            self.meters.switched(false);
+            if error.is_superseded() {
+                tracing::info!(%error, "the gateway ends");
+            } else {
+                tracing::error!(%error, "the gateway cannot go on: everything passes");
+            }
             self.refuse_questions().await;
         }
         result
@@ -607,6 +662,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         // Those that this explains.
         self.mirror.handle_differences(self.table.asked().differs, now());
         self.mirror.handle_written(written.is_ok());
+        // A large table takes its time, and the lease may be over by now.
+        self.mirror.handle_time(now(), SystemTime::now());
         written?;
         // Packets that were counted meanwhile, unless the slot is another policy's by now.
         for (policy, slot) in removed.iter_mut().filter(|(_, slot)| !filled.contains(slot)) {

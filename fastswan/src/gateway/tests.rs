@@ -17,8 +17,9 @@ use crate::{
     ChannelSource, MemoryTable, Selector, Snapshot, StaticSource, VouchedHost,
     compiler::PolicyState,
     event::StaleCause,
-    mirror::HoldTarget,
-    policy::{Direction, Egress, NextHop, PolicyId, PolicyType},
+    host::Link,
+    mirror::{HoldTarget, InterfaceState},
+    policy::{Direction, Egress, MacAddr, NextHop, PolicyId, PolicyType},
     source::{channel::PolicySender, fixed::StaticPolicy},
     table::{Capacity, Port, ReadBack as _, Removals, Slot, TableConfig, Verdict},
 };
@@ -32,6 +33,8 @@ struct Seen {
     acknowledged: Arc<AtomicU64>,
     is_on: Arc<AtomicBool>,
     fails: Arc<AtomicBool>,
+    /// Milliseconds that it takes to write the table.
+    takes: Arc<AtomicU64>,
     takes_no_redirects: Arc<AtomicBool>,
 }
 
@@ -124,6 +127,7 @@ impl OffloadTable for Guarded {
         if self.seen.fails.load(Ordering::Relaxed) {
             return Err(TableError::NoSuchSlot { slot: Slot(0), limit: 0 });
         }
+        std::thread::sleep(Duration::from_millis(self.seen.takes.load(Ordering::Relaxed)));
         self.table.apply(update)
     }
 
@@ -482,4 +486,31 @@ async fn those_who_run_beside_a_gateway_that_fails_end_too() {
     assert!(matches!(ran, Err(GatewayError::Source(_))));
     assert!(matches!(held, Err(HandleError::Failed)));
     assert!(last.has_ended && !last.is_on);
+}
+
+/// A program that it takes over from would be fast meanwhile.
+#[tokio::test]
+async fn a_program_is_not_attached_while_the_lease_is_over_since_writing_the_table_took_longer() {
+    let (gateway, _, seen) = gateway(1).await;
+    seen.takes.store(200, Ordering::Relaxed);
+    let Parts { source, table, .. } = gateway.into_parts().unwrap();
+    let link = Link {
+        ifindex: 3,
+        name: "lan0".to_owned(),
+        address: Some(MacAddr([2, 0, 0, 0, 0, 1])),
+        mtu: 1500,
+        up: true,
+        carrier: true,
+        ..Link::default()
+    };
+    let mut gateway = Gateway::new(source, VouchedHost::with_links(vec![link]), table)
+        .with_lease(Duration::from_millis(100))
+        .with_interface("lan0");
+    let state = |gateway: &mut Gateway<_, _, _>| gateway.status().interfaces[0].state.clone();
+    gateway.synchronise().await.unwrap();
+    assert_eq!(state(&mut gateway), InterfaceState::Waiting);
+    while state(&mut gateway) == InterfaceState::Waiting {
+        gateway.run_until(sleep(Duration::from_millis(10))).await.unwrap();
+    }
+    assert_eq!(state(&mut gateway), InterfaceState::Attached { vlans: vec![0] });
 }

@@ -354,6 +354,18 @@ mod tests {
     }
 
     #[test]
+    fn a_gateway_that_has_failed_is_not_current() {
+        let recorder = DebuggingRecorder::new();
+        story(&recorder, async |mut host| {
+            host.follow().await;
+            Scrape::take(&recorder).expect(&[("current", 1)]);
+            drop(host.sender);
+            host.gateway.run_until(sleep(Duration::from_millis(10))).await.unwrap_err();
+            Scrape::take(&recorder).expect(&[("current", 0)]);
+        });
+    }
+
+    #[test]
     fn what_an_audit_repaired_is_counted() {
         let recorder = DebuggingRecorder::new();
         story(&recorder, async |mut host| {

@@ -10,7 +10,8 @@
 //! 2. After each, do what [`poll_action`](Mirror::poll_action) says until it returns `None`.
 //! 3. Whenever a source says, on being asked, that nothing is left to tell, pass on the moment *before* it was asked
 //!    ([`handle_caught_up`](Mirror::handle_caught_up)). A future that is pending does not say that.
-//! 4. No later than [`poll_timeout`](Mirror::poll_timeout), call [`handle_time`](Mirror::handle_time) and ask the sources.
+//! 4. After a write that took long, call [`handle_time`](Mirror::handle_time).
+//! 5. No later than [`poll_timeout`](Mirror::poll_timeout), call [`handle_time`](Mirror::handle_time) and ask the sources.
 //!
 //! # What it keeps to
 //!
@@ -18,7 +19,8 @@
 //! table holds everything that each [`Input`] had to tell when it was asked last, and the lease ends one lease after the
 //! oldest of these moments. The fast path is turned on only when every input is known and has been asked since it was, and
 //! off as soon as one loses track. Removals are acknowledged only after the source, asked when they had settled, had nothing
-//! more to tell, and all of it is written.
+//! more to tell, and all of it is written. The program is attached, and taken over from an earlier process, only while at least
+//! half of the lease is left.
 //!
 //! # Example
 //!
@@ -72,6 +74,8 @@ mod mutation;
 #[cfg(test)]
 mod properties;
 mod removals;
+#[cfg(test)]
+mod stories;
 
 pub use self::{
     action::Action,
@@ -481,7 +485,7 @@ impl Mirror {
             self.statistics.times_shut += 1;
             return Some(Action::Acknowledge { removals });
         }
-        if self.is_enabled || self.is_killed {
+        if self.is_killed || self.is_enabled && self.has_lease() {
             let interfaces = self.now.map_or_else(Vec::new, |now| self.interfaces.start_attaching(now));
             if !interfaces.is_empty() {
                 return Some(Action::Attach { interfaces });
@@ -636,6 +640,12 @@ impl Mirror {
             self.is_enabled = true;
             Action::Enable
         })
+    }
+
+    /// Whether at least half of the lease is left: enough for the program to be fast when it is attached, and until the lease is
+    /// renewed next. After a write that took long it is not, and a program that it replaces would be.
+    fn has_lease(&self) -> bool {
+        self.until.zip(self.now).is_some_and(|(until, now)| now + self.lease / 2 <= until)
     }
 
     /// Whether nothing forbids the fast path to be on.

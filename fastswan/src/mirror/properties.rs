@@ -29,7 +29,7 @@ use crate::{
 
 const LEASE: Duration = Duration::from_secs(1);
 const POLICIES: u8 = 3;
-const NIC: u32 = 7;
+pub(super) const NIC: u32 = 7;
 /// The wall clock at the beginning, in seconds.
 const START: u64 = 1_000_000;
 /// Seconds that a policy with a hard lifetime has.
@@ -458,7 +458,7 @@ fn template(which: u8) -> Template {
     Template::esp_tunnel([192, 0, 2, 1].into(), [192, 0, 2, 2].into(), u32::from(which) + 1)
 }
 
-fn policy(which: u8) -> Policy {
+pub(super) fn policy(which: u8) -> Policy {
     let offload = OffloadDev { ifindex: NIC, kind: OffloadKind::Packet, inbound: false };
     Policy {
         templates: [template(which)].into(),
@@ -468,7 +468,7 @@ fn policy(which: u8) -> Policy {
     }
 }
 
-fn sa(which: u8) -> SecurityAssociation {
+pub(super) fn sa(which: u8) -> SecurityAssociation {
     let overhead = Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16));
     let sa = SecurityAssociation::for_template(&template(which), u32::from(which) + 256);
     SecurityAssociation { offload: policy(which).offload, overhead, ..sa }
