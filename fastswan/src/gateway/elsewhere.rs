@@ -30,3 +30,8 @@ impl Attached {
 
     pub(super) fn look_again(&self, _: &mut Mirror) {}
 }
+
+/// Nothing takes over.
+pub(super) fn is_superseded(_: &GatewayError) -> bool {
+    false
+}

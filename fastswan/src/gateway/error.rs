@@ -27,13 +27,3 @@ pub enum GatewayError {
     )]
     Failed,
 }
-
-impl GatewayError {
-    /// Whether another gateway forwards in this one's place.
-    pub(super) fn is_superseded(&self) -> bool {
-        #[cfg(feature = "bpf")]
-        return matches!(self, Self::Forwarder(crate::forwarder::ForwarderError::Superseded { .. }));
-        #[cfg(not(feature = "bpf"))]
-        false
-    }
-}

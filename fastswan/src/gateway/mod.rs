@@ -40,7 +40,7 @@ use self::{
     handle::{Command, Ends},
     journal::Journal,
     lag::Histogram,
-    ports::Attached,
+    ports::{Attached, is_superseded},
 };
 pub use self::{
     error::GatewayError,
@@ -413,7 +413,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             self.table.set_enabled(false);
             self.ends.fail();
             self.meters.switched(false);
-            if error.is_superseded() {
+            if is_superseded(error) {
                 tracing::info!(%error, "the gateway ends");
             } else {
                 tracing::error!(%error, "the gateway cannot go on: everything passes");

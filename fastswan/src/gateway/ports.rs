@@ -126,6 +126,11 @@ impl Attached {
     }
 }
 
+/// Whether another gateway forwards in this one's place.
+pub(super) fn is_superseded(error: &GatewayError) -> bool {
+    matches!(error, GatewayError::Forwarder(ForwarderError::Superseded { .. }))
+}
+
 impl fmt::Debug for Attached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Attached").field("interfaces", &self.interfaces).finish_non_exhaustive()
