@@ -1,6 +1,6 @@
 //! Growth: a gateway whose table is too small for its policies is replaced by one with a larger table, under traffic.
 //!
-//! On a [`Site`] the gateway's kernel is given many outbound policies, and the client sends [numbered frames](traffic) to all of
+//! On a [`Site`] the gateway's kernel is given many outbound policies, and the client sends numbered frames to all of
 //! them, all the time. Each arrives, either forwarded by the program or by the kernel, and the peer can tell which.
 //!
 //! 1. A [`Gateway`](fastswan::Gateway) with the real sources and the real table has room for some of the policies. The others pass,
