@@ -318,9 +318,19 @@ impl<A: Address> FamilyCompiler<A> {
         }
     }
 
+    /// What the table needs to hold all: cells, host facts and guards. Less if it cannot.
+    pub(super) fn cells_in_use(&self) -> usize {
+        let cells = self.cramped.as_ref().map_or(self.plane.len(), BTreeMap::len);
+        cells + self.looked_up()
+    }
+
+    /// Host facts and guards.
+    fn looked_up(&self) -> usize {
+        self.probed.iter().map(Probed::len).sum::<usize>() + self.guards.len()
+    }
+
     fn fits(&self) -> bool {
-        let facts: usize = self.probed.iter().map(Probed::len).sum();
-        self.plane.len() + facts + self.guards.len() <= self.capacity.cells(self.family)
+        self.plane.len() + self.looked_up() <= self.capacity.cells(self.family)
             && self.plane.tuples() <= self.capacity.tuples
             && self.probed.iter().all(|probed| probed.lengths() <= self.capacity.fact_lengths)
             && self.guards.lengths() <= self.capacity.guard_lengths

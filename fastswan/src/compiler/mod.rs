@@ -80,7 +80,7 @@ use crate::{
     database::{Change, Database, PolicyKey, Revision},
     host::{HostChange, HostFacts, PathMtu},
     policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
-    table::{Capacity, Slot, Standing, TableUpdate, Verdict},
+    table::{Capacity, Room, Slot, Standing, TableUpdate, Verdict},
 };
 
 /// Compiles a database to a table.
@@ -156,6 +156,17 @@ impl serde::Serialize for PolicyState {
             Self::Pass(reason) => reason.name(),
         })
     }
+}
+
+/// Some policies as they were looked at.
+#[derive(Debug)]
+pub(crate) struct Part {
+    /// Of the packet-offloaded outbound ones, with their devices.
+    pub(crate) reports: Vec<(PolicyReport, Option<OffloadDev>)>,
+    /// How many outbound ones are not packet-offloaded.
+    pub(crate) software: u64,
+    /// Where to go on.
+    pub(crate) next: Option<PolicyKey>,
 }
 
 /// What changes leave to be looked at again.
@@ -335,23 +346,38 @@ impl Compiler {
         reports
     }
 
-    /// The same of some policies: of those from `first` on, the first `limit`, in no particular order; and where to go on.
-    pub(crate) fn some_policies(
-        &self,
-        database: &Database,
-        first: PolicyKey,
-        limit: usize,
-    ) -> (Vec<(PolicyReport, Option<OffloadDev>)>, Option<PolicyKey>) {
+    /// Looks at some policies: of those from `first` on, at the first `limit`, in no particular order.
+    pub(crate) fn some_policies(&self, database: &Database, first: PolicyKey, limit: usize) -> Part {
         let mut policies = database.keyed_policies_from(first);
-        let mut next = None;
-        let reports = policies.by_ref().take(limit).inspect(|(key, _)| next = Some(PolicyKey(key.0 + 1)));
-        let reports = reports.filter(|(_, policy)| is_candidate(policy)).map(|(key, policy)| {
-            let state = self.state(database, key, policy);
-            (PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state }, policy.offload)
-        });
-        let reports: Vec<_> = reports.collect();
-        let is_last = policies.next().is_none();
-        (reports, next.filter(|_| !is_last))
+        let mut part = Part { reports: Vec::new(), software: 0, next: None };
+        for (key, policy) in policies.by_ref().take(limit) {
+            part.next = Some(PolicyKey(key.0 + 1));
+            if is_candidate(policy) {
+                let state = self.state(database, key, policy);
+                let report = PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state };
+                part.reports.push((report, policy.offload));
+            } else {
+                part.software += u64::from(policy.id.direction == Direction::Out);
+            }
+        }
+        if policies.next().is_none() {
+            part.next = None;
+        }
+        part
+    }
+
+    /// How much of a table of this compiler's capacity is in use, by what it is used for.
+    #[must_use]
+    pub fn room(&self) -> BTreeMap<&'static str, Room> {
+        let Capacity { cells_v4, cells_v6, exceptions, slots, .. } = self.capacity;
+        let room = |used, limit| Room { used, limit };
+        BTreeMap::from([
+            ("slots", room(self.slots.len(), slots)),
+            ("cells_v4", room(self.v4.cells_in_use(), cells_v4)),
+            ("cells_v6", room(self.v6.cells_in_use(), cells_v6)),
+            ("exceptions_v4", room(self.v4.exceptions().len(), exceptions)),
+            ("exceptions_v6", room(self.v6.exceptions().len(), exceptions)),
+        ])
     }
 
     /// The policy that has a slot. Looks through all slots.
