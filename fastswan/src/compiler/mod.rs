@@ -22,10 +22,10 @@
 //!
 //! A change of a policy costs a few searches for each pair of prefix lengths that policies have, and as much
 //! for each cell inside the policy's region; a change of an association, as much for each policy that asks for
-//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix, and of a
-//! path MTU, for each cell with its address. Four things look at every cell: another highest priority of packet-offloaded
-//! policies, everything that is known of the host told anew, other rules of policy routing, and every change while the
-//! table cannot hold all cells.
+//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix for
+//! which its table has no longer one (the others are passed over, after one search in that table), and of a path MTU, for each
+//! cell with its address. Four things look at every cell: another highest priority of packet-offloaded policies, everything that
+//! is known of the host told anew, other rules of policy routing, and every change while the table cannot hold all cells.
 
 mod broken;
 #[cfg(any(test, fuzzing))]
@@ -237,11 +237,18 @@ impl Compiler {
         let facts = AddressFacts::new(&self.paths, family);
         let is_other =
             facts.both(prefix) != before || table.is_some_and(|table| facts.reaches_inside(table, prefix));
+        let routes = self.paths.routes(family);
+        let matters = |inside| table.is_none_or(|table| routes.may_decide(table, prefix, inside));
         match family {
-            Family::V4 => self.v4.learn_addresses(prefix, facts, is_other),
-            Family::V6 => self.v6.learn_addresses(prefix, facts, is_other),
+            Family::V4 => self.v4.learn_addresses(prefix, facts, is_other, matters),
+            Family::V6 => self.v6.learn_addresses(prefix, facts, is_other, matters),
         }
         self.take_up(concerns);
+    }
+
+    /// How many cells the next [`compile`](Self::compile) looks at because of what the host does, at most.
+    pub(crate) fn awaited(&self) -> usize {
+        self.v4.touched() + self.v6.touched()
     }
 
     fn take_up(&mut self, concerns: Concerns) {

@@ -153,7 +153,10 @@ fn float(number: u64) -> f64 {
 fn describe() {
     describe_gauge!("fastswan_policies", "packet-offloaded outbound policies by state and reason");
     describe_gauge!("fastswan_software_policies", "outbound policies that are not packet-offloaded");
-    describe_gauge!("fastswan_table_used", "what the table holds: slots, and cells and exceptions of each family");
+    describe_gauge!(
+        "fastswan_table_used",
+        "what the table holds: slots, and cells and exceptions of each family"
+    );
     describe_gauge!("fastswan_table_limit", "what the table has room for, likewise");
     describe_gauge!("fastswan_associations", "security associations");
     describe_gauge!(
