@@ -11,7 +11,7 @@ use super::{
     programs::Fate,
     subject::Subject,
     tables::Tables,
-    timing::{Figures, Spread, intervals, median},
+    timing::{Round, intervals, median},
 };
 
 const XDP_TX: u32 = 3;
@@ -132,23 +132,20 @@ impl Bench {
         if counted == bytes { Ok(()) } else { Err(DatapathError::Bytes { program: subject, counted, bytes }) }
     }
 
-    /// Lets each program have all packets in each round, and takes the times. Verify before.
+    /// Lets each program have all packets in turn, and takes the times. Verify before. A turn is all packets: with shorter ones,
+    /// much of what a program looks up would have left the caches while the others had their turns.
     ///
     /// # Errors
     ///
     /// [`DatapathError`], also if fastswan's program passed a packet meanwhile.
-    pub fn measure(&mut self, rounds: u32) -> Result<Figures, DatapathError> {
+    pub fn measure(&mut self) -> Result<Round, DatapathError> {
         let before = self.tables.counted(Subject::Ours)?;
-        let [mut floor, mut lpm, mut ours, mut ratio] = [const { Vec::new() }; 4];
-        for _ in 0..rounds.max(1) {
-            let [empty, floor_time, lpm_time, our_time] = self.round()?;
-            floor.push(floor_time - empty);
-            lpm.push(lpm_time - empty);
-            ours.push(our_time - empty);
-            ratio.push((lpm_time - empty) / (our_time - empty));
-        }
+        let empty = self.time(Subject::Empty)?;
+        let floor = self.time(Subject::Floor)? - empty;
+        let lpm = self.time(Subject::Lpm)? - empty;
+        let ours = self.time(Subject::Ours)? - empty;
         let forwarded = self.tables.counted(Subject::Ours)?.packets - before.packets;
-        let packets = u64::from(rounds.max(1)) * u64::from(self.packets);
+        let packets = u64::from(self.packets);
         if forwarded != packets {
             return Err(DatapathError::Passed {
                 program: Subject::Ours,
@@ -157,18 +154,7 @@ impl Bench {
                 passed: self.tables.passed(),
             });
         }
-        let [lpm, floor, ours, ratio] = [lpm, floor, ours, ratio].map(Spread::of);
-        Ok(Figures { lpm, floor, ours, ratio })
-    }
-
-    /// Nanoseconds that a packet takes each program, with the driver. A turn is all packets: with shorter ones, much of what a
-    /// program looks up would have left the caches while the others had their turns.
-    fn round(&mut self) -> Result<[f64; Subject::ALL.len()], DatapathError> {
-        let mut times = [0.0; Subject::ALL.len()];
-        for (subject, time) in Subject::ALL.into_iter().zip(&mut times) {
-            *time = self.time(subject)?;
-        }
-        Ok(times)
+        Ok(Round { lpm, floor, ours })
     }
 
     /// Nanoseconds that a packet takes a program, with the driver.

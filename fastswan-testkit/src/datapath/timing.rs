@@ -11,7 +11,18 @@ pub struct Spread {
     pub max: f64,
 }
 
-/// What the programs cost, in nanoseconds a packet, beyond those of the empty program.
+/// What the programs cost in one round, in nanoseconds a packet, beyond those of the empty program.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Round {
+    /// Two longest-prefix matches.
+    pub lpm: f64,
+    /// What every program must do.
+    pub floor: f64,
+    /// fastswan's program.
+    pub ours: f64,
+}
+
+/// What the programs cost in all rounds, in nanoseconds a packet, beyond those of the empty program.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Figures {
     /// Two longest-prefix matches.
@@ -22,6 +33,20 @@ pub struct Figures {
     pub ours: Spread,
     /// How many times of ours the classical way costs, round by round: a machine that changes its speed does so for both.
     pub ratio: Spread,
+}
+
+impl Figures {
+    /// Of at least one round.
+    #[must_use]
+    pub fn of(rounds: &[Round]) -> Self {
+        let all = |figure: fn(&Round) -> f64| Spread::of(rounds.iter().map(figure).collect());
+        Self {
+            lpm: all(|round| round.lpm),
+            floor: all(|round| round.floor),
+            ours: all(|round| round.ours),
+            ratio: all(|round| round.lpm / round.ours),
+        }
+    }
 }
 
 impl Spread {

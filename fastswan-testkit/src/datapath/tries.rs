@@ -1,6 +1,10 @@
 //! The policies as `lpm` looks them up.
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    thread::sleep,
+    time::Duration,
+};
 
 use aya::{
     Ebpf, Pod,
@@ -18,6 +22,10 @@ pub(super) enum Tries {
     V4 { destinations: Trie<4>, policies: Trie<8> },
     V6 { destinations: Trie<16>, policies: Trie<20> },
 }
+
+/// How long the kernel is given to make room for an entry.
+const A_MOMENT: Duration = Duration::from_millis(1);
+const MOST_TRIES: u32 = 1000;
 
 /// Bits of the number of a destination prefix, which stands before a source.
 const NUMBER_BITS: u32 = 32;
@@ -76,12 +84,12 @@ impl Tries {
     fn insert_destination(&mut self, destination: IpNet, number: u32) -> Result<(), DatapathError> {
         let length = u32::from(destination.prefix_len());
         match (self, destination) {
-            (Self::V4 { destinations, .. }, IpNet::V4(net)) => destinations
-                .insert(&Key::new(length, net.network().octets()), number.to_be(), 0)
-                .map_err(failed),
-            (Self::V6 { destinations, .. }, IpNet::V6(net)) => destinations
-                .insert(&Key::new(length, net.network().octets()), number.to_be(), 0)
-                .map_err(failed),
+            (Self::V4 { destinations, .. }, IpNet::V4(net)) => {
+                insert(destinations, &Key::new(length, net.network().octets()), number.to_be())
+            }
+            (Self::V6 { destinations, .. }, IpNet::V6(net)) => {
+                insert(destinations, &Key::new(length, net.network().octets()), number.to_be())
+            }
             _ => Err(other_family()),
         }
     }
@@ -89,13 +97,33 @@ impl Tries {
     fn insert_policy(&mut self, number: u32, source: IpNet, policy: u32) -> Result<(), DatapathError> {
         let length = NUMBER_BITS + u32::from(source.prefix_len());
         match (self, source) {
-            (Self::V4 { policies, .. }, IpNet::V4(net)) => policies
-                .insert(&Key::new(length, after(number, net.network().octets())), policy, 0)
-                .map_err(failed),
-            (Self::V6 { policies, .. }, IpNet::V6(net)) => policies
-                .insert(&Key::new(length, after(number, net.network().octets())), policy, 0)
-                .map_err(failed),
+            (Self::V4 { policies, .. }, IpNet::V4(net)) => {
+                insert(policies, &Key::new(length, after(number, net.network().octets())), policy)
+            }
+            (Self::V6 { policies, .. }, IpNet::V6(net)) => {
+                insert(policies, &Key::new(length, after(number, net.network().octets())), policy)
+            }
             _ => Err(other_family()),
+        }
+    }
+}
+
+/// Inserts an entry. The kernel keeps a few nodes ready for each CPU and makes more in the background: when it is late there
+/// are none for a moment (ENOMEM).
+fn insert<const N: usize>(trie: &mut Trie<N>, key: &Key<[u8; N]>, value: u32) -> Result<(), DatapathError>
+where
+    [u8; N]: Pod,
+{
+    let mut tries = 0;
+    loop {
+        match trie.insert(key, value, 0) {
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOMEM) && tries < MOST_TRIES =>
+            {
+                tries += 1;
+                sleep(A_MOMENT);
+            }
+            result => return result.map_err(failed),
         }
     }
 }

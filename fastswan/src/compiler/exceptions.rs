@@ -129,6 +129,11 @@ impl Exceptions {
     }
 
     /// Whether the table tells it apart.
+    /// How many the table has.
+    pub(super) fn len(&self) -> usize {
+        self.listed.len()
+    }
+
     pub(super) fn is_listed(&self, exception: &Exception) -> bool {
         self.listed.contains(&rank(*exception))
     }

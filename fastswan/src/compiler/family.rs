@@ -81,16 +81,28 @@ impl<A: Address> FamilyCompiler<A> {
         }
     }
 
-    /// Takes up that it has changed. `is_other` if that may make a difference for packets.
-    pub(super) fn learn_addresses(&mut self, prefix: IpNet, facts: AddressFacts<'_>, is_other: bool) {
+    /// Takes up that it has changed. `is_other` if that may make a difference for packets; `matters` says whether for those to
+    /// or from a prefix inside.
+    pub(super) fn learn_addresses(
+        &mut self,
+        prefix: IpNet,
+        facts: AddressFacts<'_>,
+        is_other: bool,
+        matters: impl Fn(IpNet) -> bool,
+    ) {
         if !self.restart {
             for (side, probed) in SIDES.into_iter().zip(&mut self.probed) {
                 probed.learn(prefix, || facts.part(side, prefix), |inside| facts.about(side, inside));
             }
         }
         if is_other && let Some(prefix) = A::prefix(&prefix) {
-            self.plane.touch_addresses(prefix);
+            self.plane.touch_addresses(prefix, |inside| matters(inside.net()));
         }
+    }
+
+    /// How many cells are to be looked at.
+    pub(super) fn touched(&self) -> usize {
+        self.plane.touched()
     }
 
     /// Takes up a change of a policy, of whatever family.
@@ -318,9 +330,19 @@ impl<A: Address> FamilyCompiler<A> {
         }
     }
 
+    /// What the table needs to hold all: cells, host facts and guards. Less if it cannot.
+    pub(super) fn cells_in_use(&self) -> usize {
+        let cells = self.cramped.as_ref().map_or(self.plane.len(), BTreeMap::len);
+        cells + self.looked_up()
+    }
+
+    /// Host facts and guards.
+    fn looked_up(&self) -> usize {
+        self.probed.iter().map(Probed::len).sum::<usize>() + self.guards.len()
+    }
+
     fn fits(&self) -> bool {
-        let facts: usize = self.probed.iter().map(Probed::len).sum();
-        self.plane.len() + facts + self.guards.len() <= self.capacity.cells(self.family)
+        self.plane.len() + self.looked_up() <= self.capacity.cells(self.family)
             && self.plane.tuples() <= self.capacity.tuples
             && self.probed.iter().all(|probed| probed.lengths() <= self.capacity.fact_lengths)
             && self.guards.lengths() <= self.capacity.guard_lengths

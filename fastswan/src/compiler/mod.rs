@@ -22,10 +22,10 @@
 //!
 //! A change of a policy costs a few searches for each pair of prefix lengths that policies have, and as much
 //! for each cell inside the policy's region; a change of an association, as much for each policy that asks for
-//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix, and of a
-//! path MTU, for each cell with its address. Four things look at every cell: another highest priority of packet-offloaded
-//! policies, everything that is known of the host told anew, other rules of policy routing, and every change while the
-//! table cannot hold all cells.
+//! its peer and reqid, and no cell is written; a change of a route, for each cell with addresses of its prefix for
+//! which its table has no longer one (the others are passed over, after one search in that table), and of a path MTU, for each
+//! cell with its address. Four things look at every cell: another highest priority of packet-offloaded policies, everything that
+//! is known of the host told anew, other rules of policy routing, and every change while the table cannot hold all cells.
 
 mod broken;
 #[cfg(any(test, fuzzing))]
@@ -80,7 +80,7 @@ use crate::{
     database::{Change, Database, PolicyKey, Revision},
     host::{HostChange, HostFacts, PathMtu},
     policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
-    table::{Capacity, Slot, Standing, TableUpdate, Verdict},
+    table::{Capacity, Room, Slot, Standing, TableUpdate, Verdict},
 };
 
 /// Compiles a database to a table.
@@ -158,6 +158,17 @@ impl serde::Serialize for PolicyState {
     }
 }
 
+/// Some policies as they were looked at.
+#[derive(Debug)]
+pub(crate) struct Part {
+    /// Of the packet-offloaded outbound ones, with their devices.
+    pub(crate) reports: Vec<(PolicyReport, Option<OffloadDev>)>,
+    /// How many outbound ones are not packet-offloaded.
+    pub(crate) software: u64,
+    /// Where to go on.
+    pub(crate) next: Option<PolicyKey>,
+}
+
 /// What changes leave to be looked at again.
 #[derive(Debug, Default)]
 struct Pending {
@@ -226,11 +237,18 @@ impl Compiler {
         let facts = AddressFacts::new(&self.paths, family);
         let is_other =
             facts.both(prefix) != before || table.is_some_and(|table| facts.reaches_inside(table, prefix));
+        let routes = self.paths.routes(family);
+        let matters = |inside| table.is_none_or(|table| routes.may_decide(table, prefix, inside));
         match family {
-            Family::V4 => self.v4.learn_addresses(prefix, facts, is_other),
-            Family::V6 => self.v6.learn_addresses(prefix, facts, is_other),
+            Family::V4 => self.v4.learn_addresses(prefix, facts, is_other, matters),
+            Family::V6 => self.v6.learn_addresses(prefix, facts, is_other, matters),
         }
         self.take_up(concerns);
+    }
+
+    /// How many cells the next [`compile`](Self::compile) looks at because of what the host does, at most.
+    pub(crate) fn awaited(&self) -> usize {
+        self.v4.touched() + self.v6.touched()
     }
 
     fn take_up(&mut self, concerns: Concerns) {
@@ -335,23 +353,38 @@ impl Compiler {
         reports
     }
 
-    /// The same of some policies: of those from `first` on, the first `limit`, in no particular order; and where to go on.
-    pub(crate) fn some_policies(
-        &self,
-        database: &Database,
-        first: PolicyKey,
-        limit: usize,
-    ) -> (Vec<(PolicyReport, Option<OffloadDev>)>, Option<PolicyKey>) {
+    /// Looks at some policies: of those from `first` on, at the first `limit`, in no particular order.
+    pub(crate) fn some_policies(&self, database: &Database, first: PolicyKey, limit: usize) -> Part {
         let mut policies = database.keyed_policies_from(first);
-        let mut next = None;
-        let reports = policies.by_ref().take(limit).inspect(|(key, _)| next = Some(PolicyKey(key.0 + 1)));
-        let reports = reports.filter(|(_, policy)| is_candidate(policy)).map(|(key, policy)| {
-            let state = self.state(database, key, policy);
-            (PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state }, policy.offload)
-        });
-        let reports: Vec<_> = reports.collect();
-        let is_last = policies.next().is_none();
-        (reports, next.filter(|_| !is_last))
+        let mut part = Part { reports: Vec::new(), software: 0, next: None };
+        for (key, policy) in policies.by_ref().take(limit) {
+            part.next = Some(PolicyKey(key.0 + 1));
+            if is_candidate(policy) {
+                let state = self.state(database, key, policy);
+                let report = PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state };
+                part.reports.push((report, policy.offload));
+            } else {
+                part.software += u64::from(policy.id.direction == Direction::Out);
+            }
+        }
+        if policies.next().is_none() {
+            part.next = None;
+        }
+        part
+    }
+
+    /// How much of a table of this compiler's capacity is in use, by what it is used for.
+    #[must_use]
+    pub fn room(&self) -> BTreeMap<&'static str, Room> {
+        let Capacity { cells_v4, cells_v6, exceptions, slots, .. } = self.capacity;
+        let room = |used, limit| Room { used, limit };
+        BTreeMap::from([
+            ("slots", room(self.slots.len(), slots)),
+            ("cells_v4", room(self.v4.cells_in_use(), cells_v4)),
+            ("cells_v6", room(self.v6.cells_in_use(), cells_v6)),
+            ("exceptions_v4", room(self.v4.exceptions().len(), exceptions)),
+            ("exceptions_v6", room(self.v6.exceptions().len(), exceptions)),
+        ])
     }
 
     /// The policy that has a slot. Looks through all slots.

@@ -80,7 +80,7 @@ impl Paths {
                 }
                 match known.set_routes(*table, *destination, routes) {
                     Effect::Nothing => Concerns::Nothing,
-                    Effect::Prefix => Concerns::Addresses(*destination),
+                    Effect::Prefix => Concerns::Addresses(*destination, Some(*table)),
                     Effect::Everything => Concerns::Everything,
                 }
             }
@@ -129,7 +129,7 @@ impl Paths {
     fn set_path_mtu(&mut self, destination: IpAddr, mtu: Option<u32>) -> Concerns {
         let known = self.routes_mut(destination.into());
         if !known.is_vouched() && known.set_path_mtu(destination, mtu) {
-            Concerns::Addresses(destination.into())
+            Concerns::Addresses(destination.into(), None)
         } else {
             Concerns::Nothing
         }
@@ -137,7 +137,7 @@ impl Paths {
 
     fn set_own(&mut self, own: Ipv4Addr, is_own: bool) -> Concerns {
         if !self.v4.is_vouched() && self.v4.set_own(own, is_own) {
-            Concerns::Addresses(Ipv4Net::from(own).into())
+            Concerns::Addresses(Ipv4Net::from(own).into(), None)
         } else {
             Concerns::Nothing
         }
@@ -319,8 +319,8 @@ impl Paths {
 pub(super) enum Concerns {
     /// Nothing.
     Nothing,
-    /// How packets to and from these addresses go.
-    Addresses(IpNet),
+    /// How packets to and from these addresses go; if a table's routes have changed, not those for which it has a longer prefix.
+    Addresses(IpNet, Option<u32>),
     /// How packets leave by a device.
     Device(u32),
     /// What frames are sent to a neighbour by a device.

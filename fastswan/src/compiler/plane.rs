@@ -288,12 +288,28 @@ impl<A: Address> Plane<A> {
         self.dirty.extend(affected);
     }
 
-    /// Says that cells whose destination or source has addresses of a prefix may need another verdict.
-    pub(super) fn touch_addresses(&mut self, prefix: Prefix<A>) {
+    /// Says that cells whose destination or source has addresses of a prefix may need another verdict; those of a prefix inside
+    /// it only if that one `matters`.
+    pub(super) fn touch_addresses(&mut self, prefix: Prefix<A>, matters: impl Fn(Prefix<A>) -> bool) {
         if prefix.length() == 0 {
             // In order, and each cell once.
-            return self.touch_all();
+            let mut last = None;
+            let mut matters_at_source = |source| match last {
+                Some((same, matters)) if same == source => matters,
+                _ => {
+                    let found = matters(source);
+                    last = Some((source, found));
+                    found
+                }
+            };
+            let cells = self
+                .cells
+                .keys()
+                .filter(|Region { destination, source }| matters(*destination) || matters_at_source(*source));
+            self.dirty.extend(cells);
+            return;
         }
+        let is_meant = |own: Prefix<A>| !prefix.contains(own) || matters(own);
         let everything = prefix.shortened(0);
         let all = |destination: Prefix<A>, last| {
             Region { destination, source: everything }..=Region {
@@ -309,18 +325,24 @@ impl<A: Address> Plane<A> {
             lengths.into_iter().map(|length| prefix.shortened(length)).map(|other| all(other, other));
         let by_destination = covering.chain([all(prefix, prefix.last())]);
         for range in by_destination {
-            self.dirty.extend(self.cells.range(range).map(|(region, _)| *region));
+            let cells = self.cells.range(range).map(|(region, _)| *region);
+            self.dirty.extend(cells.filter(|region| is_meant(region.destination)));
         }
         let all = |source: Prefix<A>, last| (source, everything)..=(last, everything.last());
         let lengths =
             self.source_lengths.range(0..=prefix.length()).filter(|length| *length < prefix.length());
         let covering = lengths.map(|length| prefix.shortened(length)).map(|other| all(other, other));
         for range in covering.chain([all(prefix, prefix.last())]) {
-            let cells = self.by_source.range(range);
+            let cells = self.by_source.range(range).filter(|(source, _)| is_meant(*source));
             self.dirty.extend(
                 cells.map(|(source, destination)| Region { destination: *destination, source: *source }),
             );
         }
+    }
+
+    /// How many cells may need another verdict; some of them may be counted twice.
+    pub(super) fn touched(&self) -> usize {
+        self.dirty.len()
     }
 
     /// Says that every cell may need another verdict.

@@ -11,7 +11,7 @@ use super::{
     path::{Concerns, Paths},
     rule::eligible,
 };
-use crate::policy::{NextHop, Policy};
+use crate::policy::{Family, NextHop, Policy};
 
 /// Devices, outer addresses and neighbours of policies with slots, and what of them has changed.
 #[derive(Debug, Default)]
@@ -53,7 +53,7 @@ impl Addresses {
 struct Changed {
     is_everything: bool,
     devices: BTreeSet<u32>,
-    addresses: BTreeSet<IpNet>,
+    addresses: BTreeSet<(IpNet, Option<u32>)>,
     neighbours: BTreeSet<(u32, IpAddr)>,
 }
 
@@ -80,9 +80,9 @@ impl Reliance {
             Concerns::Neighbour(neighbour) => {
                 changed.neighbours.extend(self.neighbours.get(&neighbour));
             }
-            Concerns::Addresses(prefix) => {
+            Concerns::Addresses(prefix, table) => {
                 if self.addresses.has_some_in(&prefix) {
-                    changed.addresses.insert(prefix);
+                    changed.addresses.insert((prefix, table));
                 }
             }
         }
@@ -106,8 +106,13 @@ impl Reliance {
     pub(super) fn concerns(&self, policy: &Policy, paths: &Paths) -> bool {
         let changed = &self.changed;
         let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return true };
-        let is_in =
-            |prefix: &IpNet| prefix.contains(&template.source) || prefix.contains(&template.destination);
+        let is_in = |(prefix, table): &(IpNet, Option<u32>)| {
+            let routes = paths.routes(Family::of(prefix));
+            [template.source, template.destination].into_iter().any(|address| {
+                prefix.contains(&address)
+                    && table.is_none_or(|table| routes.may_decide(table, *prefix, address.into()))
+            })
+        };
         // Which neighbour it was, the route may no longer tell.
         let is_sent_to = || match policy.egress.next_hop {
             NextHop::Neighbour => paths

@@ -1307,6 +1307,28 @@ fn a_route_counts_for_what_another_table_throws_inside_its_prefix() {
     assert!(is_fast(via(NIC)).is_ok());
 }
 
+/// A longer prefix decides about its addresses, whatever becomes of the default route; but not if its route is for some packets
+/// only, and the others are left to the default route.
+#[test]
+fn a_change_of_the_default_route_looks_at_what_it_may_decide_and_at_nothing_else() {
+    for (tos, is_decided) in [(0, true), (4, false)] {
+        let mut scene = Scene::new().has(offloaded("10.1.0.0/16", "10.2.3.0/24"));
+        for destination in ["10.1.0.0/16", "10.2.0.0/16", "192.0.2.0/24"] {
+            scene.host.routes.push(Route { tos, ..route(destination, via(NIC)) });
+        }
+        scene.compile();
+        assert!(scene.table.decide(&packet("10.1.0.1", "10.2.3.1")).is_ok());
+        let route = route("0.0.0.0/0", via(LAN));
+        let Route { table, destination, .. } = route;
+        scene.compiler.change_host(&HostChange::Routes { table, destination, routes: vec![route] });
+        assert_eq!(scene.compiler.awaited() == 0, is_decided);
+        let update = scene.compiler.compile(&scene.database);
+        assert_eq!(update.is_empty(), is_decided, "{update:?}");
+        scene.table.apply(&update);
+        assert_eq!(scene.table.decide(&packet("10.1.0.1", "10.2.3.1")).is_ok(), is_decided);
+    }
+}
+
 #[test]
 fn an_explanation_names_the_rule_that_decides_or_leaves_open_where_an_address_leads() {
     let everything = RuleSelector::default;

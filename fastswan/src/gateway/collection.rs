@@ -10,7 +10,7 @@ use super::{
     status::{as_met, name},
 };
 use crate::{
-    compiler::{Cause, Explanation, Flow},
+    compiler::{Cause, Explanation, Flow, Part},
     database::PolicyKey,
     mirror::{InterfaceState, Mirror},
     table::Forwarding,
@@ -32,7 +32,15 @@ pub(super) struct Collection {
 #[derive(Debug)]
 struct UnderWay {
     next: PolicyKey,
-    policies: Vec<PolicyStatus>,
+    looked_at: LookedAt,
+}
+
+/// Policies that were looked at.
+#[derive(Debug, Default)]
+pub(super) struct LookedAt {
+    pub(super) policies: Vec<PolicyStatus>,
+    /// Outbound policies that are not packet-offloaded.
+    pub(super) software: u64,
 }
 
 impl Collection {
@@ -45,7 +53,7 @@ impl Collection {
     pub(super) fn begin(&mut self) {
         if self.under_way.is_none() {
             self.askers = std::mem::take(&mut self.waiting);
-            self.under_way = Some(UnderWay { next: PolicyKey(0), policies: Vec::new() });
+            self.under_way = Some(UnderWay { next: PolicyKey(0), looked_at: LookedAt::default() });
         }
     }
 
@@ -54,14 +62,14 @@ impl Collection {
     }
 
     /// Looks at a few policies more; all of them, if those were the last.
-    pub(super) fn go_on(&mut self, mirror: &Mirror, table: &impl GatewayTable) -> Option<Vec<PolicyStatus>> {
-        let UnderWay { next, mut policies } = self.under_way.take()?;
-        match look_at(mirror, table, next, FEW, &mut policies) {
+    pub(super) fn go_on(&mut self, mirror: &Mirror, table: &impl GatewayTable) -> Option<LookedAt> {
+        let UnderWay { next, mut looked_at } = self.under_way.take()?;
+        match looked_at.go_on(mirror, table, next, FEW) {
             Some(next) => {
-                self.under_way = Some(UnderWay { next, policies });
+                self.under_way = Some(UnderWay { next, looked_at });
                 None
             }
-            None => Some(policies),
+            None => Some(looked_at),
         }
     }
 
@@ -86,32 +94,36 @@ impl Collection {
     }
 }
 
-/// All policies at once.
-pub(super) fn all(mirror: &Mirror, table: &impl GatewayTable) -> Vec<PolicyStatus> {
-    let mut policies = Vec::new();
-    look_at(mirror, table, PolicyKey(0), usize::MAX, &mut policies);
-    policies
-}
+impl LookedAt {
+    /// All policies at once.
+    pub(super) fn all(mirror: &Mirror, table: &impl GatewayTable) -> Self {
+        let mut all = Self::default();
+        all.go_on(mirror, table, PolicyKey(0), usize::MAX);
+        all
+    }
 
-/// Looks at some policies, and returns where to go on.
-fn look_at(
-    mirror: &Mirror,
-    table: &impl GatewayTable,
-    first: PolicyKey,
-    limit: usize,
-    policies: &mut Vec<PolicyStatus>,
-) -> Option<PolicyKey> {
-    let (is_on, has_ports) = (mirror.is_enabled(), has_ports(mirror));
-    let (some, next) = mirror.compiler().some_policies(mirror.database(), first, limit);
-    policies.extend(some.into_iter().map(|(report, device)| {
-        let is_reachable = device.is_none_or(|device| is_reachable(mirror, table, device.ifindex));
-        PolicyStatus {
-            id: report.id,
-            state: as_met(report.state, is_on, has_ports, is_reachable),
-            traffic: report.slot.map(|slot| table.traffic(slot)).unwrap_or_default(),
-        }
-    }));
-    next
+    /// Looks at some policies more, and returns where to go on.
+    fn go_on(
+        &mut self,
+        mirror: &Mirror,
+        table: &impl GatewayTable,
+        first: PolicyKey,
+        limit: usize,
+    ) -> Option<PolicyKey> {
+        let (is_on, has_ports) = (mirror.is_enabled(), has_ports(mirror));
+        let Part { reports, software, next } =
+            mirror.compiler().some_policies(mirror.database(), first, limit);
+        self.policies.extend(reports.into_iter().map(|(report, device)| {
+            let is_reachable = device.is_none_or(|device| is_reachable(mirror, table, device.ifindex));
+            PolicyStatus {
+                id: report.id,
+                state: as_met(report.state, is_on, has_ports, is_reachable),
+                traffic: report.slot.map(|slot| table.traffic(slot)).unwrap_or_default(),
+            }
+        }));
+        self.software += software;
+        next
+    }
 }
 
 impl Status {
@@ -123,16 +135,16 @@ impl Status {
         });
     }
 
-    pub(super) fn of(policies: Vec<PolicyStatus>) -> Self {
+    pub(super) fn of(looked_at: LookedAt) -> Self {
+        let LookedAt { policies, software } = looked_at;
         let mut totals = BTreeMap::new();
         for policy in &policies {
             *totals.entry(name(policy.state)).or_default() += 1;
         }
-        Self { policies, totals, ..Self::default() }
+        Self { policies, software_policies: software, totals, ..Self::default() }
     }
 }
 
-/// Whether packets come in anywhere. A mirror without interfaces leaves ports to the embedder.
 /// Whether a packet is fast, as it meets the interfaces: see [`as_met`].
 pub(super) fn explain(mirror: &Mirror, table: &impl GatewayTable, flow: &Flow) -> Explanation {
     let explanation = mirror.explain(flow);
@@ -157,8 +169,8 @@ fn is_reachable(mirror: &Mirror, table: &impl GatewayTable, ifindex: u32) -> boo
     table.takes_redirects(ifindex) || mirror.has_only_ports_on(ifindex)
 }
 
-/// Whether packets can come in, as far as interfaces are followed.
-fn has_ports(mirror: &Mirror) -> bool {
+/// Whether packets can come in, as far as interfaces are followed. A mirror without interfaces leaves ports to the embedder.
+pub(super) fn has_ports(mirror: &Mirror) -> bool {
     let mut interfaces = mirror.interfaces().peekable();
     interfaces.peek().is_none()
         || interfaces

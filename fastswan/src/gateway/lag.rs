@@ -28,10 +28,13 @@ pub struct Lag {
     /// Writes that were timed, each from the first event that it follows from.
     pub writes: u64,
     /// Half of them took no longer, to a quarter.
+    #[cfg_attr(feature = "serde", serde(rename = "median_seconds", serialize_with = "crate::text::seconds"))]
     pub median: Duration,
     /// 99 of 100 took no longer, to a quarter.
+    #[cfg_attr(feature = "serde", serde(rename = "p99_seconds", serialize_with = "crate::text::seconds"))]
     pub p99: Duration,
     /// The longest.
+    #[cfg_attr(feature = "serde", serde(rename = "max_seconds", serialize_with = "crate::text::seconds"))]
     pub max: Duration,
 }
 

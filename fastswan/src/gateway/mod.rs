@@ -36,7 +36,7 @@ mod status;
 mod tests;
 
 use self::{
-    collection::Collection,
+    collection::{Collection, LookedAt},
     handle::{Command, Ends},
     journal::Journal,
     lag::Histogram,
@@ -379,8 +379,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     /// What it does, and why, while it is not run: looks at all policies at once. While it runs, a [`GatewayHandle`] tells.
     #[must_use]
     pub fn status(&mut self) -> Status {
-        let policies = collection::all(&self.mirror, self.table.get());
-        let mut status = self.complete(policies);
+        let mut status = self.complete(LookedAt::all(&self.mirror, self.table.get()));
         status.sort();
         status
     }
@@ -753,11 +752,11 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
 
     /// Goes on with a status, a few policies at a time.
     fn collect(&mut self) {
-        if let Some(policies) = self.collection.go_on(&self.mirror, self.table.get()) {
+        if let Some(looked_at) = self.collection.go_on(&self.mirror, self.table.get()) {
             #[cfg(feature = "metrics")]
-            self.record(&policies);
+            self.record(&looked_at);
             if self.collection.is_asked_for() {
-                let status = self.complete(policies);
+                let status = self.complete(looked_at);
                 self.collection.answer(status);
             }
         }
@@ -765,16 +764,18 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
 
     #[cfg(all(test, feature = "metrics"))]
     pub(crate) fn record_now(&mut self) {
-        let policies = collection::all(&self.mirror, self.table.get());
+        let looked_at = LookedAt::all(&self.mirror, self.table.get());
         self.meters.switched(self.mirror.is_enabled());
-        self.record(&policies);
+        self.record(&looked_at);
     }
 
     /// Records the metrics that are looked at and not counted.
     #[cfg(feature = "metrics")]
-    fn record(&mut self, policies: &[PolicyStatus]) {
+    fn record(&mut self, looked_at: &LookedAt) {
         self.meters.look(&crate::metrics::Moment {
-            policies: policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
+            policies: looked_at.policies.iter().map(|policy| (policy.state, policy.traffic)).collect(),
+            software_policies: looked_at.software,
+            room: self.mirror.compiler().room(),
             passes: self.table.passes(),
             asked: self.table.asked(),
             associations: self.mirror.database().sas().count(),
@@ -783,7 +784,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
     }
 
     /// Adds all but the policies to a status.
-    fn complete(&mut self, policies: Vec<PolicyStatus>) -> Status {
+    fn complete(&mut self, looked_at: LookedAt) -> Status {
         let interface =
             |(name, ifindex, state): (&str, _, _)| InterfaceStatus { name: name.to_owned(), ifindex, state };
         Status {
@@ -795,9 +796,10 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             passes: self.table.passes().into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
             interfaces: self.mirror.interfaces().map(interface).collect(),
             holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),
+            room: self.mirror.compiler().room(),
             lag: self.lag.lag(),
             statistics: self.mirror.statistics().clone(),
-            ..Status::of(policies)
+            ..Status::of(looked_at)
         }
     }
 
@@ -816,9 +818,15 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             is_killed: self.mirror.is_killed(),
             has_ended: self.has_failed,
             inputs: Input::ALL.iter().map(freshness).collect(),
-            obstacles: self.obstacles.clone(),
+            obstacles: self.obstacles.iter().cloned().chain(self.unattached()).collect(),
             skipped_hooks: self.mirror.skipped_hooks().iter().map(ToString::to_string).collect(),
         }
+    }
+
+    /// What to say if packets come in nowhere.
+    fn unattached(&self) -> Option<String> {
+        let is_unattached = !collection::has_ports(&self.mirror);
+        is_unattached.then(|| "no interface is attached: all packets pass".to_owned())
     }
 
     fn tell_state(&mut self) {

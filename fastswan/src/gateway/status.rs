@@ -9,7 +9,7 @@ use crate::{
     compiler::PolicyState,
     mirror::{HoldId, HoldTarget, InterfaceState, Statistics},
     policy::PolicyId,
-    table::{Asked, Traffic},
+    table::{Asked, Room, Traffic},
 };
 
 /// What a gateway does, and why: [`GatewayHandle::status`](super::GatewayHandle::status).
@@ -23,6 +23,8 @@ pub struct Status {
     pub state: GatewayState,
     /// The packet-offloaded outbound policies, IPv4 first, ordered by identity.
     pub policies: Vec<PolicyStatus>,
+    /// How many outbound policies are not packet-offloaded: their packets are the kernel's, and those of others that they match.
+    pub software_policies: u64,
     /// Policies that were removed since the last status, once more.
     pub removed: Vec<RemovedPolicy>,
     /// What the policies forwarded that were removed and that there was no room to name.
@@ -39,6 +41,9 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     /// What is held.
     pub holds: Vec<(HoldId, HoldTarget)>,
+    /// How full the table is: `slots`, and of each family `cells` and `exceptions`, as [`TableConfig`](crate::table::TableConfig)
+    /// has them. What finds no room passes, and its policies' state says `capacity`.
+    pub room: BTreeMap<&'static str, Room>,
     /// How long changes took.
     pub lag: Lag,
     /// What was met so far.
@@ -148,6 +153,9 @@ impl fmt::Display for Status {
             }
             writeln!(f, ": {id}: {traffic}")?;
         }
+        if self.software_policies > 0 {
+            writeln!(f, "outbound policies that are not packet-offloaded: {}", self.software_policies)?;
+        }
         for RemovedPolicy { id, traffic } in &self.removed {
             writeln!(f, "removed: {id}: {traffic}")?;
         }
@@ -163,6 +171,9 @@ impl fmt::Display for Status {
         }
         for (_, target) in &self.holds {
             writeln!(f, "held: {target}")?;
+        }
+        for (what, Room { used, limit }) in self.room.iter().filter(|(_, room)| room.used > 0) {
+            writeln!(f, "{what}: {used} of {limit}")?;
         }
         let Statistics { resyncs, host_resyncs, lease_expiries, audit_repairs, times_shut, .. } =
             &self.statistics;

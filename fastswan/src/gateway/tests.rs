@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 
 use super::*;
 use crate::{
-    ChannelSource, MemoryTable, Selector, Snapshot, StaticSource, VouchedHost,
+    ChannelSource, MemoryTable, Policy, Selector, Snapshot, StaticSource, VouchedHost,
     compiler::PolicyState,
     event::StaleCause,
     host::Link,
@@ -354,6 +354,23 @@ async fn a_handle_tells_what_became_of_each_policy_and_of_those_that_are_gone() 
         .unwrap();
     drop(gateway);
     assert!(matches!(handle.status().await, Err(HandleError::Ended)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_status_tells_what_is_not_offloaded_how_full_the_table_is_and_that_nothing_comes_in() {
+    let (gateway, kernel, _) = gateway(3).await;
+    let mut gateway = gateway.with_interface("lan0");
+    let bypass = Selector::between("10.9.0.0/24".parse().unwrap(), "10.8.0.0/24".parse().unwrap()).unwrap();
+    kernel.tell(PolicyEvent::Policy(Policy::new(PolicyId::new(Direction::Out, bypass))));
+    gateway.synchronise().await.unwrap();
+    let status = gateway.status();
+    assert_eq!((status.policies.len(), status.software_policies), (3, 1), "{status}");
+    let used = |what| (status.room[what].used, status.room[what].limit);
+    assert_eq!([used("slots"), used("cells_v4"), used("cells_v6")], [(3, 256), (4, 1024), (0, 64)]);
+    let unattached = "no interface is attached: all packets pass";
+    assert_eq!(status.state.obstacles, [unattached]);
+    assert_eq!(gateway.handle().watch().state().obstacles, [unattached]);
+    assert_eq!(status.totals.into_iter().collect::<Vec<_>>(), [(PassReason::UnknownPort.name(), 3)]);
 }
 
 #[tokio::test(start_paused = true)]

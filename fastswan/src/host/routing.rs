@@ -540,6 +540,14 @@ impl Routes {
             || rules.any(|other| other != prefix && prefix.contains(&other))
     }
 
+    /// Whether a table's routes for one prefix may decide about packets to another one inside it: not if it has some for a
+    /// longer one, which are for all packets.
+    pub(crate) fn may_decide(&self, table: u32, prefix: IpNet, inside: IpNet) -> bool {
+        let longest = self.tables.get(&table).and_then(|trie| trie.covering(inside.into()));
+        longest
+            .is_none_or(|(length, value)| length <= prefix.prefix_len() || self.entries.get(value).is_partial)
+    }
+
     /// Whether routes of a table that say the same give the same answer, whatever their prefixes.
     fn is_plain(&self, table: u32) -> bool {
         let suppresses = |step: &Step| {

@@ -10,6 +10,9 @@
 //! | metric | kind | labels | what it is |
 //! |---|---|---|---|
 //! | `fastswan_policies` | gauge | `state`, `reason` | Packet-offloaded outbound policies: `fast`, or `kernel` with a [`PassReason`](crate::PassReason); the reason of fast ones is empty. |
+//! | `fastswan_software_policies` | gauge | | Outbound policies that are not packet-offloaded. |
+//! | `fastswan_table_used` | gauge | `what` | How full the table is: `slots`, and of each family `cells` and `exceptions`. |
+//! | `fastswan_table_limit` | gauge | `what` | What the table has room for, likewise. |
 //! | `fastswan_associations` | gauge | | Security associations. |
 //! | `fastswan_current` | gauge | | 1 while the fast path is on: every input is current, and no kill switch is on. Else everything passes. |
 //! | `fastswan_skipped_hooks` | gauge | `kind` | Hooks that fast packets skip, as [`Gateway::with_allowed_hooks`](crate::Gateway::with_allowed_hooks) allows. |

@@ -12,7 +12,7 @@ use fastswan_ebpf::PassReason;
 use crate::{
     compiler::PolicyState,
     host::{Hook, HookKind},
-    table::{Asked, Traffic},
+    table::{Asked, Room, Traffic},
 };
 
 /// What a gateway has counted that nobody else remembers.
@@ -31,6 +31,9 @@ pub(crate) struct Meters {
 pub(crate) struct Moment {
     /// What became of each packet-offloaded outbound policy, and what it has forwarded.
     pub(crate) policies: Vec<(PolicyState, Traffic)>,
+    pub(crate) software_policies: u64,
+    /// How full the table is.
+    pub(crate) room: BTreeMap<&'static str, Room>,
     pub(crate) passes: Vec<(PassReason, u64)>,
     pub(crate) asked: Asked,
     pub(crate) associations: usize,
@@ -125,6 +128,11 @@ impl Meters {
             gauge!("fastswan_policies", "state" => "kernel", "reason" => reason).set(float(policies));
             self.reasons.insert(reason);
         }
+        gauge!("fastswan_software_policies").set(float(moment.software_policies));
+        for (what, Room { used, limit }) in &moment.room {
+            gauge!("fastswan_table_used", "what" => *what).set(float(*used as u64));
+            gauge!("fastswan_table_limit", "what" => *what).set(float(*limit as u64));
+        }
         gauge!("fastswan_associations").set(float(moment.associations as u64));
         gauge!("fastswan_queued_events").set(float(moment.queued as u64));
         counter!("fastswan_fast_packets_total").absolute(total.packets);
@@ -144,6 +152,12 @@ fn float(number: u64) -> f64 {
 
 fn describe() {
     describe_gauge!("fastswan_policies", "packet-offloaded outbound policies by state and reason");
+    describe_gauge!("fastswan_software_policies", "outbound policies that are not packet-offloaded");
+    describe_gauge!(
+        "fastswan_table_used",
+        "what the table holds: slots, and cells and exceptions of each family"
+    );
+    describe_gauge!("fastswan_table_limit", "what the table has room for, likewise");
     describe_gauge!("fastswan_associations", "security associations");
     describe_gauge!(
         "fastswan_current",
@@ -414,6 +428,8 @@ mod tests {
         let traffic = Traffic { packets: 5, bytes: 700 };
         let moment = |policies| Moment {
             policies,
+            software_policies: 0,
+            room: BTreeMap::new(),
             passes: vec![(PassReason::Fragment, 9)],
             asked: Asked { asked: 4, differs: 1 },
             associations: 0,

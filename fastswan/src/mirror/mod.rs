@@ -18,9 +18,9 @@
 //! What was told is written before anything else is done but to turn the fast path off. So when the lease is renewed, the
 //! table holds everything that each [`Input`] had to tell when it was asked last, and the lease ends one lease after the
 //! oldest of these moments. The fast path is turned on only when every input is known and has been asked since it was, and
-//! off as soon as one loses track. Removals are acknowledged only after the source, asked when they had settled, had nothing
-//! more to tell, and all of it is written. The program is attached, and taken over from an earlier process, only while at least
-//! half of the lease is left.
+//! off as soon as one loses track, and while a change of the host that concerns more than 8,192 cells is written. Removals are
+//! acknowledged only after the source, asked when they had settled, had nothing more to tell, and all of it is written. The
+//! program is attached, and taken over from an earlier process, only while at least half of the lease is left.
 //!
 //! # Example
 //!
@@ -105,6 +105,10 @@ use crate::{
 /// Shorter leases count as this: it must outlast a few turns of the driver.
 const SHORTEST_LEASE: Duration = Duration::from_millis(50);
 
+/// More cells than these are looked at while nothing is fast: it takes tens of milliseconds until the table has what follows
+/// from a change of the host, and that long packets would go where they went before.
+const MANY: usize = 8192;
+
 /// The wall clock is looked at, and sources are asked, at least this often.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -122,6 +126,8 @@ pub struct Mirror {
     lease: Duration,
     /// Of the table.
     slots: usize,
+    /// See [`MANY`].
+    many: usize,
     policies: Track,
     host: Track,
     clock: Track,
@@ -193,6 +199,7 @@ impl Mirror {
             skipped: Vec::new(),
             lease: lease.max(SHORTEST_LEASE),
             slots: capacity.slots,
+            many: MANY,
             policies: Track::default(),
             host: Track::default(),
             clock: Track::default(),
@@ -438,9 +445,7 @@ impl Mirror {
     /// What to do next; `None` until something else happens. Call it after everything that was handed over.
     pub fn poll_action(&mut self) -> Option<Action> {
         if self.is_enabled && !self.may_be_enabled() {
-            self.is_enabled = false;
-            self.until = None;
-            return Some(Action::Disable);
+            return Some(self.disable());
         }
         if std::mem::take(&mut self.resync_is_due) {
             return Some(Action::ResyncHost);
@@ -462,6 +467,9 @@ impl Mirror {
         }
         if let Some((ifindex, vlan)) = self.interfaces.next_to_remove() {
             return Some(Action::RemovePort { ifindex, vlan });
+        }
+        if self.is_enabled && self.is_much_to_compile() {
+            return Some(self.disable());
         }
         if let Some(update) = self.compile() {
             return Some(Action::Write(update));
@@ -613,6 +621,17 @@ impl Mirror {
     /// Whether the table has a port on a device.
     pub(crate) fn has_only_ports_on(&self, ifindex: u32) -> bool {
         self.interfaces.has_only_ports_on(ifindex)
+    }
+
+    fn disable(&mut self) -> Action {
+        self.is_enabled = false;
+        self.until = None;
+        Action::Disable
+    }
+
+    /// Whether the host has changed for so many packets that they must not wait for the table.
+    fn is_much_to_compile(&self) -> bool {
+        self.compiled != self.revision && self.compiler.awaited() > self.many
     }
 
     /// What the table lacks, once there is something to be fast by.

@@ -251,9 +251,7 @@ impl World {
 
     fn resynchronise_host(&mut self) {
         if std::mem::take(&mut self.has_lost_host) {
-            let link = Link { ifindex: NIC, mtu: 1500, up: self.link, carrier: true, ..Link::default() };
-            let facts = HostFacts { links: vec![link], ..HostFacts::vouched() };
-            self.host.push_back(HostEvent::Snapshot(facts));
+            self.host.push_back(HostEvent::Snapshot(facts(self.link)));
         }
     }
 
@@ -454,6 +452,12 @@ fn id(which: u8) -> PolicyId {
     PolicyId::new(Direction::Out, Selector::between(net(1), net(2)).unwrap())
 }
 
+/// A host whose NIC is there, or is down.
+fn facts(up: bool) -> HostFacts {
+    let link = Link { ifindex: NIC, mtu: 1500, up, carrier: true, ..Link::default() };
+    HostFacts { links: vec![link], ..HostFacts::vouched() }
+}
+
 fn template(which: u8) -> Template {
     Template::esp_tunnel([192, 0, 2, 1].into(), [192, 0, 2, 2].into(), u32::from(which) + 1)
 }
@@ -554,6 +558,34 @@ fn every_broken_order_is_convicted_and_the_right_one_is_often_fast() {
     for mutation in Mutation::ALL {
         let is_convicted = stories.iter().any(|steps| run(steps, Some(mutation)).is_err());
         assert!(is_convicted, "{mutation:?} was not noticed");
+    }
+}
+
+/// What is written for so many packets takes long.
+#[test]
+fn what_concerns_many_cells_is_written_while_nothing_is_fast() {
+    for (many, is_off_meanwhile) in [(1, true), (3, false)] {
+        let mut world = World::new(None);
+        let known = [Step::Resynchronise, Step::ResynchroniseHost, Step::Turn, Step::Turn];
+        for step in [Step::Add(0), Step::Add(1), Step::Add(2)].into_iter().chain(known) {
+            world.step(step).unwrap();
+        }
+        assert!(world.mirror.is_enabled());
+
+        world.mirror.many = many;
+        world.mirror.handle_host_event(HostEvent::Snapshot(facts(false)), world.now);
+        let actions: Vec<Action> = std::iter::from_fn(|| {
+            let action = world.mirror.poll_action()?;
+            if matches!(action, Action::Write(_)) {
+                world.mirror.handle_written(true);
+            }
+            Some(action)
+        })
+        .collect();
+        let at = |is_it: fn(&Action) -> bool| actions.iter().position(is_it);
+        let written = at(|action| matches!(action, Action::Write(_))).expect("the link is gone");
+        let disabled = at(|action| matches!(action, Action::Disable));
+        assert_eq!(disabled.is_some_and(|disabled| disabled < written), is_off_meanwhile, "{actions:?}");
     }
 }
 

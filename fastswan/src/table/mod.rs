@@ -24,7 +24,7 @@ pub use self::{
     entries::{Cell, Exception, Fact, Forwarding, Probes, Side, Slot, Standing, Verdict},
     error::TableError,
     memory::MemoryTable,
-    size::{Capacity, TableConfig},
+    size::{Capacity, Room, TableConfig},
     update::{Change, TableUpdate},
 };
 #[cfg(feature = "bpf")]

@@ -37,6 +37,17 @@ impl Capacity {
     }
 }
 
+/// How much of something a table has, and how much of it is in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct Room {
+    /// In use.
+    pub used: usize,
+    /// As much as there is.
+    pub limit: usize,
+}
+
 /// How large a table is made.
 ///
 /// The default takes about 11 MiB, and 256 KiB for each CPU.

@@ -7,8 +7,9 @@ mod row;
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, ensure};
+use fastswan::policy::Family;
 use fastswan_testkit::{
-    datapath::{ASK_BACK, Bench, DatapathLab, Mix, Temperature},
+    datapath::{ASK_BACK, Bench, DatapathLab, Figures, Mix, Round, Temperature},
     lab::{clean_up_on_signals, remove_leftovers},
 };
 use serde_json::json;
@@ -36,7 +37,7 @@ pub(crate) struct Arguments {
     /// How much lies in the processor's caches: cold, warm or zipf; may be given several times. All, if none is given.
     #[arg(long, value_parser = temperature)]
     temperature: Vec<Temperature>,
-    /// How often each program has all packets.
+    /// How often all is loaded, and each program has all packets.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Prints one JSON object on the last line of stdout.
@@ -101,15 +102,10 @@ fn measure(arguments: &Arguments, device: u32) -> anyhow::Result<Vec<Row>> {
     for &mix in mixes {
         for &family in mix.families() {
             for &policies in &arguments.policies {
-                let place = || format!("{} of {policies} policies, {}", mix.name(), row::name(family));
-                let bench = Bench::new(mix, family, policies, PACKETS, device);
-                let mut bench = bench.with_context(place)?;
-                for &temperature in temperatures {
-                    let place = || format!("{}, {}", place(), temperature.name());
-                    bench.set_temperature(temperature).with_context(place)?;
-                    bench.verify().with_context(place)?;
-                    let figures = bench.measure(arguments.rounds).with_context(place)?;
-                    let row = Row { mix, family, temperature, policies, figures };
+                let gateway = Gateway { mix, family, policies, device };
+                let measured = gateway.measure(temperatures, arguments.rounds)?;
+                for (&temperature, rounds) in temperatures.iter().zip(&measured) {
+                    let row = Row { mix, family, temperature, policies, figures: Figures::of(rounds) };
                     println!("{row}");
                     rows.push(row);
                 }
@@ -117,4 +113,31 @@ fn measure(arguments: &Arguments, device: u32) -> anyhow::Result<Vec<Row>> {
         }
     }
     Ok(rows)
+}
+
+/// Policies of a mix, and where their packets come in.
+struct Gateway {
+    mix: Mix,
+    family: Family,
+    policies: u32,
+    device: u32,
+}
+
+impl Gateway {
+    /// Measures with packets of each of these temperatures in each round, for which all is loaded anew.
+    fn measure(&self, temperatures: &[Temperature], rounds: u32) -> anyhow::Result<Vec<Vec<Round>>> {
+        let Self { mix, family, policies, device } = *self;
+        let mut measured = vec![Vec::new(); temperatures.len()];
+        for _ in 0..rounds {
+            let place = || format!("{} of {policies} policies, {}", mix.name(), row::name(family));
+            let mut bench = Bench::new(mix, family, policies, PACKETS, device).with_context(place)?;
+            for (&temperature, rounds) in temperatures.iter().zip(&mut measured) {
+                let place = || format!("{}, {}", place(), temperature.name());
+                bench.set_temperature(temperature).with_context(place)?;
+                bench.verify().with_context(place)?;
+                rounds.push(bench.measure().with_context(place)?);
+            }
+        }
+        Ok(measured)
+    }
 }
