@@ -17,7 +17,7 @@ use fastswan::{
     SecurityAssociation, Snapshot, XdpForwarder,
     host::{Forwards, Link, Neighbour, Route, RouteKind, Rule},
     netlink::{Content, decode},
-    policy::{Family, MacAddr, Overhead},
+    policy::{Egress, Family, MacAddr, Overhead},
     table::{Change, TableConfig, TableUpdate},
 };
 use ipnet::IpNet;
@@ -67,7 +67,7 @@ impl Filling {
         for number in 0..policies {
             let policy = Mix::SiteToSite.policy(Family::V4, number, device);
             // What the kernel tells of it.
-            let policy = Policy { egress: Default::default(), assumed: None, ..policy };
+            let policy = Policy { egress: Egress::default(), assumed: None, ..policy };
             if let Some(template) = policy.templates.first() {
                 snapshot.sas.push(SecurityAssociation {
                     offload: policy.offload,
@@ -139,7 +139,7 @@ impl Filling {
         database.apply(PolicyEvent::Snapshot(snapshot));
         let stored = start.elapsed();
         let update = compiler.compile(&database);
-        let compiled = start.elapsed();
+        let updated = start.elapsed();
         table.apply(&update)?;
         let all = start.elapsed();
         let fast = compiler.fast_policies(&database);
@@ -147,9 +147,9 @@ impl Filling {
         ensure!(database.snapshot().policies.len() == fast, "others are there than were told");
         Ok(Stages {
             decode: decoded,
-            database: stored - decoded,
-            compile: compiled - stored,
-            write: all - compiled,
+            database: stored.saturating_sub(decoded),
+            compile: updated.saturating_sub(stored),
+            write: all.saturating_sub(updated),
             all,
         })
     }
@@ -174,7 +174,7 @@ impl Filling {
     }
 
     fn load(&self) -> anyhow::Result<(XdpForwarder, BpfTable)> {
-        XdpForwarder::load(&self.config()).context("loading fastswan's program")
+        XdpForwarder::load(self.config()).context("loading fastswan's program")
     }
 
     fn compiler(&self) -> Compiler {
@@ -225,7 +225,8 @@ fn host(device: u32) -> HostFacts {
     let (local, main) = (255, 254);
     let everywhere = RouteKind::Unicast { ifindex: device, gateway: Some(ROUTER.into()), mtu: None };
     let link = RouteKind::Unicast { ifindex: device, gateway: None, mtu: None };
-    let net = |address: Ipv4Addr, length| IpNet::new(IpAddr::from(address), length).unwrap_or_default().trunc();
+    let net =
+        |address: Ipv4Addr, length| IpNet::new(IpAddr::from(address), length).unwrap_or_default().trunc();
     HostFacts {
         links: vec![Link {
             ifindex: device,

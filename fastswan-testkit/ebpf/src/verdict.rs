@@ -116,7 +116,11 @@ mod tests {
         ] {
             assert_eq!(judge(Seen::forwarded(0x1ff, version), 0x1ff, 4, 7), judgement, "{version}");
         }
-        assert_eq!(judge(Seen::forwarded(0x1ff, 4), 0x1fe, 4, 4), Judgement::Wrong, "the way of another group");
+        assert_eq!(
+            judge(Seen::forwarded(0x1ff, 4), 0x1fe, 4, 4),
+            Judgement::Wrong,
+            "the way of another group"
+        );
     }
 
     #[test]

@@ -229,11 +229,11 @@ impl Programs {
     }
 
     fn drive(&self, subject: Subject, packets: u32) -> Result<Fate, DatapathError> {
-        let driver = match self.family {
+        let name = match self.family {
             Family::V4 => "driver_v4",
             Family::V6 => "driver_v6",
         };
-        let driven = xdp(&self.ebpf, driver)
+        let driven = xdp(&self.ebpf, name)
             .and_then(|driver| drive(driver, self.frame_length(), self.devices.ingress, packets));
         let (answer, mut headers) = driven.map_err(DatapathError::bpf(format!("running {subject}")))?;
         headers.truncate(self.header_length());
@@ -314,7 +314,10 @@ pub(super) fn context(length: usize, device: u32) -> Vec<u8> {
     [0, length, 0, device, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect()
 }
 
-pub(super) fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Result<M, DatapathError> {
+pub(super) fn take<M: TryFrom<Map, Error = MapError>>(
+    ebpf: &mut Ebpf,
+    name: &str,
+) -> Result<M, DatapathError> {
     let map = ebpf.take_map(name).ok_or_else(|| DatapathError::bpf(name)("there is no such map"))?;
     map.try_into().map_err(DatapathError::bpf(format!("opening the map {name}")))
 }

@@ -45,7 +45,9 @@ const FIGURES: [Figure; 9] = [
         all / round.stages[1].all.as_secs_f64()
     }),
     ("  decoding, ms", "decode_ms", |round, _| milliseconds(round.stages[0].decode)),
-    ("  decoding in two threads, ms", "decode_two_threads_ms", |round, _| milliseconds(round.stages[1].decode)),
+    ("  decoding in two threads, ms", "decode_two_threads_ms", |round, _| {
+        milliseconds(round.stages[1].decode)
+    }),
     ("  database, ms", "database_ms", |round, _| milliseconds(round.stages[0].database)),
     ("  compiling, ms", "compile_ms", |round, _| milliseconds(round.stages[0].compile)),
     ("  writing, ms", "write_ms", |round, _| milliseconds(round.stages[0].write)),

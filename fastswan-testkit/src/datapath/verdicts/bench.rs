@@ -87,7 +87,7 @@ impl VerdictBench {
         let [ingress, _] = devices;
         let churn = Churn::new(policies, ingress, seed, configure)?;
         let passes = churn.ours.pass_counters().map_err(VerdictError::passes)?;
-        let flows = packets * Kind::ALL.len() as u32;
+        let flows = packets * Kind::COUNT;
         let (mut judge, versions) = Judge::load(policies, flows, ingress, churn.ours.program_id())?;
         let mut rng = SmallRng::seed_from_u64(seed);
         for (first, kind) in (0..flows).step_by(packets as usize).zip(Kind::ALL) {
@@ -126,16 +126,18 @@ impl VerdictBench {
                 let before = churn.changes;
                 let start = Instant::now();
                 let changed = thread::scope(|scope| {
-                    let changes = scope.spawn(|| pin(there).and_then(|()| churn.run(versions, &stop)));
+                    let writer = scope.spawn(|| pin(there).and_then(|()| churn.run(versions, &stop)));
                     let is_over = |tally: &Tally| {
-                        start.elapsed() >= time || until_wrong && tally.total().wrong > 0 || changes.is_finished()
+                        start.elapsed() >= time
+                            || until_wrong && tally.total().wrong > 0
+                            || writer.is_finished()
                     };
                     let mut looked = Ok(());
                     while looked.is_ok() && !is_over(&lookups.tally) {
                         looked = lookups.look_up(judge, passes, packets);
                     }
                     stop.store(true, Ordering::Relaxed);
-                    let changed = changes.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                    let changed = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                     changed.and(looked)
                 });
                 let time = start.elapsed();
@@ -160,17 +162,22 @@ impl VerdictBench {
 
 impl Lookups {
     /// Looks packets of all kinds up, one kind after the other.
-    fn look_up(&mut self, judge: &mut Judge, passes: &PassCounters, packets: u32) -> Result<(), VerdictError> {
+    fn look_up(
+        &mut self,
+        judge: &mut Judge,
+        passes: &PassCounters,
+        packets: u32,
+    ) -> Result<(), VerdictError> {
         let firsts = (0_u32..).step_by(packets as usize);
         for ((kind, tally), first) in Kind::ALL.into_iter().zip(&mut self.tally.kinds).zip(firsts) {
             let before = passes.read().map_err(VerdictError::passes)?;
             let Judged { counts, time } = judge.run(first, packets, packets)?;
             let after = passes.read().map_err(VerdictError::passes)?;
-            let mut passed = [0; PassReason::COUNT];
-            for (passed, (before, after)) in passed.iter_mut().zip(before.iter().zip(&after)) {
-                *passed = after - before;
+            let mut reasons = [0; PassReason::COUNT];
+            for (packets, (before, after)) in reasons.iter_mut().zip(before.iter().zip(&after)) {
+                *packets = after - before;
             }
-            let seen = KindTally::of(kind, counts, passed);
+            let seen = KindTally::of(kind, counts, &reasons);
             if seen.wrong > 0 {
                 self.tally.evidence = Some(judge.evidence()?);
             }

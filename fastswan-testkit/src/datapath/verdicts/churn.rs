@@ -43,7 +43,7 @@ impl VersionsOfGroups {
     pub(super) fn new(numbers: SharedNumbers, policies: Policies) -> Self {
         let versions = Self(numbers);
         // They are to pass, in every version there is.
-        let shadowed = |group: &u16| policies.kind(*group) == Kind::AlwaysShadowed;
+        let shadowed = |group: &u16| Policies::kind(*group) == Kind::AlwaysShadowed;
         for group in (0..policies.groups()).filter(shadowed) {
             versions.begin(group, 1);
             versions.finish(group, 1);
@@ -79,7 +79,8 @@ impl Churn {
         let ours = ProgRun::load(load).map_err(DatapathError::from)?;
         let mut compiler = Compiler::new(config.capacity());
         compiler.set_host(&HostFacts::vouched());
-        let changing = (0..policies.groups()).filter(|&group| policies.kind(group) != Kind::Steady).collect();
+        let changing =
+            (0..policies.groups()).filter(|&group| Policies::kind(group) != Kind::Steady).collect();
         let mut churn = Self {
             policies,
             ours,
@@ -116,7 +117,7 @@ impl Churn {
 
     /// Changes all policies of a group, one after the other.
     fn advance(&mut self, group: u16, versions: &VersionsOfGroups) -> Result<(), VerdictError> {
-        let kind = self.policies.kind(group);
+        let kind = Policies::kind(group);
         let version = self.at[usize::from(group)] + kind.stride();
         self.at[usize::from(group)] = version;
         let has_versions = kind != Kind::AlwaysShadowed;

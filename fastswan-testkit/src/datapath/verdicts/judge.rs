@@ -126,8 +126,7 @@ impl Judge {
             .map_err(DatapathError::bpf("running the judge"))?;
         let mut counts = [0; Judgement::COUNT as usize];
         for (judgement, count) in (0..Judgement::COUNT).zip(&mut counts) {
-            *count =
-                self.judged.get(&judgement, 0).map_err(DatapathError::bpf("reading what was judged"))?;
+            *count = self.judged.get(&judgement, 0).map_err(DatapathError::bpf("reading what was judged"))?;
         }
         let judged = counts.iter().sum();
         if judged != u64::from(packets) {
@@ -148,8 +147,7 @@ impl Judge {
         let flow = u32::try_from(flow).unwrap_or(0);
         let about = self.flows.get(&flow, 0);
         let [source, destination, group, _] = about.map_err(DatapathError::bpf("reading a flow"))?;
-        let [source, destination] =
-            [source, destination].map(|word| Ipv4Addr::from(word.to_ne_bytes()));
+        let [source, destination] = [source, destination].map(|word| Ipv4Addr::from(word.to_ne_bytes()));
         let addresses: Vec<u8> =
             first.to_ne_bytes().into_iter().chain(u32::try_from(rest).unwrap_or(0).to_ne_bytes()).collect();
         let forwarded = u64::from(Seen::forwarded(0, 0).ttl) == ttl;

@@ -20,8 +20,11 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// How many there are.
+    pub(super) const COUNT: u32 = 6;
+
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; Self::COUNT as usize] = [
         Self::Steady,
         Self::Moves,
         Self::ComesAndGoes,

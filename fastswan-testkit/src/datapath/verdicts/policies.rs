@@ -34,11 +34,11 @@ pub(super) struct Policies {
 
 impl Policies {
     /// At least one group of each kind.
-    pub(super) const FEWEST: u32 = FEW * Kind::ALL.len() as u32;
+    pub(super) const FEWEST: u32 = FEW * Kind::COUNT;
 
     /// So many, [`Self::FEWEST`] or more, whose packets leave by these devices.
     pub(super) fn new(count: u32, devices: [u32; 2]) -> Self {
-        let groups = (count / FEW).clamp(Kind::ALL.len() as u32, MOST_GROUPS);
+        let groups = (count / FEW).clamp(Kind::COUNT, MOST_GROUPS);
         Self { count, groups: u16::try_from(groups).unwrap_or(u16::MAX), devices }
     }
 
@@ -46,7 +46,7 @@ impl Policies {
         self.groups
     }
 
-    pub(super) fn kind(self, group: u16) -> Kind {
+    pub(super) fn kind(group: u16) -> Kind {
         Kind::ALL[usize::from(group) % Kind::ALL.len()]
     }
 
@@ -76,9 +76,9 @@ impl Policies {
         let mut snapshot = Snapshot::default();
         for number in 0..self.count {
             snapshot.policies.push(self.policy(number, 0));
-            match self.kind(self.group(number)) {
+            match Self::kind(self.group(number)) {
                 Kind::LosesAssociation => snapshot.sas.extend(self.association(number, 0)),
-                Kind::AlwaysShadowed => snapshot.policies.push(self.shadow(number, 0)),
+                Kind::AlwaysShadowed => snapshot.policies.push(shadow(number, 0)),
                 _ => {}
             }
         }
@@ -88,14 +88,13 @@ impl Policies {
     /// What happens to a policy when its group gets to a version.
     pub(super) fn events(self, number: u32, version: u32) -> [Option<PolicyEvent>; 2] {
         let policy = || PolicyEvent::Policy(self.policy(number, version));
-        let is_to_pass = version % 2 == 1;
-        match self.kind(self.group(number)) {
+        let is_to_pass = !version.is_multiple_of(2);
+        match Self::kind(self.group(number)) {
             Kind::Steady => [None, None],
-            Kind::Moves => [Some(policy()), None],
             Kind::ComesAndGoes if is_to_pass => {
                 [Some(PolicyEvent::PolicyRemoved(self.policy(number, version).id)), None]
             }
-            Kind::ComesAndGoes => [Some(policy()), None],
+            Kind::Moves | Kind::ComesAndGoes => [Some(policy()), None],
             Kind::LosesAssociation => {
                 let association = self.association(number, version);
                 if is_to_pass {
@@ -104,10 +103,10 @@ impl Policies {
                     [Some(policy()), association.map(PolicyEvent::Sa)]
                 }
             }
-            Kind::Shadowed if is_to_pass => [Some(PolicyEvent::Policy(self.shadow(number, 0))), None],
-            Kind::Shadowed => [Some(policy()), Some(PolicyEvent::PolicyRemoved(self.shadow(number, 0).id))],
+            Kind::Shadowed if is_to_pass => [Some(PolicyEvent::Policy(shadow(number, 0))), None],
+            Kind::Shadowed => [Some(policy()), Some(PolicyEvent::PolicyRemoved(shadow(number, 0).id))],
             Kind::AlwaysShadowed => {
-                let (there, gone) = (self.shadow(number, version), self.shadow(number, version + 1));
+                let (there, gone) = (shadow(number, version), shadow(number, version + 1));
                 [Some(PolicyEvent::Policy(there)), Some(PolicyEvent::PolicyRemoved(gone.id))]
             }
         }
@@ -126,15 +125,15 @@ impl Policies {
 
     /// Random packets of policies of a kind, each with the group of its policy.
     pub(super) fn flows(self, kind: Kind, flows: u32, rng: &mut SmallRng) -> Vec<(Flow, u16)> {
-        let groups: Vec<u16> = (0..self.groups).filter(|&group| self.kind(group) == kind).collect();
+        let groups: Vec<u16> = (0..self.groups).filter(|&group| Self::kind(group) == kind).collect();
         let flow = |_| {
             let group = groups[rng.random_range(0..groups.len())];
             let members = self.members(group).count();
-            let number =
-                u32::from(group) + u32::from(self.groups) * rng.random_range(0..u32::try_from(members).unwrap_or(1));
+            let number = u32::from(group)
+                + u32::from(self.groups) * rng.random_range(0..u32::try_from(members).unwrap_or(1));
             let (source, mut destination) = Mix::SiteToSite.networks(Family::V4, number);
             if matches!(kind, Kind::Shadowed | Kind::AlwaysShadowed) {
-                destination = self.shadow(number, 0).id.selector.destination;
+                destination = shadow(number, 0).id.selector.destination;
             }
             (Flow { source: address(rng, source), destination: address(rng, destination) }, group)
         };
@@ -149,7 +148,7 @@ impl Policies {
         let (destination, source) = way(group, version);
         policy.egress.next_hop =
             NextHop::Fixed { source: MacAddr(source), destination: MacAddr(destination) };
-        if self.kind(group) == Kind::LosesAssociation {
+        if Self::kind(group) == Kind::LosesAssociation {
             policy.assumed = None;
         }
         policy
@@ -168,16 +167,16 @@ impl Policies {
             ..SecurityAssociation::for_template(policy.templates.first()?, 0x1000_0000 | number)
         })
     }
+}
 
-    /// A software policy for a part of a policy: an odd turn's has all of an even turn's.
-    fn shadow(self, number: u32, turn: u32) -> Policy {
-        let mut shadow = Mix::SiteToSite.allowance(Family::V4, number);
-        shadow.priority = SOFTWARE_PRIORITY;
-        let length = if turn % 2 == 0 { 26 + number % 3 } else { 25 };
-        let destination = &mut shadow.id.selector.destination;
-        *destination = narrowed(*destination, u8::try_from(length).unwrap_or(32));
-        shadow
-    }
+/// A software policy for a part of a policy: an odd turn's has all of an even turn's.
+fn shadow(number: u32, turn: u32) -> Policy {
+    let mut shadow = Mix::SiteToSite.allowance(Family::V4, number);
+    shadow.priority = SOFTWARE_PRIORITY;
+    let length = if turn.is_multiple_of(2) { 26 + number % 3 } else { 25 };
+    let destination = &mut shadow.id.selector.destination;
+    *destination = narrowed(*destination, u8::try_from(length).unwrap_or(32));
+    shadow
 }
 
 /// The first part of a network that has this length; the network if it is as long already.

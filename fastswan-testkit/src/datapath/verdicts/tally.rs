@@ -18,13 +18,21 @@ pub struct KindTally {
     pub updating: u64,
     /// Packets that were forwarded by a way that was not right at any moment, or whose frame is half of one and half of another.
     pub wrong: u64,
-    /// Packets that passed for a reason that was not there.
+    /// Packets that passed, which is never wrong, but were counted with a reason that was not there. The program looks whether the
+    /// table has changed meanwhile only for packets that it is about to forward.
     pub unexplained: u64,
 }
 
+/// More than one packet in so many that passes for a reason that was not there is not one that has met a change.
+const SELDOM: u64 = 10_000;
+
 impl KindTally {
     /// Of one run on packets of a kind, by the judge's counts and the program's.
-    pub(super) fn of(kind: Kind, judged: [u64; Judgement::COUNT as usize], passed: [u64; PassReason::COUNT]) -> Self {
+    pub(super) fn of(
+        kind: Kind,
+        judged: [u64; Judgement::COUNT as usize],
+        passed: &[u64; PassReason::COUNT],
+    ) -> Self {
         let [forwarded, told_to_pass, updating, wrong] = judged;
         let count = |reason: PassReason| passed[reason as usize];
         let all: u64 = passed.iter().sum();
@@ -106,11 +114,12 @@ impl Tally {
         self.churning / self.calm
     }
 
-    /// Verdicts that were not right: forwarded wrongly, or passed for a reason that was not there.
+    /// Whether no packet was forwarded that should not have been, or by a wrong way, and next to none passed for a reason that was
+    /// not there.
     #[must_use]
-    pub fn wrongs(&self) -> u64 {
-        let KindTally { wrong, unexplained, .. } = self.total();
-        wrong + unexplained
+    pub fn is_right(&self) -> bool {
+        let total = self.total();
+        total.wrong == 0 && total.unexplained <= total.lookups() / SELDOM
     }
 }
 
@@ -126,7 +135,9 @@ mod tests {
 
     fn passed(reasons: &[(PassReason, u64)]) -> [u64; PassReason::COUNT] {
         let mut passed = [0; PassReason::COUNT];
-        reasons.iter().for_each(|(reason, packets)| passed[*reason as usize] = *packets);
+        for (reason, packets) in reasons {
+            passed[*reason as usize] = *packets;
+        }
         passed
     }
 
@@ -134,17 +145,26 @@ mod tests {
     fn packets_pass_for_the_reason_of_their_kind_or_for_a_change() {
         let reasons = passed(&[(PassReason::NoPolicy, 5), (PassReason::Updating, 3)]);
         // Two of those that were to pass met a change.
-        let tally = KindTally::of(Kind::ComesAndGoes, [10, 7, 1, 0], reasons);
-        assert_eq!(
-            tally,
-            KindTally { forwarded: 10, told_to_pass: 5, updating: 3, ..KindTally::default() }
-        );
+        let tally = KindTally::of(Kind::ComesAndGoes, [10, 7, 1, 0], &reasons);
+        assert_eq!(tally, KindTally { forwarded: 10, told_to_pass: 5, updating: 3, ..KindTally::default() });
         assert_eq!(tally.lookups(), 18);
     }
 
     #[test]
+    fn one_wrong_verdict_is_too_many_and_so_are_many_that_nothing_explains() {
+        let tally = |wrong, unexplained| {
+            let mut tally = Tally::default();
+            tally.kinds[1] = KindTally { forwarded: 100_000, wrong, unexplained, ..KindTally::default() };
+            tally
+        };
+        assert!(tally(0, 0).is_right() && tally(0, 10).is_right());
+        assert!(!tally(1, 0).is_right() && !tally(0, 11).is_right());
+    }
+
+    #[test]
     fn other_reasons_and_reasons_at_another_time_are_unexplained() {
-        let unexplained = |kind, judged, reasons: &[_]| KindTally::of(kind, judged, passed(reasons)).unexplained;
+        let unexplained =
+            |kind, judged, reasons: &[_]| KindTally::of(kind, judged, &passed(reasons)).unexplained;
         assert_eq!(unexplained(Kind::ComesAndGoes, [0, 5, 0, 0], &[(PassReason::Shadowed, 5)]), 5);
         assert_eq!(unexplained(Kind::Steady, [0, 0, 2, 0], &[(PassReason::NoPolicy, 2)]), 2);
         assert_eq!(unexplained(Kind::ComesAndGoes, [0, 1, 2, 0], &[(PassReason::NoPolicy, 3)]), 2);

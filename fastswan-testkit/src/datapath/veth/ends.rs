@@ -6,14 +6,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::{
-    TestRun as _, TestRunOptions,
-    maps::{MapData, PerCpuArray, PerCpuValues},
-    programs::{TestRunAttrs, Xdp, xdp::XdpMode},
-    util::nr_cpus,
-};
-use fastswan::table::Traffic;
-use fastswan_testkit_ebpf::{LIVE_INTERVAL, MOST_PACKETS};
 use super::{
     super::{
         cpu::stay_on,
@@ -25,6 +17,14 @@ use super::{
     error::VethError,
     lab::{ETH, VethLab},
 };
+use aya::{
+    TestRun as _, TestRunOptions,
+    maps::{MapData, PerCpuArray, PerCpuValues},
+    programs::{TestRunAttrs, Xdp, xdp::XdpMode},
+    util::nr_cpus,
+};
+use fastswan::table::Traffic;
+use fastswan_testkit_ebpf::{LIVE_INTERVAL, MOST_PACKETS};
 
 /// Frames that the kernel makes and sends at a time, and that a device takes up at a time.
 pub(super) const BATCH: u32 = 64;
@@ -171,10 +171,9 @@ fn run_on_all(
             .map(|&(cpu, _)| {
                 let begin = &begin;
                 scope.spawn(move || {
-                    let ready =
-                        lab.client.join_this_thread().map_err(VethError::from).and_then(|()| {
-                            stay_on(cpu).map_err(VethError::system(format!("staying on CPU {cpu}")))
-                        });
+                    let ready = lab.client.join_this_thread().map_err(VethError::from).and_then(|()| {
+                        stay_on(cpu).map_err(VethError::system(format!("staying on CPU {cpu}")))
+                    });
                     // Also if it is not: the others wait.
                     begin.wait();
                     ready?;
