@@ -13,6 +13,7 @@
 //! - [`churn`]: a full table of routes that changes all the time, and how it is followed;
 //! - [`growth`]: a table that is too small, and its larger successor, under traffic;
 //! - [`datapath`]: what a packet costs in the XDP program, beside what it would cost elsewhere;
+//! - [`filling`]: how fast tables are filled, with cells and from the bytes that the kernel tells;
 //! - [`guest`]: what happens between gateways that offload;
 //! - [`xfrm`]: XFRM messages, real ones and a way to send them;
 //! - [`promote`]: software policies that pretend to be offloaded, for labs only;
@@ -24,6 +25,7 @@ pub mod chaos;
 pub mod churn;
 pub mod conformance;
 pub mod datapath;
+pub mod filling;
 pub mod frames;
 pub mod growth;
 pub mod guest;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use aya::{
-    maps::{Array, Map, MapData},
+    maps::{Array, Map, MapData, MapError},
     programs::loaded_programs,
 };
 use fastswan::{
@@ -16,7 +16,7 @@ use fastswan::{
     forwarder::{AttachConfig, ForwarderError, LoadConfig, RunAction},
     table::{Slot, TableConfig, TableCounters as _, Traffic},
 };
-use fastswan_ebpf::{Control, KEY_WORDS_V4, List, Tuple, TupleList, Way};
+use fastswan_ebpf::{Control, KEY_WORDS_V4, List, Passes, Tuple, TupleList, Way};
 use nix::{
     sys::time::TimeValLike as _,
     time::{ClockId, clock_getres},
@@ -146,10 +146,40 @@ impl ProgRun {
         self.forwarder.program_id()
     }
 
+    /// What counts the packets that pass, for another thread than the one that writes the table.
+    ///
+    /// # Errors
+    ///
+    /// If the counters cannot be found.
+    pub fn pass_counters(&self) -> anyhow::Result<PassCounters> {
+        Ok(PassCounters(Map::Array(map_of(&self.forwarder, "PASSES")?).try_into()?))
+    }
+
     /// What a slot has forwarded.
     #[must_use]
     pub fn traffic(&self, slot: Slot) -> Traffic {
         self.table.traffic(slot)
+    }
+}
+
+/// What counts the packets that a program passes.
+pub struct PassCounters(Array<MapData, [u64; size_of::<Passes>() / 8]>);
+
+impl PassCounters {
+    /// Packets that were passed, by reason.
+    ///
+    /// # Errors
+    ///
+    /// If the counters cannot be read.
+    pub fn read(&self) -> Result<[u64; PassReason::COUNT], MapError> {
+        let mut sum = [0; PassReason::COUNT];
+        for column in 0..self.0.len() {
+            let words = self.0.get(&column, 0)?;
+            for (sum, packets) in sum.iter_mut().zip(&words[offset_of!(Passes, packets) / 8..]) {
+                *sum += packets;
+            }
+        }
+        Ok(sum)
     }
 }
 

@@ -3,7 +3,10 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    ops::Deref,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    ptr::NonNull,
+    sync::atomic::AtomicU64,
 };
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
@@ -162,3 +165,51 @@ fn bpf<T>(command: u32, attributes: &mut T) -> io::Result<OwnedFd> {
     // SAFETY: the kernel has just made this descriptor for the caller, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
+
+/// The numbers in the values of an array map, which BPF programs read and write at the same time.
+#[derive(Debug)]
+pub(crate) struct SharedNumbers {
+    start: NonNull<AtomicU64>,
+    length: usize,
+}
+
+impl SharedNumbers {
+    /// Maps the values of a map that was made with `BPF_F_MMAPABLE` and has so many numbers of 64 bits.
+    pub(crate) fn map(map: BorrowedFd<'_>, length: usize) -> io::Result<Self> {
+        let bytes = length.checked_mul(size_of::<AtomicU64>()).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use. The kernel refuses it if the
+        // map is shorter than `bytes`, and keeps the map as long as the mapping.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, map.as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self { start, length })
+    }
+}
+
+impl Deref for SharedNumbers {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping has so many numbers and lives as long as `self`; it starts at a page, so it is aligned. Every bit
+        // pattern is a number, and programs write whole numbers.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl Drop for SharedNumbers {
+    fn drop(&mut self) {
+        let bytes = self.length * size_of::<AtomicU64>();
+        // SAFETY: the mapping was made by `map` with this length, and no slice of it outlives `self`. Unmapping it cannot fail.
+        let _ = unsafe { libc::munmap(self.start.as_ptr().cast(), bytes) };
+    }
+}
+
+// SAFETY: a mapping is memory like any other; it belongs to no thread.
+unsafe impl Send for SharedNumbers {}
+// SAFETY: it is only read and written as atomic numbers.
+unsafe impl Sync for SharedNumbers {}

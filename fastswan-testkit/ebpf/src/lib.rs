@@ -3,6 +3,7 @@
 //! | program | what |
 //! |---|---|
 //! | `driver_v4`, `driver_v6` | write the headers of the next flow into the frame and run the program under test |
+//! | `judge_v4` | does so as well, and judges what becomes of each packet while policies change |
 //! | `generator_v4` | writes the headers of the next flow into a live frame and sends it from the device that it is said to come in on |
 //! | `sink` | counts the IPv4 frames that arrive and drops them |
 //! | `empty` | sends the frame back at once: what the driver and the kernel cost |
@@ -16,6 +17,11 @@
 //! | `FLOWS_V6` | source and destination, 16 bytes each | flow |
 //! | `TIMES` | nanoseconds of `bpf_ktime_get_ns` | packet / [`INTERVAL`] |
 //! | `UNDER_TEST` | (program array) the program under test | 0 |
+//! | `JUDGE_RUN` | of this run: packets so far and in all, the first flow, the number of flows minus 1; and of the packet that is not judged yet | 0 |
+//! | `JUDGE_FLOWS` | source and destination, 4 bytes each, the group of the policy in host order, and nothing | flow |
+//! | `JUDGE_VERSIONS` | [`Versions`](verdict::Versions), which user space maps into its memory | group |
+//! | `JUDGED` | packets | [`Judgement`](verdict::Judgement) |
+//! | `JUDGE_EVIDENCE` | the last verdict that was not right: flow, Ethernet addresses, TTL, versions | 0 |
 //! | `PROGRESS_OF_CPU` | as `PROGRESS`, of the generator, of each CPU | 0 |
 //! | `TIMES_OF_CPU` | as `TIMES`, of the generator, of each CPU | frame / [`LIVE_INTERVAL`], from 0 on again behind the last |
 //! | `ARRIVED` | packets, and bytes from the IP header on, that the sink has counted, of each CPU | 0 |
@@ -27,6 +33,8 @@
 //! Addresses are in network order everywhere, and so is the number of a destination prefix, which is only compared.
 
 #![no_std]
+
+pub mod verdict;
 
 /// Most flows that the driver goes through.
 pub const MOST_FLOWS: u32 = 1 << 20;

@@ -11,6 +11,7 @@ use fastswan_ebpf::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame, Ipv4,
 mod driver;
 mod egress;
 mod headers;
+mod judge;
 mod lpm;
 mod traffic;
 
@@ -26,6 +27,14 @@ fn driver_v4(context: XdpContext) -> u32 {
 #[xdp(frags)]
 fn driver_v6(context: XdpContext) -> u32 {
     driver::drive_v6(&context);
+    XDP_ABORTED
+}
+
+/// Judges the verdict on the packet before, and runs the program under test on the next IPv4 packet.
+#[xdp(frags)]
+fn judge_v4(context: XdpContext) -> u32 {
+    judge::drive_v4(&context);
+    // Reached behind the last packet.
     XDP_ABORTED
 }
 

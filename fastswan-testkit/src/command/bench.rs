@@ -1,5 +1,6 @@
 //! `cargo testkit bench`: how long a mirror takes to begin with what a kernel has, and what memory it needs; how it follows a
-//! host that changes all the time; what a packet costs; how many frames a gateway forwards in a second; and how a table grows.
+//! host that changes all the time; what a packet costs, and whether its verdict is right while policies change; how many frames a
+//! gateway forwards in a second; how fast a table is filled, and how it grows.
 
 use std::{
     fs, io,
@@ -34,9 +35,11 @@ use serde_json::json;
 mod ablation;
 mod churn;
 mod datapath;
+mod filling;
 mod growth;
 mod machine;
 mod panels;
+mod verdicts;
 mod veth;
 
 /// What is measured.
@@ -55,6 +58,10 @@ pub(crate) enum Command {
     Veth(veth::Arguments),
     /// How a table that is too small is replaced by a larger one under traffic, and how its policies are deleted.
     Growth(growth::Arguments),
+    /// How fast tables are filled, with cells and from the bytes that the kernel tells.
+    Filling(filling::Arguments),
+    /// Whether every verdict is right while policies change as fast as they can.
+    Verdicts(verdicts::Arguments),
     /// One round, in a namespace that has them already.
     #[command(hide = true)]
     Round(Size),
@@ -119,6 +126,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Ablation(arguments) => ablation::run(arguments),
         Command::Veth(arguments) => veth::run(arguments),
         Command::Growth(arguments) => growth::run(arguments),
+        Command::Filling(arguments) => filling::run(arguments),
+        Command::Verdicts(arguments) => verdicts::run(arguments),
         Command::Round(size) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             println!("{}", serde_json::to_string(&runtime.block_on(round(size.policies))?)?);
@@ -178,7 +187,7 @@ fn mirror(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 /// Minimum, median and maximum.
-fn spread(rounds: &[Round], figure: impl Fn(&Round) -> f64) -> [f64; 3] {
+fn spread<R>(rounds: &[R], figure: impl Fn(&R) -> f64) -> [f64; 3] {
     let mut figures: Vec<f64> = rounds.iter().map(figure).collect();
     figures.sort_by(f64::total_cmp);
     [figures[0], figures[figures.len() / 2], figures[figures.len() - 1]]

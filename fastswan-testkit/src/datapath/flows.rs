@@ -101,7 +101,7 @@ impl fmt::Display for Flow {
 }
 
 /// A random address of a network.
-fn address(rng: &mut SmallRng, network: IpNet) -> IpAddr {
+pub(super) fn address(rng: &mut SmallRng, network: IpNet) -> IpAddr {
     match network {
         IpNet::V4(network) => {
             let host: u32 = rng.random();

@@ -119,7 +119,7 @@ impl Mix {
     }
 
     /// An outbound policy, whose packets the device encrypts.
-    pub(super) fn policy(self, family: Family, number: u32, device: u32) -> Policy {
+    pub(crate) fn policy(self, family: Family, number: u32, device: u32) -> Policy {
         let (source, destination) = self.networks(family, number);
         let mut policy = software(Direction::Out, source, destination);
         let (local, peer) = match family {

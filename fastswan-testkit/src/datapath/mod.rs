@@ -10,10 +10,13 @@
 //! Frames come in on a device of a lab, and leave on the same one (`XDP_TX`), with other Ethernet addresses. Before anything
 //! is measured, [`Bench::verify`] makes sure that the programs forward, and forward right.
 //!
+//! [`verdicts`] changes policies meanwhile, and judges every verdict.
+//!
 //! [`veth`] sends live frames through a gateway instead, and counts what arrives.
 
 mod ablation;
 mod bench;
+mod cpu;
 mod error;
 mod flows;
 mod lab;
@@ -23,6 +26,7 @@ mod subject;
 mod tables;
 mod timing;
 mod tries;
+pub mod verdicts;
 pub mod veth;
 
 pub use self::{

@@ -14,9 +14,9 @@ use super::{error::DatapathError, flows::Flow, lab::Devices, subject::Subject, t
 use crate::frames::Frame;
 
 #[cfg(target_endian = "little")]
-static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/testkit.bpfel.o");
+pub(super) static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/testkit.bpfel.o");
 #[cfg(target_endian = "big")]
-static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/testkit.bpfeb.o");
+pub(super) static BYTECODE: &[u8] = include_bytes_aligned!("../../bpf/testkit.bpfeb.o");
 
 /// One packet in so many is one that fastswan's program asks the kernel's routes about, which is the library's default.
 pub const ASK_BACK: u32 = 1024;
@@ -85,12 +85,7 @@ impl Programs {
                 .and_then(Xdp::load)
                 .map_err(DatapathError::bpf(format!("loading the testkit's program {name}")))?;
         }
-        let ours = loaded_programs()
-            .filter_map(Result::ok)
-            .find(|program| program.id() == ours)
-            .ok_or(ProgramError::NotLoaded)
-            .and_then(|program| program.fd())
-            .map_err(DatapathError::bpf("opening fastswan's program"))?;
+        let ours = open_ours(ours)?;
         if redirects != 0 {
             let mut egress: DevMap<MapData> = take(&mut ebpf, "EGRESS")?;
             let put = egress.set(0, devices.egress, None, 0);
@@ -225,37 +220,68 @@ impl Programs {
 
     /// Ethernet and IP.
     fn header_length(&self) -> usize {
-        ETHERNET_LENGTH
-            + match self.family {
-                Family::V4 => 20,
-                Family::V6 => 40,
-            }
+        header_length(self.family)
     }
 
     /// Bytes of a frame, from the Ethernet header on.
     pub(super) fn frame_length(&self) -> usize {
-        self.header_length() + UDP_LENGTH + PAYLOAD
+        frame_length(self.family)
     }
 
     fn drive(&self, subject: Subject, packets: u32) -> Result<Fate, DatapathError> {
-        let attempt = || format!("running {subject}");
-        let driver = match self.family {
+        let name = match self.family {
             Family::V4 => "driver_v4",
             Family::V6 => "driver_v6",
         };
-        let mut frame = vec![0; self.frame_length()];
-        let input = frame.clone();
-        let context = context(input.len(), self.devices.ingress);
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(&input);
-        options.data_out = Some(&mut frame);
-        options.ctx_in = Some(&context);
-        options.repeat = packets;
-        let driver = xdp(&self.ebpf, driver).map_err(DatapathError::bpf(attempt()))?;
-        let answer = driver.test_run(options).map_err(DatapathError::bpf(attempt()))?.return_value;
-        frame.truncate(self.header_length());
-        Ok(Fate { answer, headers: frame })
+        let driven = xdp(&self.ebpf, name)
+            .and_then(|driver| drive(driver, self.frame_length(), self.devices.ingress, packets));
+        let (answer, mut headers) = driven.map_err(DatapathError::bpf(format!("running {subject}")))?;
+        headers.truncate(self.header_length());
+        Ok(Fate { answer, headers })
     }
+}
+
+/// Runs a program this often on one frame, which claims to come in on a device of this thread's network namespace and has this
+/// many bytes, all zero. Returns what the program answered last, and what became of the frame.
+pub(super) fn drive(
+    driver: &Xdp,
+    length: usize,
+    device: u32,
+    times: u32,
+) -> Result<(u32, Vec<u8>), ProgramError> {
+    let mut frame = vec![0; length];
+    let input = frame.clone();
+    let context = context(input.len(), device);
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(&input);
+    options.data_out = Some(&mut frame);
+    options.ctx_in = Some(&context);
+    options.repeat = times;
+    let answer = driver.test_run(options)?.return_value;
+    Ok((answer, frame))
+}
+
+/// fastswan's program, by its number in the kernel.
+pub(super) fn open_ours(number: u32) -> Result<ProgramFd, DatapathError> {
+    loaded_programs()
+        .filter_map(Result::ok)
+        .find(|program| program.id() == number)
+        .ok_or(ProgramError::NotLoaded)
+        .and_then(|program| program.fd())
+        .map_err(DatapathError::bpf("opening fastswan's program"))
+}
+
+fn header_length(family: Family) -> usize {
+    ETHERNET_LENGTH
+        + match family {
+            Family::V4 => 20,
+            Family::V6 => 40,
+        }
+}
+
+/// Bytes of a frame, from the Ethernet header on.
+pub(super) fn frame_length(family: Family) -> usize {
+    header_length(family) + UDP_LENGTH + PAYLOAD
 }
 
 /// The same as the driver writes, with ports that no policy asks for.
@@ -269,11 +295,11 @@ fn frame(flow: Flow) -> Frame {
     frame.macs(MacAddr(SENDER), MacAddr(PORT)).udp(1000, 2000).payload(PAYLOAD).ttl(TTL)
 }
 
-fn xdp<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Xdp, ProgramError> {
+pub(super) fn xdp<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a Xdp, ProgramError> {
     ebpf.program(name).ok_or(ProgramError::NotLoaded)?.try_into()
 }
 
-fn fd<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, DatapathError> {
+pub(super) fn fd<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, DatapathError> {
     xdp(ebpf, name).and_then(Xdp::fd).map_err(opening(name))
 }
 
@@ -288,7 +314,10 @@ pub(super) fn context(length: usize, device: u32) -> Vec<u8> {
     [0, length, 0, device, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect()
 }
 
-fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Result<M, DatapathError> {
+pub(super) fn take<M: TryFrom<Map, Error = MapError>>(
+    ebpf: &mut Ebpf,
+    name: &str,
+) -> Result<M, DatapathError> {
     let map = ebpf.take_map(name).ok_or_else(|| DatapathError::bpf(name)("there is no such map"))?;
     map.try_into().map_err(DatapathError::bpf(format!("opening the map {name}")))
 }

@@ -289,11 +289,15 @@ impl Compiler {
             self.rebuild(database, &mut pending);
         }
         self.reliance.limit(self.slots.len());
-        let concerned = self.slots.owners().filter(|_| self.reliance.has_changed());
-        let concerned = concerned.filter(|key| {
-            database.policy_with_key(*key).is_some_and(|policy| self.reliance.concerns(policy, &self.paths))
-        });
-        pending.standings.extend(concerned);
+        // All policies are looked at only if something has changed that they may rely on.
+        if self.reliance.has_changed() {
+            let concerned = self.slots.owners().filter(|key| {
+                database
+                    .policy_with_key(*key)
+                    .is_some_and(|policy| self.reliance.concerns(policy, &self.paths))
+            });
+            pending.standings.extend(concerned);
+        }
         self.reliance.take_up();
         loop {
             self.settle(database, &mut pending);

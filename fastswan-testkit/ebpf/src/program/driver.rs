@@ -32,7 +32,7 @@ static FLOWS_V4: Array<[u32; 2]> = Array::with_max_entries(1, 0);
 #[map]
 static FLOWS_V6: Array<[[u64; 2]; 2]> = Array::with_max_entries(1, 0);
 #[map]
-static TIMES: Array<u64> = Array::with_max_entries(MOST_PACKETS / INTERVAL, 0);
+pub(super) static TIMES: Array<u64> = Array::with_max_entries(MOST_PACKETS / INTERVAL, 0);
 #[map]
 static UNDER_TEST: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map]
@@ -43,7 +43,7 @@ static TIMES_OF_CPU: PerCpuArray<u64> = PerCpuArray::with_max_entries(MOST_PACKE
 /// Returns only if something is missing.
 #[inline(always)]
 pub(super) fn drive_v4(context: &XdpContext) -> Option<()> {
-    write_v4(Frame::of(context), next_flow()?)?;
+    write_v4(Frame::of(context), *FLOWS_V4.get(next_flow()?)?)?;
     run(context);
     None
 }
@@ -58,13 +58,12 @@ pub(super) fn generate_v4(context: &XdpContext) -> Option<()> {
             TIMES_OF_CPU.get_ptr_mut(interval % (MOST_PACKETS / LIVE_INTERVAL))
         })?
     };
-    write_v4(Frame::of(context), flow)
+    write_v4(Frame::of(context), *FLOWS_V4.get(flow)?)
 }
 
-/// Writes the headers of a flow's packet.
+/// Writes the headers of a packet from one address to another, which are in network order.
 #[inline(always)]
-fn write_v4(frame: Frame, flow: u32) -> Option<()> {
-    let [source, destination] = *FLOWS_V4.get(flow)?;
+pub(super) fn write_v4(frame: Frame, [source, destination]: [u32; 2]) -> Option<()> {
     write_ethernet(frame, ETHERTYPE_IPV4)?;
     let ip = frame.header::<Ipv4>(size_of::<Ethernet>()).ok()?;
     let length = packet_length(frame) as u16;
@@ -160,8 +159,9 @@ fn write_ethernet(frame: Frame, ether_type: u16) -> Option<()> {
     Some(())
 }
 
+/// Calls the program under test, and returns only if there is none.
 #[inline(always)]
-fn run(context: &XdpContext) {
+pub(super) fn run(context: &XdpContext) {
     // SAFETY: the map is one of programs, and the context is the program's own.
     unsafe { UNDER_TEST.tail_call(context, 0) };
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::Context as _;
 use nix::{
-    sched::{CpuSet, sched_getcpu, sched_setaffinity},
+    sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity},
     unistd::Pid,
 };
 use serde_json::{Value, json};
@@ -38,6 +38,12 @@ pub(super) fn stay_on_this_cpu() -> anyhow::Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(sched_getcpu()?)?;
     sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one CPU")
+}
+
+/// The CPUs that this process may run on.
+pub(super) fn allowed_cpus() -> anyhow::Result<Vec<usize>> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).context("looking for CPUs")?;
+    Ok((0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect())
 }
 
 /// The load of the machine in the last minute, the last five and the last fifteen.

@@ -10,14 +10,10 @@ use fastswan_testkit::{
     datapath::{ASK_BACK, veth::VethBench},
     lab::{clean_up_on_signals, remove_leftovers},
 };
-use nix::{
-    sched::{CpuSet, sched_getaffinity},
-    unistd::Pid,
-};
 use serde_json::json;
 
 use self::row::Row;
-use super::machine::Machine;
+use super::machine::{Machine, allowed_cpus};
 
 /// What `cargo testkit bench veth` is told.
 #[derive(Debug, clap::Args)]
@@ -61,7 +57,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         "the bench makes network namespaces and loads XDP programs: run it as root"
     );
     let Arguments { policies, frames, rounds, .. } = arguments;
-    let cpus = cpus(arguments.cpus as usize)?;
+    let mut cpus = allowed_cpus()?;
+    ensure!(cpus.len() >= arguments.cpus as usize, "only {} CPUs are there: choose with --cpus", cpus.len());
+    cpus.truncate(arguments.cpus as usize);
     if let Some(folder) = &arguments.plot {
         fs::create_dir_all(folder).with_context(|| format!("making the folder {}", folder.display()))?;
     }
@@ -98,13 +96,4 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-/// The first CPUs that this process may run on.
-fn cpus(most: usize) -> anyhow::Result<Vec<usize>> {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).context("looking for CPUs")?;
-    let allowed = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
-    let cpus: Vec<usize> = allowed.take(most).collect();
-    ensure!(cpus.len() == most, "only {} CPUs are there: choose with --cpus", cpus.len());
-    Ok(cpus)
 }

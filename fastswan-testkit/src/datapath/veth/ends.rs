@@ -6,21 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::{
-    TestRun as _, TestRunOptions,
-    maps::{MapData, PerCpuArray, PerCpuValues},
-    programs::{TestRunAttrs, Xdp, xdp::XdpMode},
-    util::nr_cpus,
-};
-use fastswan::table::Traffic;
-use fastswan_testkit_ebpf::{LIVE_INTERVAL, MOST_PACKETS};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
-
 use super::{
     super::{
+        cpu::stay_on,
         error::DatapathError,
         programs::{Programs, context},
         timing::{intervals, median},
@@ -29,6 +17,14 @@ use super::{
     error::VethError,
     lab::{ETH, VethLab},
 };
+use aya::{
+    TestRun as _, TestRunOptions,
+    maps::{MapData, PerCpuArray, PerCpuValues},
+    programs::{TestRunAttrs, Xdp, xdp::XdpMode},
+    util::nr_cpus,
+};
+use fastswan::table::Traffic;
+use fastswan_testkit_ebpf::{LIVE_INTERVAL, MOST_PACKETS};
 
 /// Frames that the kernel makes and sends at a time, and that a device takes up at a time.
 pub(super) const BATCH: u32 = 64;
@@ -175,8 +171,9 @@ fn run_on_all(
             .map(|&(cpu, _)| {
                 let begin = &begin;
                 scope.spawn(move || {
-                    let ready =
-                        lab.client.join_this_thread().map_err(VethError::from).and_then(|()| stay_on(cpu));
+                    let ready = lab.client.join_this_thread().map_err(VethError::from).and_then(|()| {
+                        stay_on(cpu).map_err(VethError::system(format!("staying on CPU {cpu}")))
+                    });
                     // Also if it is not: the others wait.
                     begin.wait();
                     ready?;
@@ -200,14 +197,6 @@ fn run(generator: &Xdp, device: u32, length: usize, frames: u32) -> Result<(), V
     options.attrs = TestRunAttrs::new().xdp_live_frames(BATCH);
     generator.test_run(options).map_err(DatapathError::bpf("running the generator"))?;
     Ok(())
-}
-
-/// Keeps this thread on a CPU.
-fn stay_on(cpu: usize) -> Result<(), VethError> {
-    let mut cpus = CpuSet::new();
-    cpus.set(cpu)
-        .and_then(|()| sched_setaffinity(Pid::from_raw(0), &cpus))
-        .map_err(VethError::system(format!("staying on CPU {cpu}")))
 }
 
 // Far below the numbers that a float does not hold.
