@@ -246,9 +246,12 @@ impl Compiler {
         self.take_up(concerns);
     }
 
-    /// How many cells the next [`compile`](Self::compile) looks at because of what the host does, at most.
-    pub(crate) fn awaited(&self) -> usize {
-        self.v4.touched() + self.v6.touched()
+    /// How many cells the next [`compile`](Self::compile) looks at, at most: because of what the host does, or for all policies
+    /// that have slots, if more has changed than the database remembers.
+    pub(crate) fn awaited(&self, database: &Database) -> usize {
+        let is_followed = self.revision.is_none_or(|revision| database.changes_since(revision).is_some());
+        let of_policies = if is_followed { 0 } else { self.slots.len() };
+        self.v4.touched() + self.v6.touched() + of_policies
     }
 
     fn take_up(&mut self, concerns: Concerns) {

@@ -1321,7 +1321,7 @@ fn a_change_of_the_default_route_looks_at_what_it_may_decide_and_at_nothing_else
         let route = route("0.0.0.0/0", via(LAN));
         let Route { table, destination, .. } = route;
         scene.compiler.change_host(&HostChange::Routes { table, destination, routes: vec![route] });
-        assert_eq!(scene.compiler.awaited() == 0, is_decided);
+        assert_eq!(scene.compiler.awaited(&scene.database) == 0, is_decided);
         let update = scene.compiler.compile(&scene.database);
         assert_eq!(update.is_empty(), is_decided, "{update:?}");
         scene.table.apply(&update);

@@ -18,7 +18,7 @@
 //! What was told is written before anything else is done but to turn the fast path off. So when the lease is renewed, the
 //! table holds everything that each [`Input`] had to tell when it was asked last, and the lease ends one lease after the
 //! oldest of these moments. The fast path is turned on only when every input is known and has been asked since it was, and
-//! off as soon as one loses track, and while a change of the host that concerns more than 8,192 cells is written. Removals are
+//! off as soon as one loses track, and while what concerns more than 8,192 cells or policies is written. Removals are
 //! acknowledged only after the source, asked when they had settled, had nothing more to tell, and all of it is written. The
 //! program is attached, and taken over from an earlier process, only while at least half of the lease is left.
 //!
@@ -105,8 +105,8 @@ use crate::{
 /// Shorter leases count as this: it must outlast a few turns of the driver.
 const SHORTEST_LEASE: Duration = Duration::from_millis(50);
 
-/// More cells than these are looked at while nothing is fast: it takes tens of milliseconds until the table has what follows
-/// from a change of the host, and that long packets would go where they went before.
+/// More cells than these are looked at while nothing is fast: it takes tens of milliseconds until the table has what follows from
+/// a change that concerns them, and that long packets would go where they went before.
 const MANY: usize = 8192;
 
 /// The wall clock is looked at, and sources are asked, at least this often.
@@ -629,9 +629,9 @@ impl Mirror {
         Action::Disable
     }
 
-    /// Whether the host has changed for so many packets that they must not wait for the table.
+    /// Whether so much has changed that packets must not wait for the table.
     fn is_much_to_compile(&self) -> bool {
-        self.compiled != self.revision && self.compiler.awaited() > self.many
+        self.compiled != self.revision && self.compiler.awaited(&self.database) > self.many
     }
 
     /// What the table lacks, once there is something to be fast by.

@@ -564,7 +564,16 @@ fn every_broken_order_is_convicted_and_the_right_one_is_often_fast() {
 /// What is written for so many packets takes long.
 #[test]
 fn what_concerns_many_cells_is_written_while_nothing_is_fast() {
-    for (many, is_off_meanwhile) in [(1, true), (3, false)] {
+    let host = |mirror: &mut Mirror, now| {
+        mirror.handle_host_event(HostEvent::Snapshot(facts(false)), now);
+    };
+    let flush = |mirror: &mut Mirror, now| {
+        mirror.handle_policy_event(PolicyEvent::Snapshot(Snapshot::default()), now);
+    };
+    let changes: [fn(&mut Mirror, Instant); 2] = [host, flush];
+    for (change, (many, is_off_meanwhile)) in
+        changes.into_iter().flat_map(|change| [(change, (1, true)), (change, (3, false))])
+    {
         let mut world = World::new(None);
         let known = [Step::Resynchronise, Step::ResynchroniseHost, Step::Turn, Step::Turn];
         for step in [Step::Add(0), Step::Add(1), Step::Add(2)].into_iter().chain(known) {
@@ -573,7 +582,7 @@ fn what_concerns_many_cells_is_written_while_nothing_is_fast() {
         assert!(world.mirror.is_enabled());
 
         world.mirror.many = many;
-        world.mirror.handle_host_event(HostEvent::Snapshot(facts(false)), world.now);
+        change(&mut world.mirror, world.now);
         let actions: Vec<Action> = std::iter::from_fn(|| {
             let action = world.mirror.poll_action()?;
             if matches!(action, Action::Write(_)) {
@@ -583,7 +592,8 @@ fn what_concerns_many_cells_is_written_while_nothing_is_fast() {
         })
         .collect();
         let at = |is_it: fn(&Action) -> bool| actions.iter().position(is_it);
-        let written = at(|action| matches!(action, Action::Write(_))).expect("the link is gone");
+        let written =
+            at(|action| matches!(action, Action::Write(_))).expect("a policy is not fast any longer");
         let disabled = at(|action| matches!(action, Action::Disable));
         assert_eq!(disabled.is_some_and(|disabled| disabled < written), is_off_meanwhile, "{actions:?}");
     }
