@@ -12,6 +12,7 @@
 //! - [`host_facts`]: what is followed of a host, compared with what is read;
 //! - [`churn`]: a full table of routes that changes all the time, and how it is followed;
 //! - [`growth`]: a table that is too small, and its larger successor, under traffic;
+//! - [`cpu`]: on which CPUs threads run;
 //! - [`datapath`]: what a packet costs in the XDP program, beside what it would cost elsewhere;
 //! - [`filling`]: how fast tables are filled, with cells and from the bytes that the kernel tells;
 //! - [`guest`]: what happens between gateways that offload;
@@ -24,6 +25,7 @@ pub mod capture;
 pub mod chaos;
 pub mod churn;
 pub mod conformance;
+pub mod cpu;
 pub mod datapath;
 pub mod filling;
 pub mod frames;

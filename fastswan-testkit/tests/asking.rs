@@ -22,14 +22,11 @@ use fastswan::{
     },
 };
 use fastswan_testkit::{
+    cpu::run_on,
     frames::{Frame, Tag},
     lab,
     prog_run::ProgRun,
     site::{CLIENT, LAN, OUT, PEER, Site},
-};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
 };
 use tokio::time::{sleep, timeout};
 
@@ -50,9 +47,7 @@ fn story(what: &str, tell: impl FnOnce(&Site) + Send) {
     }
     std::thread::scope(|scope| {
         let told = scope.spawn(|| {
-            let mut cpus = CpuSet::new();
-            cpus.set(0).unwrap();
-            sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
+            run_on(&[0]).unwrap();
             let site = Site::new().unwrap();
             site.route().unwrap();
             // It stands for a device of a VLAN, which not every kernel has.

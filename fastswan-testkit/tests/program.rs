@@ -17,14 +17,11 @@ use fastswan::{
 };
 use fastswan_ebpf::{Check, port_position};
 use fastswan_testkit::{
+    cpu::run_on,
     datapath::without,
     frames::{Frame, Tag},
     lab::{self, End, Namespace},
     prog_run::{Outcome, ProgRun},
-};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
 };
 
 const SENDER: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xaa]);
@@ -445,11 +442,7 @@ fn neighbour_discovery_is_the_kernels() {
 fn what_comes_in_on_a_cpu_without_a_channel_of_the_device_passes() {
     with_program(|program, _| {
         let redirected = || Frame::v4("10.1.0.5", "10.3.0.9").macs(SENDER, PORT).udp(1000, 2000);
-        let pin_to = |cpu| {
-            let mut cpus = CpuSet::new();
-            cpus.set(cpu).unwrap();
-            sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
-        };
+        let pin_to = |cpu| run_on(&[cpu]).unwrap();
         let last = std::thread::available_parallelism().unwrap().get() - 1;
         assert!(last > 0, "this takes two processors");
         program.limit_cpus(1).unwrap();

@@ -3,12 +3,9 @@
 use std::{sync::Mutex, time::Duration};
 
 use fastswan_testkit::{
+    cpu,
     datapath::verdicts::{Kind, Tally, VerdictBench, VerdictConfig, VerdictError, VerdictLab},
     lab,
-};
-use nix::{
-    sched::{CpuSet, sched_getaffinity},
-    unistd::Pid,
 };
 
 /// Few, so that a lookup and a change are often of the same one.
@@ -32,8 +29,7 @@ fn judge(
         return None;
     }
     let _alone = PROCESSORS.lock();
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
-    let mut allowed = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap());
+    let mut allowed = cpu::allowed().unwrap().into_iter();
     let first = allowed.next().unwrap();
     // With one CPU only, whichever thread has it is interrupted by the other one.
     let cpus = [first, allowed.next().unwrap_or(first)];

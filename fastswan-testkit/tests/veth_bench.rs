@@ -1,12 +1,9 @@
 //! The bench with live frames counts frames that arrive as they should, whoever forwards them.
 
 use fastswan_testkit::{
+    cpu,
     datapath::veth::{Contestant, VethBench, VethError},
     lab,
-};
-use nix::{
-    sched::{CpuSet, sched_getaffinity},
-    unistd::Pid,
 };
 
 const POLICIES: u32 = 100;
@@ -14,8 +11,7 @@ const FRAMES: u32 = 1 << 12;
 
 /// Up to two CPUs that this process may run on.
 fn cpus() -> Vec<usize> {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
-    (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap()).take(2).collect()
+    cpu::allowed().unwrap().into_iter().take(2).collect()
 }
 
 #[test]

@@ -16,7 +16,6 @@
 
 mod ablation;
 mod bench;
-mod cpu;
 mod error;
 mod flows;
 mod lab;

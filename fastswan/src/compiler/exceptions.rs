@@ -128,12 +128,12 @@ impl Exceptions {
         changes
     }
 
-    /// Whether the table tells it apart.
     /// How many the table has.
     pub(super) fn len(&self) -> usize {
         self.listed.len()
     }
 
+    /// Whether the table tells it apart.
     pub(super) fn is_listed(&self, exception: &Exception) -> bool {
         self.listed.contains(&rank(*exception))
     }

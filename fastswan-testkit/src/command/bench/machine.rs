@@ -3,10 +3,8 @@
 use std::fs;
 
 use anyhow::Context as _;
-use nix::{
-    sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity},
-    unistd::Pid,
-};
+use fastswan_testkit::cpu;
+use nix::sched::sched_getcpu;
 use serde_json::{Value, json};
 
 /// The machine before the bench.
@@ -35,15 +33,7 @@ impl Machine {
 
 /// Keeps this thread on the CPU that it is on.
 pub(super) fn stay_on_this_cpu() -> anyhow::Result<()> {
-    let mut cpus = CpuSet::new();
-    cpus.set(sched_getcpu()?)?;
-    sched_setaffinity(Pid::from_raw(0), &cpus).context("staying on one CPU")
-}
-
-/// The CPUs that this process may run on.
-pub(super) fn allowed_cpus() -> anyhow::Result<Vec<usize>> {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).context("looking for CPUs")?;
-    Ok((0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect())
+    cpu::run_on(&[sched_getcpu()?]).context("staying on one CPU")
 }
 
 /// The load of the machine in the last minute, the last five and the last fifteen.

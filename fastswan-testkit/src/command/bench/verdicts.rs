@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use fastswan_testkit::{
+    cpu,
     datapath::verdicts::{Kind, KindTally, Tally, VerdictBench, VerdictConfig, VerdictLab},
     lab::{clean_up_on_signals, remove_leftovers},
 };
 use serde_json::{Value, json};
 
-use super::machine::{Machine, allowed_cpus};
+use super::machine::Machine;
 
 /// Packets of a run, and flows of each kind of policies.
 const PACKETS: u32 = 1 << 17;
@@ -38,7 +39,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         nix::unistd::geteuid().is_root(),
         "the bench makes network namespaces and loads XDP programs: run it as root"
     );
-    let cpus = allowed_cpus()?;
+    let cpus = cpu::allowed().context("looking for CPUs")?;
     let [first, second, ..] = cpus[..] else {
         anyhow::bail!("policies change on one CPU while packets are looked up on another: two are needed")
     };

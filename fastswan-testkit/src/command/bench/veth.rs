@@ -7,13 +7,14 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, ensure};
 use fastswan_testkit::{
+    cpu,
     datapath::{ASK_BACK, veth::VethBench},
     lab::{clean_up_on_signals, remove_leftovers},
 };
 use serde_json::json;
 
 use self::row::Row;
-use super::machine::{Machine, allowed_cpus};
+use super::machine::Machine;
 
 /// What `cargo testkit bench veth` is told.
 #[derive(Debug, clap::Args)]
@@ -57,7 +58,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         "the bench makes network namespaces and loads XDP programs: run it as root"
     );
     let Arguments { policies, frames, rounds, .. } = arguments;
-    let mut cpus = allowed_cpus()?;
+    let mut cpus = cpu::allowed().context("looking for CPUs")?;
     ensure!(cpus.len() >= arguments.cpus as usize, "only {} CPUs are there: choose with --cpus", cpus.len());
     cpus.truncate(arguments.cpus as usize);
     if let Some(folder) = &arguments.plot {

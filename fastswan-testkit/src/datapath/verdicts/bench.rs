@@ -11,7 +11,7 @@ use fastswan_ebpf::Check;
 use rand::{SeedableRng as _, rngs::SmallRng};
 
 use super::{
-    super::{ablation::without, cpu::stay_on, timing::median},
+    super::{ablation::without, timing::median},
     churn::{Churn, VersionsOfGroups},
     error::VerdictError,
     judge::{Judge, Judged},
@@ -19,7 +19,7 @@ use super::{
     policies::Policies,
     tally::{KindTally, Tally},
 };
-use crate::prog_run::PassCounters;
+use crate::{cpu::run_on, prog_run::PassCounters};
 
 /// Rounds over all kinds while nothing changes, before and after.
 const CALM_ROUNDS: u32 = 5;
@@ -105,7 +105,7 @@ impl VerdictBench {
     /// [`VerdictError`]; wrong verdicts are none.
     pub fn run(self, time: Duration, until_wrong: bool) -> Result<Tally, VerdictError> {
         let [here, there] = self.config.cpus;
-        let pin = |cpu| stay_on(cpu).map_err(VerdictError::system(format!("staying on CPU {cpu}")));
+        let pin = |cpu| run_on(&[cpu]).map_err(VerdictError::system(format!("staying on CPU {cpu}")));
         let Self { config, mut churn, versions, mut judge, passes } = self;
         let (churn, versions, judge, passes) = (&mut churn, &versions, &mut judge, &passes);
         let packets = config.packets;

@@ -6,17 +6,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    super::{
-        cpu::stay_on,
-        error::DatapathError,
-        programs::{Programs, context},
-        timing::{intervals, median},
-    },
-    contestant::Contestant,
-    error::VethError,
-    lab::{ETH, VethLab},
-};
 use aya::{
     TestRun as _, TestRunOptions,
     maps::{MapData, PerCpuArray, PerCpuValues},
@@ -25,6 +14,18 @@ use aya::{
 };
 use fastswan::table::Traffic;
 use fastswan_testkit_ebpf::{LIVE_INTERVAL, MOST_PACKETS};
+
+use super::{
+    super::{
+        error::DatapathError,
+        programs::{Programs, context},
+        timing::{intervals, median},
+    },
+    contestant::Contestant,
+    error::VethError,
+    lab::{ETH, VethLab},
+};
+use crate::cpu::run_on;
 
 /// Frames that the kernel makes and sends at a time, and that a device takes up at a time.
 pub(super) const BATCH: u32 = 64;
@@ -172,7 +173,7 @@ fn run_on_all(
                 let begin = &begin;
                 scope.spawn(move || {
                     let ready = lab.client.join_this_thread().map_err(VethError::from).and_then(|()| {
-                        stay_on(cpu).map_err(VethError::system(format!("staying on CPU {cpu}")))
+                        run_on(&[cpu]).map_err(VethError::system(format!("staying on CPU {cpu}")))
                     });
                     // Also if it is not: the others wait.
                     begin.wait();

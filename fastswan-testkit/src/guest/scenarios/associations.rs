@@ -4,16 +4,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use fastswan::policy::{OffloadDev, OffloadKind, SaId, SecurityAssociation, Template};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 
 use super::{
     oddities::fate,
     scene::{Plan, Scene},
 };
 use crate::{
+    cpu::run_on,
     frames::Frame,
     guest::{Story, wait_at_most, wait_for},
     lab::{LabError, Namespace},
@@ -143,11 +140,4 @@ impl Gateway<'_> {
         let packet = || Frame::v4("10.1.0.5", "10.2.0.9").udp(7000, 7001).payload(64);
         (0..packets).map(|_| Ok(fate(&self.scene, packet())?.at_b)).sum()
     }
-}
-
-/// Lets this thread, and those that it starts, run on these processors only.
-fn run_on(cpus: &[usize]) -> anyhow::Result<()> {
-    let mut set = CpuSet::new();
-    cpus.iter().try_for_each(|cpu| set.set(*cpu))?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
