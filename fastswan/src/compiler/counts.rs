@@ -20,6 +20,24 @@ impl<K: Copy + Ord> Counts<K> {
         *count == 1
     }
 
+    /// Adds all: in one go those that are the same and follow one another.
+    pub(super) fn add_all(&mut self, keys: impl IntoIterator<Item = K>) {
+        let mut run = None;
+        for key in keys {
+            match &mut run {
+                Some((same, count)) if *same == key => *count += 1,
+                _ => self.add_run(run.replace((key, 1))),
+            }
+        }
+        self.add_run(run);
+    }
+
+    fn add_run(&mut self, run: Option<(K, u32)>) {
+        if let Some((key, count)) = run {
+            *self.0.entry(key).or_default() += count;
+        }
+    }
+
     /// Removes one that is there; true if it was the last.
     pub(super) fn remove(&mut self, key: K) -> bool {
         let btree_map::Entry::Occupied(mut entry) = self.0.entry(key) else { return false };

@@ -76,6 +76,15 @@ impl<'p> AddressFacts<'p> {
         }
     }
 
+    /// A prefix around this one, the shortest, inside which [`Self::admit_destination`], or [`Self::admit_source`], says the same of
+    /// every prefix; `None` if inside this one it may not.
+    pub(super) fn even(&self, side: Side, prefix: IpNet) -> Option<IpNet> {
+        match side {
+            Side::Destination => self.routes.even(prefix),
+            Side::Source => self.routes.even_source(prefix),
+        }
+    }
+
     /// Whether the program looks up addresses of a fast cell.
     pub(super) fn probes(&self, side: Side, probes: Probes) -> bool {
         match side {

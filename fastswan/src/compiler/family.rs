@@ -10,6 +10,7 @@ use super::{
     exceptions::{Exceptions, Treatment, exception},
     facts::AddressFacts,
     fit::fit,
+    last::Last,
     plane::{Changed, Plane, State},
     prefix::{Address, Region},
     probed::Probed,
@@ -124,12 +125,12 @@ impl<A: Address> FamilyCompiler<A> {
         }
     }
 
-    /// Starts over with those of these policies that are of the family.
-    pub(super) fn rebuild<'a>(&mut self, policies: impl Iterator<Item = (PolicyKey, &'a Policy)>) {
+    /// Starts over with these policies of the family.
+    pub(super) fn rebuild(&mut self, policies: Vec<(PolicyKey, &Policy)>) {
         let broken = self.broken;
         self.exceptions.restart();
-        let mut regions = Vec::new();
-        for placed in policies.filter_map(|(key, policy)| Placed::of(key, policy, broken)) {
+        let mut regions = Vec::with_capacity(policies.len());
+        for placed in policies.into_iter().filter_map(|(key, policy)| Placed::of(key, policy, broken)) {
             match placed.exception {
                 None => regions.push((placed.region, placed.candidate)),
                 Some(exception) => {
@@ -175,19 +176,18 @@ impl<A: Address> FamilyCompiler<A> {
                 new != choice(old) || new == Some(Ok(Choice::Among)) && state.depends_on_highest()
             });
         }
-        // Many cells that follow one another have the same source.
-        let mut last = None;
-        let mut admit = |cell: &Cell, device| {
-            let destination = facts.admit_destination(cell.destination, device)?;
-            let source = match last {
-                Some((source, admitted)) if source == cell.source => admitted,
-                _ => {
-                    let admitted = facts.admit_source(cell.source);
-                    last = Some((cell.source, admitted));
-                    admitted
-                }
-            };
-            Ok(Probes { destination, source: source?, guards: false })
+        let (mut destinations, mut sources) = <(Last<_, _>, Last<_, _>)>::default();
+        let mut admit = |&Cell { destination, source }: &Cell, device| {
+            let even = |side, prefix| move || facts.even(side, prefix);
+            let destination = destinations.get_or_find(
+                device,
+                destination,
+                even(Side::Destination, destination),
+                || facts.admit_destination(destination, device),
+            )?;
+            let source =
+                sources.get_or_find((), source, even(Side::Source, source), || facts.admit_source(source))?;
+            Ok(Probes { destination, source, guards: false })
         };
         let choose = |state: &State| match state.matches().ok_or(PassReason::Capacity)?.choice(terms)? {
             Choice::IfTold(policy) if !is_told(policy, database, terms) => Err(PassReason::Shadowed),

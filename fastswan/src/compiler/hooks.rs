@@ -1,6 +1,6 @@
 //! Which packets must not skip the kernel because of what hooks into its way of forwarding.
 
-use std::collections::HashMap;
+use hashbrown::HashMap;
 
 use super::obstacles::Obstacle;
 use crate::{

@@ -11,6 +11,7 @@
 //! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
 //! - `exceptions`: policies that ask for a protocol or ports;
 //! - `fit`: what to leave out when a table is too small;
+//! - `last`: the last answer, where many questions follow one another;
 //! - `obstacles`: what keeps everything from being fast;
 //! - `family`: all of this for one address family.
 //!
@@ -37,6 +38,7 @@ mod facts;
 mod family;
 mod fit;
 mod hooks;
+mod last;
 #[cfg(any(test, fuzzing))]
 mod model;
 mod obstacles;
@@ -70,9 +72,9 @@ pub use self::{
 use self::{
     facts::AddressFacts,
     family::{Compiled, FamilyCompiler},
-    path::{Concerns, Paths},
+    path::{Concerns, OuterRoute, OuterRoutes, Paths},
     prefix::Halves,
-    reliance::Reliance,
+    reliance::{Noted, Reliance},
     rule::{eligible, same_way},
     slots::Slots,
 };
@@ -321,12 +323,15 @@ impl Compiler {
         pending.standings.sort_unstable();
         pending.standings.dedup();
         update.slots.reserve(pending.standings.len());
+        let (mut routes, mut noted) = (OuterRoutes::new(&self.paths), Noted::default());
         for key in pending.standings {
             if let (Some(policy), Some(slot)) = (database.policy_with_key(key), self.slots.get(key)) {
-                self.reliance.note(policy, &self.paths);
-                update.slots.push((slot, Some(standing(policy, database, &self.paths))));
+                let outer = routes.of(policy);
+                noted.add(policy, outer);
+                update.slots.push((slot, Some(standing_by(policy, outer, database, &self.paths))));
             }
         }
+        self.reliance.note(noted);
         pending.owners.sort_unstable();
         pending.owners.dedup();
         update.owners.reserve(pending.owners.len());
@@ -473,8 +478,10 @@ impl Compiler {
         }
         pending.standings.extend(self.slots.owners());
         pending.owners.extend(self.slots.owners());
-        self.v4.rebuild(database.keyed_policies());
-        self.v6.rebuild(database.keyed_policies());
+        let is_v4 = |(_, policy): &(PolicyKey, &Policy)| policy.id.selector.family() == Family::V4;
+        let (v4, v6): (Vec<_>, Vec<_>) = database.keyed_policies().partition(is_v4);
+        self.v4.rebuild(v4);
+        self.v6.rebuild(v6);
     }
 
     fn family(&self, family: Family) -> &dyn Compiled {
@@ -526,6 +533,11 @@ fn is_candidate(policy: &Policy) -> bool {
 
 /// How a policy's packets leave, or why they must not.
 fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
+    standing_by(policy, OuterRoutes::new(paths).of(policy), database, paths)
+}
+
+/// The same by a route that is known.
+fn standing_by(policy: &Policy, outer: Option<OuterRoute>, database: &Database, paths: &Paths) -> Standing {
     let template = eligible(policy)?;
     let Some(device) = policy.offload else { return Err(PassReason::NotOffloaded) };
     if database.is_about_to_expire(policy.expires) {
@@ -540,7 +552,7 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     }
     if policy.assumed.is_some() {
         return paths
-            .forwarding(policy, device, template, iter::once(policy.assumed))
+            .forwarding(policy, device, template, outer, iter::once(policy.assumed))
             .ok_or(PassReason::NoPath);
     }
     let associations = database.live_sas(policy);
@@ -549,5 +561,5 @@ fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
     }
     // The device may go on using one that is about to expire, beside another.
     let overheads = associations.map(|sa| sa.overhead);
-    paths.forwarding(policy, device, template, overheads).ok_or(PassReason::NoPath)
+    paths.forwarding(policy, device, template, outer, overheads).ok_or(PassReason::NoPath)
 }

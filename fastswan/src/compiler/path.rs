@@ -1,13 +1,11 @@
 //! How the packets of a policy leave: the device, the Ethernet header and the longest packet.
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::net::{IpAddr, Ipv4Addr};
 
+use hashbrown::HashMap;
 use ipnet::{IpNet, Ipv4Net};
 
-use super::{hooks::HooksAhead, obstacles::Obstacle};
+use super::{hooks::HooksAhead, last::Last, obstacles::Obstacle, rule::eligible};
 use crate::{
     host::{
         Hook, HostChange, HostFacts, Link, Neighbour, PathMtu, RouteKind,
@@ -223,12 +221,13 @@ impl Paths {
 
     /// How a policy's packets leave its device, or `None` if that is not known or not possible.
     ///
-    /// `overheads` are those of the associations that the device may use, at least one; `None` is not known.
+    /// `outer` is the [route](Self::outer_route) of the template, `overheads` are those of the associations that the device may use, at least one; `None` is not known.
     pub(super) fn forwarding(
         &self,
         policy: &Policy,
         device: OffloadDev,
         template: &Template,
+        outer: Option<OuterRoute>,
         overheads: impl Iterator<Item = Option<Overhead>>,
     ) -> Option<Forwarding> {
         let family = policy.id.selector.family();
@@ -246,9 +245,9 @@ impl Paths {
         if !self.may_send_from(template.source) {
             return None;
         }
-        let (gateway, route_mtu) = self.outer_route(template, device.ifindex)?;
+        let route = outer?;
         let longest = link.and_then(|link| {
-            let outer_mtu = route_mtu.unwrap_or(u32::MAX).min(link.mtu(family));
+            let outer_mtu = route.mtu.unwrap_or(u32::MAX).min(link.mtu(family));
             let outer_mtu = bytes(self.longest_if_unclear(template.destination.into()).min(outer_mtu));
             // A rekey is no reason for a packet that is too long for one of the two associations.
             overheads.map(|overhead| Some(overhead?.longest_inner_packet(outer_mtu))).min()?
@@ -260,25 +259,11 @@ impl Paths {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),
             NextHop::Neighbour => {
-                let neighbour = (device.ifindex, neighbour(gateway, template)?);
+                let neighbour = neighbour(policy, device, template, outer)?;
                 Some((link?.address?, *self.neighbours.get(&neighbour)?))
             }
         };
         (max_length > 0).then_some(Forwarding { ifindex: device.ifindex, max_length, rewrite })
-    }
-
-    /// The neighbour that a policy's packets are sent to, if it must be known.
-    pub(super) fn neighbour(
-        &self,
-        policy: &Policy,
-        device: OffloadDev,
-        template: &Template,
-    ) -> Option<(u32, IpAddr)> {
-        if policy.egress.next_hop != NextHop::Neighbour {
-            return None;
-        }
-        let (gateway, _) = self.outer_route(template, device.ifindex)?;
-        Some((device.ifindex, neighbour(gateway, template)?))
     }
 
     /// Whether the kernel finds a route for packets from an outer source: IPv4 asks whether it is an address of the host
@@ -288,17 +273,19 @@ impl Paths {
         source.is_ipv6() || routes.is_vouched() || routes.is_own(source)
     }
 
-    /// Gateway and MTU of the route to a template's destination, if it leads through the device.
-    fn outer_route(&self, template: &Template, device: u32) -> Option<(Option<IpAddr>, Option<u32>)> {
+    /// The route to a template's destination, if it leads through the device.
+    pub(super) fn outer_route(&self, template: &Template, device: u32) -> Option<OuterRoute> {
         let routes = self.routes(template.destination.into());
         if routes.is_vouched() {
-            return Some((None, None));
+            return Some(OuterRoute { gateway: None, mtu: None });
         }
         if routes.is_unknown() {
             return None;
         }
         match routes.answer(template.destination.into(), Purpose::Output(template.source)) {
-            RouteKind::Unicast { ifindex, gateway, mtu } if ifindex == device => Some((gateway, mtu)),
+            RouteKind::Unicast { ifindex, gateway, mtu } if ifindex == device => {
+                Some(OuterRoute { gateway, mtu })
+            }
             _ => None,
         }
     }
@@ -331,9 +318,51 @@ pub(super) enum Concerns {
     Everything,
 }
 
-/// The neighbour that a template's packets go to; `None` if it is one of several.
-fn neighbour(gateway: Option<IpAddr>, template: &Template) -> Option<IpAddr> {
-    Some(gateway.unwrap_or(template.destination)).filter(|address| !address.is_unspecified())
+/// Where a policy's packets go once they are in the tunnel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OuterRoute {
+    gateway: Option<IpAddr>,
+    mtu: Option<u32>,
+}
+
+/// Outer routes of one policy after the other.
+#[derive(Debug)]
+pub(super) struct OuterRoutes<'p> {
+    paths: &'p Paths,
+    /// By device and outer source.
+    last: Last<(u32, IpAddr), Option<OuterRoute>>,
+}
+
+impl<'p> OuterRoutes<'p> {
+    pub(super) fn new(paths: &'p Paths) -> Self {
+        Self { paths, last: Last::default() }
+    }
+
+    /// That of a policy whose packets could be fast.
+    pub(super) fn of(&mut self, policy: &Policy) -> Option<OuterRoute> {
+        let (template, device) = (eligible(policy).ok()?, policy.offload?.ifindex);
+        let far_end = template.destination;
+        self.last.get_or_find(
+            (device, template.source),
+            far_end.into(),
+            || self.paths.routes(far_end.into()).even(far_end.into()),
+            || self.paths.outer_route(template, device),
+        )
+    }
+}
+
+/// The neighbour that a policy's packets are sent to, if it must be known and is not one of several.
+pub(super) fn neighbour(
+    policy: &Policy,
+    device: OffloadDev,
+    template: &Template,
+    outer: Option<OuterRoute>,
+) -> Option<(u32, IpAddr)> {
+    if policy.egress.next_hop != NextHop::Neighbour {
+        return None;
+    }
+    let address = outer?.gateway.unwrap_or(template.destination);
+    (!address.is_unspecified()).then_some((device.ifindex, address))
 }
 
 fn is_named(links: &HashMap<u32, Link>, name: &str) -> bool {

@@ -175,10 +175,10 @@ impl<A: Address> Plane<A> {
             }
         }
         new.own_regions = regions.len();
-        for (region, _) in &regions {
-            new.own_tuples.add(region.tuple());
-            new.count(*region);
-        }
+        let tuples = || regions.iter().map(|(region, _)| region.tuple());
+        new.own_tuples.add_all(tuples());
+        new.tuples = new.own_tuples.clone();
+        new.source_lengths.add_all(tuples().map(|(_, source)| source));
         new.dirty = regions.iter().map(|(region, _)| *region).collect();
         new.by_source = regions.iter().map(|(region, _)| (region.source, region.destination)).collect();
         let shortest = new.source_lengths.iter().next();
@@ -359,8 +359,6 @@ impl<A: Address> Plane<A> {
         mut verdict: impl FnMut(Region<A>, Result<PolicyKey, PassReason>, bool) -> Verdict,
     ) {
         let mut dirty = std::mem::take(&mut self.dirty);
-        dirty.sort_unstable();
-        dirty.dedup();
         let mut cells = std::mem::take(&mut self.cells);
         let mut settled = std::mem::take(&mut self.settled);
         settled.reserve(dirty.len().min(cells.len()));
@@ -380,6 +378,8 @@ impl<A: Address> Plane<A> {
                 ask(*region, state);
             }
         } else {
+            dirty.sort_unstable();
+            dirty.dedup();
             for region in dirty {
                 if let Some(state) = cells.get_mut(&region) {
                     ask(region, state);

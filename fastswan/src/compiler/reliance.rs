@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    path::{Concerns, Paths},
+    path::{self, Concerns, OuterRoute, Paths},
     rule::eligible,
 };
 use crate::policy::{Family, NextHop, Policy};
@@ -30,13 +30,6 @@ struct Addresses {
 }
 
 impl Addresses {
-    fn insert(&mut self, address: IpAddr) {
-        match address {
-            IpAddr::V4(address) => drop(self.v4.insert(address)),
-            IpAddr::V6(address) => drop(self.v6.insert(address)),
-        }
-    }
-
     fn len(&self) -> usize {
         self.v4.len() + self.v6.len()
     }
@@ -45,6 +38,32 @@ impl Addresses {
         match prefix {
             IpNet::V4(prefix) => self.v4.range(prefix.network()..=prefix.broadcast()).next().is_some(),
             IpNet::V6(prefix) => self.v6.range(prefix.network()..=prefix.broadcast()).next().is_some(),
+        }
+    }
+}
+
+/// What some policies depend on.
+#[derive(Debug, Default)]
+pub(super) struct Noted {
+    devices: Vec<u32>,
+    v4: Vec<Ipv4Addr>,
+    v6: Vec<Ipv6Addr>,
+    neighbours: Vec<(u32, IpAddr)>,
+}
+
+impl Noted {
+    /// Takes note of a policy that has a slot, by what its packets would take now.
+    pub(super) fn add(&mut self, policy: &Policy, outer: Option<OuterRoute>) {
+        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return };
+        push_other(&mut self.devices, device.ifindex);
+        for address in [template.source, template.destination] {
+            match address {
+                IpAddr::V4(address) => push_other(&mut self.v4, address),
+                IpAddr::V6(address) => push_other(&mut self.v6, address),
+            }
+        }
+        if let Some(neighbour) = path::neighbour(policy, device, template, outer) {
+            push_other(&mut self.neighbours, neighbour);
         }
     }
 }
@@ -58,14 +77,12 @@ struct Changed {
 }
 
 impl Reliance {
-    /// Takes note of a policy that has a slot, by what its packets would take now. What it took before is still noted; that
-    /// costs no more than a look at it.
-    pub(super) fn note(&mut self, policy: &Policy, paths: &Paths) {
-        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return };
-        self.devices.insert(device.ifindex);
-        self.addresses.insert(template.source);
-        self.addresses.insert(template.destination);
-        self.neighbours.extend(paths.neighbour(policy, device, template));
+    /// Keeps what was noted. What policies took before is still there; that costs no more than a look at them.
+    pub(super) fn note(&mut self, noted: Noted) {
+        add_all(&mut self.devices, noted.devices);
+        add_all(&mut self.addresses.v4, noted.v4);
+        add_all(&mut self.addresses.v6, noted.v6);
+        add_all(&mut self.neighbours, noted.neighbours);
     }
 
     /// Takes note of a change.
@@ -115,9 +132,11 @@ impl Reliance {
         };
         // Which neighbour it was, the route may no longer tell.
         let is_sent_to = || match policy.egress.next_hop {
-            NextHop::Neighbour => paths
-                .neighbour(policy, device, template)
-                .is_none_or(|neighbour| changed.neighbours.contains(&neighbour)),
+            NextHop::Neighbour => {
+                let outer = paths.outer_route(template, device.ifindex);
+                path::neighbour(policy, device, template, outer)
+                    .is_none_or(|neighbour| changed.neighbours.contains(&neighbour))
+            }
             NextHop::Device | NextHop::Fixed { .. } => false,
         };
         changed.is_everything
@@ -131,5 +150,21 @@ impl Reliance {
         if std::mem::take(&mut self.changed).is_everything {
             *self = Self::default();
         }
+    }
+}
+
+/// Adds one unless it is the last: policies that follow one another often have the same.
+fn push_other<T: PartialEq>(list: &mut Vec<T>, new: T) {
+    if list.last() != Some(&new) {
+        list.push(new);
+    }
+}
+
+/// Many are put in order first, and then all go through the set together: that costs less than a search for each.
+fn add_all<T: Ord>(set: &mut BTreeSet<T>, new: Vec<T>) {
+    if new.len() > set.len() / 8 {
+        set.append(&mut new.into_iter().collect());
+    } else {
+        set.extend(new);
     }
 }

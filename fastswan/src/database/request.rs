@@ -36,14 +36,22 @@ pub(super) struct ByRequest<K> {
     /// The first key of each chain.
     heads: HashTable<K>,
     /// By key.
-    links: Vec<Links<K>>,
+    links: Vec<Links>,
     hasher: DefaultHashBuilder,
 }
 
+/// Numbers, and [`NONE`] at the ends: an `Option` would take as much again.
 #[derive(Clone, Copy, Debug)]
-struct Links<K> {
-    next: Option<K>,
-    previous: Option<K>,
+struct Links {
+    next: u32,
+    previous: u32,
+}
+
+/// No key has this number.
+const NONE: u32 = u32::MAX;
+
+impl Links {
+    const ALONE: Self = Self { next: NONE, previous: NONE };
 }
 
 impl<K> Default for ByRequest<K> {
@@ -66,32 +74,32 @@ impl<K: Key> ByRequest<K> {
         let next = match self.heads.entry(hash(request), is_it, |head| request_of(*head).map_or(0, hash)) {
             Entry::Vacant(vacant) => {
                 vacant.insert(key);
-                None
+                NONE
             }
-            Entry::Occupied(mut head) => Some(std::mem::replace(head.get_mut(), key)),
+            Entry::Occupied(mut head) => std::mem::replace(head.get_mut(), key).number(),
         };
         if self.links.len() <= key.index() {
-            self.links.resize(key.index() + 1, Links { next: None, previous: None });
+            self.links.resize(key.index() + 1, Links::ALONE);
         }
-        self.links[key.index()] = Links { next, previous: None };
-        if let Some(next) = next {
-            self.links[next.index()].previous = Some(key);
+        self.links[key.index()] = Links { next, ..Links::ALONE };
+        if let Some(next) = self.links_of(next) {
+            next.previous = key.number();
         }
     }
 
     /// Removes a key that is there.
     pub(super) fn remove(&mut self, key: K, request: Request) {
         let Links { next, previous } = self.links[key.index()];
-        if let Some(next) = next {
-            self.links[next.index()].previous = previous;
+        if let Some(next) = self.links_of(next) {
+            next.previous = previous;
         }
-        if let Some(previous) = previous {
-            self.links[previous.index()].next = next;
+        if let Some(previous) = self.links_of(previous) {
+            previous.next = next;
         } else if let Ok(mut head) = self.heads.find_entry(self.hasher.hash_one(request), |head| *head == key)
         {
             match next {
-                Some(next) => *head.get_mut() = next,
-                None => drop(head.remove()),
+                NONE => drop(head.remove()),
+                next => *head.get_mut() = K::new(next),
             }
         }
     }
@@ -103,6 +111,14 @@ impl<K: Key> ByRequest<K> {
         request_of: impl Fn(K) -> Option<Request>,
     ) -> impl Iterator<Item = K> + Clone {
         let head = self.heads.find(self.hasher.hash_one(request), |head| request_of(*head) == Some(request));
-        iter::successors(head.copied(), |key| self.links[key.index()].next)
+        iter::successors(head.copied(), |key| {
+            let Links { next, .. } = self.links[key.index()];
+            (next != NONE).then(|| K::new(next))
+        })
+    }
+
+    /// Those of a key by its number; `None` of [`NONE`].
+    fn links_of(&mut self, number: u32) -> Option<&mut Links> {
+        (number != NONE).then(|| &mut self.links[K::new(number).index()])
     }
 }

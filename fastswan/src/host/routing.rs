@@ -505,6 +505,31 @@ impl Routes {
         IpNet::new(prefix.addr(), length).ok().map(|prefix| prefix.trunc())
     }
 
+    /// The shortest prefix that contains one and inside which all have the same answer, for any purpose; `None` if inside that one
+    /// some may have another.
+    pub(crate) fn even(&self, prefix: IpNet) -> Option<IpNet> {
+        let tables = self.asked().filter_map(|table| self.tables.get(&table));
+        let tables = tables.map(|trie| trie.even(prefix.into()));
+        let before = self.path_mtus.range(..prefix.network()).next_back();
+        let learnt = before.into_iter().chain(self.path_mtus.range(prefix.network()..).next());
+        let learnt = learnt.map(|(address, _)| IpNet::from(*address));
+        even(prefix, tables.chain(beside(prefix, self.destinations().chain(learnt))))
+    }
+
+    /// The same for packets from there, for which addresses of the host and sources of rules make a difference, too.
+    pub(crate) fn even_source(&self, prefix: IpNet) -> Option<IpNet> {
+        let own = match prefix {
+            IpNet::V4(prefix) => {
+                let before = self.own.range(..prefix.network()).next_back();
+                before.into_iter().chain(self.own.range(prefix.network()..).next()).copied().collect()
+            }
+            IpNet::V6(_) => Vec::new(),
+        };
+        let own = own.into_iter().map(|own| IpNet::from(Ipv4Net::from(own)));
+        let others = beside(prefix, self.special_sources().chain(own));
+        even(prefix, others.chain([self.even(prefix).map(|even| even.prefix_len())]))
+    }
+
     /// The prefixes strictly inside one that have a route or a rule of their own, in order. Without those of subtrees where
     /// all routes are like the one that covers them, as `same` says of that one and of what occurs there.
     pub(crate) fn inside(
@@ -572,6 +597,19 @@ impl Routes {
     fn destinations(&self) -> impl Iterator<Item = IpNet> {
         self.steps.iter().filter_map(|step| step.destination)
     }
+}
+
+/// For each other prefix the length of the shortest one that contains a prefix, and not the other one strictly.
+fn beside(prefix: IpNet, others: impl Iterator<Item = IpNet>) -> impl Iterator<Item = Option<u8>> {
+    let key = Key::from(prefix);
+    others.map(move |other| key.even_beside(other.into()))
+}
+
+/// The prefix that contains one and has the longest of these lengths, if all are known.
+fn even(prefix: IpNet, lengths: impl Iterator<Item = Option<u8>>) -> Option<IpNet> {
+    let mut lengths = lengths;
+    let length = lengths.try_fold(0, |longest, length| Some(longest.max(length?)))?;
+    IpNet::new(prefix.addr(), length).ok().map(|even| even.trunc())
 }
 
 /// What is certain when packets may get either of two answers. If one is that the address is the host's own, it may be.
@@ -1061,6 +1099,42 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(512))]
+
+        /// Where a prefix is even, every address has its answers, and all of the host's addresses and special sources lie elsewhere.
+        #[test]
+        fn where_it_is_even_the_same_holds_everywhere(
+            rules in proptest::collection::vec(any_rule(), 0..6),
+            routes in any_routes(),
+            learnt in proptest::collection::vec(0..16u8, 0..3),
+            own in proptest::collection::vec(0..16u8, 0..3),
+            asked in prefix(),
+        ) {
+            let rules = if rules.is_empty() { Rule::ordinary(Family::V4).into() } else { rules };
+            let mut known = Routes::new(&host(rules, routes), Family::V4);
+            for own in own {
+                known.set_own([10, 0, 0, own].into(), true);
+            }
+            for learnt in learnt {
+                known.set_path_mtu([10, 0, 0, learnt].into(), Some(1300));
+            }
+            let special: Vec<IpNet> = known.special_sources().collect();
+            let addresses = |even: Option<IpNet>| {
+                let all = (0..16u8).map(|host| IpAddr::from([10, 0, 0, host]));
+                all.filter(move |address| even.is_some_and(|even| even.contains(address)))
+            };
+            let answers = |of: IpNet| {
+                [Purpose::Forward, Purpose::Return, Purpose::Output([10, 0, 0, 1].into())].map(|p| known.answer(of, p))
+            };
+            for address in addresses(known.even(asked)) {
+                prop_assert_eq!(answers(address.into()), answers(asked), "{}", address);
+            }
+            for address in addresses(known.even_source(asked)) {
+                let is_special = special.iter().any(|special| special.contains(&asked));
+                prop_assert_eq!(known.special_rule(address).is_some(), is_special, "{}", address);
+                prop_assert_eq!(known.has_own(address.into()), known.has_own(asked), "{}", address);
+                prop_assert_eq!(answers(address.into()), answers(asked), "{}", address);
+            }
+        }
 
         /// Where an answer is certain, every packet gets it, whatever else it is; and of a prefix inside which nothing is
         /// found that may differ, all addresses have one.

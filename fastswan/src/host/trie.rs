@@ -44,6 +44,15 @@ impl Key {
         Self { bits: self.bits & !host_bits, length }
     }
 
+    /// The length of the shortest prefix that contains this one, but not another one strictly; `None` if this one does.
+    pub(super) fn even_beside(self, other: Self) -> Option<u8> {
+        if other.contains(self) {
+            return Some(other.length);
+        }
+        let common = self.common(other).length;
+        (common < self.length).then_some(common + 1)
+    }
+
     /// The prefix, given the family.
     pub(super) fn net(self, is_v4: bool) -> IpNet {
         let address = if is_v4 {
@@ -289,6 +298,24 @@ impl Trie {
         at != NONE && (node.key != key || node.children != [NONE; 2])
     }
 
+    /// The length of the shortest prefix that contains one and has none with a value strictly inside; `None` if that one has.
+    pub(super) fn even(&self, key: Key) -> Option<u8> {
+        let mut even = 0;
+        let mut at = self.root;
+        while at != NONE {
+            let node = &self.nodes[at as usize];
+            if !node.key.contains(key) || node.children == [NONE; 2] {
+                return key.even_beside(node.key);
+            }
+            if node.key.length == key.length {
+                return None;
+            }
+            even = node.key.length + 1;
+            at = node.children[key.bit(node.key.length)];
+        }
+        Some(even)
+    }
+
     /// The topmost node inside a prefix.
     fn top(&self, key: Key) -> u32 {
         let mut at = self.root;
@@ -348,6 +375,11 @@ mod tests {
             prop_assert_eq!(trie.covering(asked.into()), covering);
             let inside: Vec<_> = list.iter().filter(|(prefix, _)| asked.contains(*prefix) && **prefix != asked).collect();
             prop_assert_eq!(trie.has_inside(asked.into()), !inside.is_empty());
+            let is_even = |length: &u8| {
+                let outer = IpNet::new(asked.addr(), *length).unwrap().trunc();
+                list.keys().all(|prefix| *prefix == outer || !outer.contains(prefix))
+            };
+            prop_assert_eq!(trie.even(asked.into()), (0..=asked.prefix_len()).find(is_even));
             let mut found = Vec::new();
             trie.each_inside(asked.into(), |_, _| false, |key, value| found.push((key.net(true), value)));
             prop_assert_eq!(found, inside.iter().map(|(prefix, value)| (**prefix, **value)).collect::<Vec<_>>());

@@ -9,9 +9,10 @@
 // Numbers are packed into words, and unpacked from them.
 #![allow(clippy::cast_possible_truncation)]
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 
 use fastswan_ebpf::{Forwarded, PassReason, SlotRecord, Way};
+use hashbrown::{HashMap, HashSet};
 
 use super::{Forwarding, Slot, Standing, TableError, Traffic, mmap::Region};
 use crate::policy::MacAddr;
