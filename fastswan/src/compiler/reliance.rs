@@ -46,8 +46,9 @@ impl Addresses {
 #[derive(Debug, Default)]
 pub(super) struct Noted {
     devices: Vec<u32>,
-    v4: Vec<Ipv4Addr>,
-    v6: Vec<Ipv6Addr>,
+    /// At either end.
+    v4: [Vec<Ipv4Addr>; 2],
+    v6: [Vec<Ipv6Addr>; 2],
     neighbours: Vec<(u32, IpAddr)>,
 }
 
@@ -56,10 +57,10 @@ impl Noted {
     pub(super) fn add(&mut self, policy: &Policy, outer: Option<OuterRoute>) {
         let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return };
         push_other(&mut self.devices, device.ifindex);
-        for address in [template.source, template.destination] {
+        for (end, address) in [template.source, template.destination].into_iter().enumerate() {
             match address {
-                IpAddr::V4(address) => push_other(&mut self.v4, address),
-                IpAddr::V6(address) => push_other(&mut self.v6, address),
+                IpAddr::V4(address) => push_other(&mut self.v4[end], address),
+                IpAddr::V6(address) => push_other(&mut self.v6[end], address),
             }
         }
         if let Some(neighbour) = path::neighbour(policy, device, template, outer) {
@@ -80,8 +81,8 @@ impl Reliance {
     /// Keeps what was noted. What policies took before is still there; that costs no more than a look at them.
     pub(super) fn note(&mut self, noted: Noted) {
         add_all(&mut self.devices, noted.devices);
-        add_all(&mut self.addresses.v4, noted.v4);
-        add_all(&mut self.addresses.v6, noted.v6);
+        noted.v4.into_iter().for_each(|end| add_all(&mut self.addresses.v4, end));
+        noted.v6.into_iter().for_each(|end| add_all(&mut self.addresses.v6, end));
         add_all(&mut self.neighbours, noted.neighbours);
     }
 

@@ -580,10 +580,12 @@ impl Database {
             [ref template] if policy.offload.is_some() => Some(template),
             _ => None,
         };
-        template.into_iter().flat_map(move |template| {
+        // Looked up here, and not each time that the answer is gone through.
+        let asked = template.map(|template| {
             let asked = self.sas.of_request(Request::of(policy, template)).map(|(_, sa)| sa);
             asked.filter(|sa| sa.source == template.source)
-        })
+        });
+        asked.into_iter().flatten()
     }
 
     /// When this is.
