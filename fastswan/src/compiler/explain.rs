@@ -11,7 +11,7 @@ use super::{
     Compiler, exceptions,
     facts::AddressFacts,
     rule::{Candidate, Terms, eligible, is_check, judge, same_way},
-    standing,
+    standings::Standings,
 };
 use crate::{
     database::{Database, Freshness},
@@ -283,7 +283,7 @@ impl Compiler {
             }
         }
         let matching: Vec<&Policy> = database.policies().filter(|policy| is_about(policy, flow)).collect();
-        let compiled = self.family(family);
+        let compiled = self.verdicts.family(family);
         let is_listed = |policy: &&&Policy| {
             exceptions::exception(policy).is_some_and(|exception| compiled.exceptions().is_listed(&exception))
         };
@@ -317,7 +317,8 @@ impl Compiler {
         };
         let owner = matching.iter().find(|policy| self.slot(database, &policy.id) == Some(slot));
         let Some(policy) = owner else { return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)) };
-        let forwarding = standing(policy, database, &self.paths)
+        let forwarding = Standings::new(database, &self.paths)
+            .of(policy)
             .map_err(|reason| pass(reason, self.of_standing(database, policy, reason)))?;
         if probes.guards && compiled.is_guarded(flow.source) {
             let is_guard =

@@ -6,14 +6,15 @@
 //!
 //! - `rule`: when the kernel's choice among policies is certain;
 //! - `plane`: into which cells the policies split the plane of addresses;
-//! - `path`: how a policy's packets leave;
+//! - `path`, `standings`: how a policy's packets leave;
 //! - `hooks`: what packets must not skip on their way;
 //! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
 //! - `exceptions`: policies that ask for a protocol or ports;
 //! - `fit`: what to leave out when a table is too small;
 //! - `last`: the last answer, where many questions follow one another;
 //! - `obstacles`: what keeps everything from being fast;
-//! - `family`: all of this for one address family.
+//! - `family`: the verdicts of one address family;
+//! - `verdicts`: those of both, and whose slots are in use.
 //!
 //! Policies that ask for a protocol or for ports are not cells but [exceptions](crate::table::Exception):
 //! packets that they match pass, and what they do not match is not their business. Inbound policies do not
@@ -51,8 +52,10 @@ mod properties;
 mod reliance;
 mod rule;
 mod slots;
+mod standings;
 #[cfg(test)]
 mod stories;
+mod verdicts;
 
 #[cfg(feature = "broken-rules")]
 pub use self::broken::BrokenRule;
@@ -60,7 +63,7 @@ pub use self::broken::BrokenRule;
 #[doc(hidden)]
 pub use self::brute_force::fuzz;
 
-use std::{collections::BTreeMap, iter};
+use std::{collections::BTreeMap, panic::resume_unwind, thread};
 
 use fastswan_ebpf::PassReason;
 use ipnet::{IpNet, Ipv4Net};
@@ -71,19 +74,22 @@ pub use self::{
 };
 use self::{
     facts::AddressFacts,
-    family::{Compiled, FamilyCompiler},
-    path::{Concerns, OuterRoute, OuterRoutes, Paths},
-    prefix::Halves,
-    reliance::{Noted, Reliance},
-    rule::{eligible, same_way},
-    slots::Slots,
+    family::Compiled as _,
+    path::{Concerns, Paths},
+    reliance::Reliance,
+    rule::same_way,
+    standings::Standings,
+    verdicts::{Pending, Verdicts},
 };
 use crate::{
-    database::{Change, Database, PolicyKey, Revision},
+    database::{Database, PolicyKey, Revision},
     host::{HostChange, HostFacts, PathMtu},
-    policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
-    table::{Capacity, Room, Slot, Standing, TableUpdate, Verdict},
+    policy::{Direction, Family, OffloadDev, Policy, PolicyId},
+    table::{Capacity, Room, Slot, TableUpdate, Verdict},
 };
+
+/// Of so many policies a second thread works out faster how packets leave than it takes to start it.
+const MANY: usize = 10_000;
 
 /// Compiles a database to a table.
 ///
@@ -116,13 +122,9 @@ use crate::{
 pub struct Compiler {
     capacity: Capacity,
     paths: Paths,
-    slots: Slots,
-    v4: FamilyCompiler<u32>,
-    v6: FamilyCompiler<Halves>,
+    verdicts: Verdicts,
     /// When the database was last looked at; `None` if nothing of it is compiled.
     revision: Option<Revision>,
-    /// Whose slots are in use.
-    database: Option<u64>,
     /// What of the host slots depend on, and what of that has changed.
     reliance: Reliance,
 }
@@ -171,16 +173,6 @@ pub(crate) struct Part {
     pub(crate) next: Option<PolicyKey>,
 }
 
-/// What changes leave to be looked at again.
-#[derive(Debug, Default)]
-struct Pending {
-    /// Policies whose packets may leave in another way.
-    standings: Vec<PolicyKey>,
-    /// Policies that may have another slot or index.
-    owners: Vec<PolicyKey>,
-    freed: Vec<Slot>,
-}
-
 impl Compiler {
     /// A compiler for a table of this capacity that holds nothing yet. Nothing is known about the host, so
     /// nothing is fast before [`set_host`](Self::set_host).
@@ -188,12 +180,9 @@ impl Compiler {
     pub fn new(capacity: Capacity) -> Self {
         Self {
             capacity,
-            slots: Slots::default(),
-            v4: FamilyCompiler::new(Family::V4, &capacity),
-            v6: FamilyCompiler::new(Family::V6, &capacity),
             paths: Paths::new(&HostFacts::default()),
+            verdicts: Verdicts::new(&capacity),
             revision: None,
-            database: None,
             reliance: Reliance::default(),
         }
     }
@@ -202,9 +191,9 @@ impl Compiler {
     #[cfg(feature = "broken-rules")]
     #[must_use]
     pub fn with_broken_rule(mut self, rule: BrokenRule) -> Self {
-        self.v4.set_broken(rule);
-        self.v6.set_broken(rule);
-        self.slots.set_hoarding(rule == BrokenRule::Descendants);
+        self.verdicts.v4.set_broken(rule);
+        self.verdicts.v6.set_broken(rule);
+        self.verdicts.slots.set_hoarding(rule == BrokenRule::Descendants);
         self
     }
 
@@ -232,8 +221,8 @@ impl Compiler {
         let facts = AddressFacts::new(&self.paths, family);
         let before = facts.both(prefix);
         match family {
-            Family::V4 => self.v4.forget_addresses(prefix, facts),
-            Family::V6 => self.v6.forget_addresses(prefix, facts),
+            Family::V4 => self.verdicts.v4.forget_addresses(prefix, facts),
+            Family::V6 => self.verdicts.v6.forget_addresses(prefix, facts),
         }
         let concerns = self.paths.change(change);
         let facts = AddressFacts::new(&self.paths, family);
@@ -242,8 +231,8 @@ impl Compiler {
         let routes = self.paths.routes(family);
         let matters = |inside| table.is_none_or(|table| routes.may_decide(table, prefix, inside));
         match family {
-            Family::V4 => self.v4.learn_addresses(prefix, facts, is_other, matters),
-            Family::V6 => self.v6.learn_addresses(prefix, facts, is_other, matters),
+            Family::V4 => self.verdicts.v4.learn_addresses(prefix, facts, is_other, matters),
+            Family::V6 => self.verdicts.v6.learn_addresses(prefix, facts, is_other, matters),
         }
         self.take_up(concerns);
     }
@@ -252,8 +241,8 @@ impl Compiler {
     /// that have slots, if more has changed than the database remembers.
     pub(crate) fn awaited(&self, database: &Database) -> usize {
         let is_followed = self.revision.is_none_or(|revision| database.changes_since(revision).is_some());
-        let of_policies = if is_followed { 0 } else { self.slots.len() };
-        self.v4.touched() + self.v6.touched() + of_policies
+        let of_policies = if is_followed { 0 } else { self.verdicts.slots.len() };
+        self.verdicts.touched() + of_policies
     }
 
     fn take_up(&mut self, concerns: Concerns) {
@@ -264,8 +253,7 @@ impl Compiler {
     }
 
     fn everything_changed(&mut self) {
-        self.v4.facts_changed();
-        self.v6.facts_changed();
+        self.verdicts.facts_changed();
         self.reliance.changed(Concerns::Everything);
     }
 
@@ -276,68 +264,75 @@ impl Compiler {
     /// The database may be another one than last time.
     pub fn compile(&mut self, database: &Database) -> TableUpdate {
         let mut update = TableUpdate::default();
+        let Self { paths, verdicts, revision, reliance, .. } = self;
         if !database.is_current() {
-            if self.revision.take().is_some() {
-                self.v4.clear(&mut update);
-                self.v6.clear(&mut update);
+            if revision.take().is_some() {
+                verdicts.clear(&mut update);
             }
             return update;
         }
         let mut pending = Pending::default();
-        let revision = self.revision.replace(database.revision());
-        let changes = revision.and_then(|revision| database.changes_since(revision));
+        let before = revision.replace(database.revision());
+        let changes = before.and_then(|revision| database.changes_since(revision));
         let is_followed = changes.is_some();
         if let Some(changes) = changes {
-            self.follow(changes, database, &mut pending);
+            verdicts.follow(changes, database, &mut pending);
         }
-        if !is_followed || self.v4.is_worth_rebuilding() || self.v6.is_worth_rebuilding() {
-            self.rebuild(database, &mut pending);
-        }
-        self.reliance.limit(self.slots.len());
+        let is_rebuilt = !is_followed || verdicts.are_worth_rebuilding();
+        reliance.limit(verdicts.slots.len());
         // All policies are looked at only if something has changed that they may rely on.
-        if self.reliance.has_changed() {
-            let concerned = self.slots.owners().filter(|key| {
-                database
-                    .policy_with_key(*key)
-                    .is_some_and(|policy| self.reliance.concerns(policy, &self.paths))
-            });
-            pending.standings.extend(concerned);
+        if !is_rebuilt && reliance.has_changed() {
+            let owners = verdicts.slots.owners();
+            pending.standings.extend(owners.filter(|key| {
+                database.policy_with_key(*key).is_some_and(|policy| reliance.concerns(policy, paths))
+            }));
         }
-        self.reliance.take_up();
-        loop {
-            self.settle(database, &mut pending);
-            // A slot that was freed may be one that another policy waits for.
-            let waiting = self.slots.next_waiting();
-            if waiting.is_empty() {
-                break;
+        reliance.take_up();
+
+        // Many standings are worked out while the verdicts are: neither depends on the other.
+        let ahead = if is_rebuilt {
+            candidates(database).map(|(key, _)| key).collect()
+        } else {
+            in_order(&mut pending.standings);
+            pending.standings.clone()
+        };
+        let standings = || Standings::new(database, paths);
+        let (known, noted) = thread::scope(|scope| {
+            let ahead = if ahead.len() < MANY {
+                None
+            } else {
+                // Where there can be no other thread, they are worked out below.
+                thread::Builder::new().spawn_scoped(scope, || standings().of_all(ahead)).ok()
+            };
+            if is_rebuilt {
+                verdicts.rebuild(database, &mut pending);
             }
-            for policy in waiting.into_iter().filter_map(|key| database.policy_with_key(key)) {
-                self.v4.touch(policy);
-                self.v6.touch(policy);
-            }
-        }
-        self.v4.finish(AddressFacts::new(&self.paths, Family::V4), &mut update);
-        self.v6.finish(AddressFacts::new(&self.paths, Family::V6), &mut update);
+            verdicts.settle(database, paths, &mut pending);
+            verdicts.finish(paths, &mut update);
+            let ahead = ahead.map(|ahead| ahead.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            ahead.unwrap_or_default()
+        });
+        reliance.note(noted);
 
         update.slots.extend(pending.freed.into_iter().map(|slot| (slot, None)));
-        pending.standings.sort_unstable();
-        pending.standings.dedup();
+        in_order(&mut pending.standings);
         update.slots.reserve(pending.standings.len());
-        let (mut routes, mut noted) = (OuterRoutes::new(&self.paths), Noted::default());
+        let (mut known, mut standings) = (known.into_iter().peekable(), standings());
         for key in pending.standings {
-            if let (Some(policy), Some(slot)) = (database.policy_with_key(key), self.slots.get(key)) {
-                let outer = routes.of(policy);
-                noted.add(policy, outer);
-                update.slots.push((slot, Some(standing_by(policy, outer, database, &self.paths))));
+            if let (Some(policy), Some(slot)) = (database.policy_with_key(key), verdicts.slots.get(key)) {
+                while known.next_if(|(other, _)| *other < key).is_some() {}
+                let known = known.next_if(|(other, _)| *other == key);
+                let standing = known.map_or_else(|| standings.of(policy), |(_, standing)| standing);
+                update.slots.push((slot, Some(standing)));
             }
         }
-        self.reliance.note(noted);
-        pending.owners.sort_unstable();
-        pending.owners.dedup();
+        reliance.note(standings.noted());
+        in_order(&mut pending.owners);
         update.owners.reserve(pending.owners.len());
-        let owners = pending.owners.into_iter();
-        let owners =
-            owners.filter_map(|key| Some((self.slots.get(key)?, database.policy_with_key(key)?.index)));
+        let owners = pending
+            .owners
+            .into_iter()
+            .filter_map(|key| Some((verdicts.slots.get(key)?, database.policy_with_key(key)?.index)));
         update.owners.extend(owners);
         update
     }
@@ -345,7 +340,7 @@ impl Compiler {
     /// The slot of a policy that is or was fast.
     #[must_use]
     pub fn slot(&self, database: &Database, policy: &PolicyId) -> Option<Slot> {
-        self.slots.get(database.key_of(policy)?)
+        self.verdicts.slots.get(database.key_of(policy)?)
     }
 
     /// The packet-offloaded outbound policies of the database that was compiled last, IPv4 first, ordered by
@@ -354,7 +349,7 @@ impl Compiler {
     pub fn policies(&self, database: &Database) -> Vec<PolicyReport> {
         let reports = candidates(database).map(|(key, policy)| PolicyReport {
             id: policy.id.clone(),
-            slot: self.slots.get(key),
+            slot: self.verdicts.slots.get(key),
             state: self.state(database, key, policy),
         });
         let mut reports: Vec<_> = reports.collect();
@@ -373,7 +368,8 @@ impl Compiler {
             part.next = Some(PolicyKey(key.0 + 1));
             if is_candidate(policy) {
                 let state = self.state(database, key, policy);
-                let report = PolicyReport { id: policy.id.clone(), slot: self.slots.get(key), state };
+                let report =
+                    PolicyReport { id: policy.id.clone(), slot: self.verdicts.slots.get(key), state };
                 part.reports.push((report, policy.offload));
             } else {
                 part.software += u64::from(policy.id.direction == Direction::Out);
@@ -391,104 +387,35 @@ impl Compiler {
         let Capacity { cells_v4, cells_v6, exceptions, slots, .. } = self.capacity;
         let room = |used, limit| Room { used, limit };
         BTreeMap::from([
-            ("slots", room(self.slots.len(), slots)),
-            ("cells_v4", room(self.v4.cells_in_use(), cells_v4)),
-            ("cells_v6", room(self.v6.cells_in_use(), cells_v6)),
-            ("exceptions_v4", room(self.v4.exceptions().len(), exceptions)),
-            ("exceptions_v6", room(self.v6.exceptions().len(), exceptions)),
+            ("slots", room(self.verdicts.slots.len(), slots)),
+            ("cells_v4", room(self.verdicts.v4.cells_in_use(), cells_v4)),
+            ("cells_v6", room(self.verdicts.v6.cells_in_use(), cells_v6)),
+            ("exceptions_v4", room(self.verdicts.v4.exceptions().len(), exceptions)),
+            ("exceptions_v6", room(self.verdicts.v6.exceptions().len(), exceptions)),
         ])
     }
 
     /// The policy that has a slot. Looks through all slots.
     pub(crate) fn policy_of<'d>(&self, database: &'d Database, slot: Slot) -> Option<&'d PolicyId> {
-        let key = self.slots.owners().find(|key| self.slots.get(*key) == Some(slot))?;
+        let key = self.verdicts.slots.owners().find(|key| self.verdicts.slots.get(*key) == Some(slot))?;
         database.policy_with_key(key).map(|policy| &policy.id)
     }
 
     /// The slot of a policy that was just removed, and is not compiled yet.
     pub(crate) fn slot_of_key(&self, key: PolicyKey) -> Option<Slot> {
-        self.slots.get(key)
+        self.verdicts.slots.get(key)
     }
 
     /// Slots and states of the same policies, in no particular order.
     pub(crate) fn states(&self, database: &Database) -> impl Iterator<Item = (Option<Slot>, PolicyState)> {
-        candidates(database).map(|(key, policy)| (self.slots.get(key), self.state(database, key, policy)))
+        candidates(database)
+            .map(|(key, policy)| (self.verdicts.slots.get(key), self.state(database, key, policy)))
     }
 
     /// How many policies are fast. Looks at all of them.
     #[must_use]
     pub fn fast_policies(&self, database: &Database) -> usize {
         self.states(database).filter(|(_, state)| *state == PolicyState::Fast).count()
-    }
-
-    /// Brings the verdicts of cells up to date.
-    fn settle(&mut self, database: &Database, pending: &mut Pending) {
-        let (slots, limit) = (&mut self.slots, self.capacity.slots);
-        let mut slot = |key, policy: &Policy| {
-            eligible(policy)?;
-            let device = policy.offload.ok_or(PassReason::NotOffloaded)?.ifindex;
-            if let Some(slot) = slots.get(key) {
-                return Ok((slot, device));
-            }
-            pending.standings.push(key);
-            pending.owners.push(key);
-            let slot = slots.allocate(key, database.generation(key), limit).ok_or(PassReason::Capacity)?;
-            Ok((slot, device))
-        };
-        self.v4.settle(database, AddressFacts::new(&self.paths, Family::V4), &mut slot);
-        self.v6.settle(database, AddressFacts::new(&self.paths, Family::V6), &mut slot);
-    }
-
-    /// Takes up changes one by one.
-    fn follow<'a>(
-        &mut self,
-        changes: impl Iterator<Item = &'a Change>,
-        database: &Database,
-        pending: &mut Pending,
-    ) {
-        // What was known about each policy: the first that is told. What it is now, the database tells.
-        let mut before: BTreeMap<PolicyKey, Option<&Policy>> = BTreeMap::new();
-        for change in changes {
-            match change {
-                Change::Policy { key, before: policy } => {
-                    before.entry(*key).or_insert(policy.as_deref());
-                }
-                Change::Sa(request) => pending.standings.extend(database.policies_asking_for(*request)),
-                Change::DefaultPolicy => pending.standings.extend(self.slots.owners()),
-            }
-        }
-        for (key, before) in before {
-            let now = database.policy_with_key(key);
-            pending.freed.extend(self.slots.release(key, now.map(|_| database.generation(key))));
-            pending.standings.push(key);
-            pending.owners.push(key);
-            self.v4.replace(key, before, now);
-            self.v6.replace(key, before, now);
-        }
-    }
-
-    /// Takes up everything.
-    fn rebuild(&mut self, database: &Database, pending: &mut Pending) {
-        let is_same =
-            self.database.replace(database.revision().database) == Some(database.revision().database);
-        let owners: Vec<_> = self.slots.owners().collect();
-        for key in owners {
-            let exists = is_same && database.policy_with_key(key).is_some();
-            pending.freed.extend(self.slots.release(key, exists.then(|| database.generation(key))));
-        }
-        pending.standings.extend(self.slots.owners());
-        pending.owners.extend(self.slots.owners());
-        let is_v4 = |(_, policy): &(PolicyKey, &Policy)| policy.id.selector.family() == Family::V4;
-        let (v4, v6): (Vec<_>, Vec<_>) = database.keyed_policies().partition(is_v4);
-        self.v4.rebuild(v4);
-        self.v6.rebuild(v6);
-    }
-
-    fn family(&self, family: Family) -> &dyn Compiled {
-        match family {
-            Family::V4 => &self.v4,
-            Family::V6 => &self.v6,
-        }
     }
 
     fn state(&self, database: &Database, key: PolicyKey, policy: &Policy) -> PolicyState {
@@ -498,18 +425,18 @@ impl Compiler {
         if exceptions::exception(policy).is_some() {
             return PolicyState::Pass(PassReason::Exception);
         }
-        let verdicts = self.family(policy.id.selector.family()).verdicts(policy);
+        let verdicts = self.verdicts.family(policy.id.selector.family()).verdicts(policy);
         // Packets that match several policies which lead the same way are fast for the best of these.
         let leads_there = |holder: PolicyKey| {
             holder == key
                 || database.policy_with_key(holder).is_some_and(|holder| same_way(holder, policy, None))
         };
         let is_own = |verdict: &Verdict| match verdict {
-            Verdict::Fast { slot, .. } => self.slots.holder(*slot).is_some_and(leads_there),
+            Verdict::Fast { slot, .. } => self.verdicts.slots.holder(*slot).is_some_and(leads_there),
             Verdict::Pass(_) => false,
         };
         if verdicts.iter().any(is_own) {
-            return match standing(policy, database, &self.paths) {
+            return match Standings::new(database, &self.paths).of(policy) {
                 Ok(_) => PolicyState::Fast,
                 Err(reason) => PolicyState::Pass(reason),
             };
@@ -531,35 +458,8 @@ fn is_candidate(policy: &Policy) -> bool {
     policy.id.direction == Direction::Out && policy.is_packet_offloaded()
 }
 
-/// How a policy's packets leave, or why they must not.
-fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
-    standing_by(policy, OuterRoutes::new(paths).of(policy), database, paths)
-}
-
-/// The same by a route that is known.
-fn standing_by(policy: &Policy, outer: Option<OuterRoute>, database: &Database, paths: &Paths) -> Standing {
-    let template = eligible(policy)?;
-    let Some(device) = policy.offload else { return Err(PassReason::NotOffloaded) };
-    if database.is_about_to_expire(policy.expires) {
-        return Err(PassReason::Ineligible);
-    }
-    let default_policy = database.default_policy();
-    if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
-        return Err(PassReason::DefaultBlock);
-    }
-    if paths.hook(policy.id.selector.family(), device.ifindex).is_some() {
-        return Err(PassReason::Hook);
-    }
-    if policy.assumed.is_some() {
-        return paths
-            .forwarding(policy, device, template, outer, iter::once(policy.assumed))
-            .ok_or(PassReason::NoPath);
-    }
-    let associations = database.live_sas(policy);
-    if associations.clone().all(|sa| database.is_about_to_expire(sa.expires)) {
-        return Err(PassReason::NoSa);
-    }
-    // The device may go on using one that is about to expire, beside another.
-    let overheads = associations.map(|sa| sa.overhead);
-    paths.forwarding(policy, device, template, outer, overheads).ok_or(PassReason::NoPath)
+/// Each once, in order.
+fn in_order(keys: &mut Vec<PolicyKey>) {
+    keys.sort_unstable();
+    keys.dedup();
 }

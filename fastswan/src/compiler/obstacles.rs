@@ -64,7 +64,7 @@ impl Compiler {
             obstacles.push(Obstacle::DefaultBlock(default_policy));
         }
         let checks = [Family::V4, Family::V6].into_iter().filter_map(|family| {
-            let check = database.policy_with_key(self.family(family).check_of_everything()?)?;
+            let check = database.policy_with_key(self.verdicts.family(family).check_of_everything()?)?;
             Some(Obstacle::Check(check.id.clone()))
         });
         obstacles.extend(checks);

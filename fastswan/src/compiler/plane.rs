@@ -182,9 +182,13 @@ impl<A: Address> Plane<A> {
         new.dirty = regions.iter().map(|(region, _)| *region).collect();
         new.by_source = regions.iter().map(|(region, _)| (region.source, region.destination)).collect();
         let shortest = new.source_lengths.iter().next();
-        let (mut alone, mut others) = (Vec::new(), Vec::new());
+        let (mut alone, mut guards, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for (region, state) in &mut regions {
             match new.wanted_spread(*region, state) {
+                Spread::Guard => {
+                    state.spread = Spread::Guard;
+                    guards.push(*region);
+                }
                 // Nothing has a source that this one's lies inside of.
                 Spread::Cells if Some(region.source.length()) == shortest => {
                     state.spread = Spread::Cells;
@@ -194,6 +198,7 @@ impl<A: Address> Plane<A> {
             }
         }
         new.spreading = alone.into_iter().collect();
+        new.guard_all(guards);
         // Both collections are made of all their entries at once, which fills their nodes.
         new.cells = regions.into_iter().collect();
         let matches = new.cells.iter().map(|(region, state)| new.matches(*region, state));
@@ -708,6 +713,18 @@ impl<A: Address> Plane<A> {
             has_own_source |= covering.destination == region.destination && !state.closed;
         }
         has_spread && has_own_source
+    }
+
+    /// Has all of these guard, where none does so far and all cells are touched anyway.
+    fn guard_all(&mut self, guards: Vec<Region<A>>) {
+        self.guard_destination_lengths.add_all(guards.iter().map(|region| region.destination.length()));
+        let mut sources: Vec<_> = guards.iter().map(|region| region.source).collect();
+        sources.sort_unstable();
+        self.guard_sources.add_all(sources);
+        let came = self.guard_sources.iter().collect();
+        // Those that went before and came now are no change.
+        self.guard_changes = &self.guard_changes ^ &came;
+        self.guards = guards.into_iter().collect();
     }
 
     fn guard(&mut self, region: Region<A>) {
