@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use fastswan_ebpf::PassReason;
 
 use super::{
-    Cause, Compiler, Explanation, Flow, PolicyState,
+    Cause, Compiler, Explanation, Flow, MANY, PolicyState,
     model::{
         AMPLE, LAN, Model, NIC, Packet, association, association_of, offloaded, template, template_of, to,
         tunnel,
@@ -18,8 +18,9 @@ use crate::{
         HostChange, HostFacts, Link, Neighbour, PathMtu, Route, RouteKind, Rule, RuleAction, RuleSelector,
     },
     policy::{
-        Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind, Policy,
-        PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template, Templates,
+        Action, DefaultPolicy, Direction, Egress, Family, MacAddr, Mark, Mode, NextHop, OffloadKind,
+        Overhead, Policy, PolicyId, PolicyType, PortMatch, SaId, SecurityAssociation, Selector, Template,
+        Templates,
     },
     table::{Capacity, Fact, Forwarding, Forwards, Port, ReversePath, Side, Slot},
 };
@@ -171,6 +172,50 @@ fn more_changes_than_a_database_remembers_end_in_the_same_table() {
     assert_eq!(scene.reason("10.1.0.1", "10.2.0.1"), PassReason::NoPolicy);
     assert_eq!(scene.fate("10.1.0.1", "10.3.0.1"), Ok(other.id));
     assert_eq!(scene.reason("10.1.0.1", "10.4.0.1"), PassReason::NotOffloaded);
+}
+
+#[test]
+fn of_many_policies_each_leaves_by_its_own_route_and_association() {
+    // Far ends that are routed elsewhere, and associations that are not there, in between.
+    let far_end = |number: u32| Ipv4Addr::new(192, 0, if number % 3 == 1 { 3 } else { 2 }, 9);
+    let policies = (0..u32::try_from(MANY).unwrap() + 300).map(|number| {
+        let destination = Ipv4Addr::from(0x0a02_0000 + number);
+        let reqid = if number % 5 == 2 { 77 } else { number };
+        let template = Template::esp_tunnel([192, 0, 2, 1].into(), far_end(number).into(), reqid);
+        Policy { templates: [template].into(), ..offloaded("10.1.0.0/16", &format!("{destination}/32")) }
+    });
+    let policies: Vec<_> = policies.collect();
+    let has_sa = |policy: &&Policy| policy.templates[0].reqid != 77;
+    let sas = policies.iter().filter(has_sa).map(|policy| {
+        let template = policy.templates[0];
+        SecurityAssociation {
+            offload: policy.offload,
+            overhead: Some(Overhead::aes_gcm_tunnel(Family::V4, false, 16)),
+            ..SecurityAssociation::for_template(&template, template.reqid + 1)
+        }
+    });
+    let snapshot = Snapshot { policies: policies.clone(), sas: sas.collect(), ..Snapshot::default() };
+    let mut scene = Scene::new().routes("192.0.3.0/24", via(LAN));
+    scene.after(PolicyEvent::Snapshot(snapshot)).compile();
+    let assert_ways = |scene: &Scene, is_up: bool| {
+        for (number, policy) in (0_u32..).zip(&policies) {
+            let expected = match number {
+                _ if number % 5 == 2 => Err(PassReason::NoSa),
+                _ if number % 3 == 1 || !is_up => Err(PassReason::NoPath),
+                _ => Ok(NIC),
+            };
+            let slot = scene.compiler.slot(&scene.database, &policy.id).expect("a slot");
+            assert_eq!(scene.table.slots[&slot].map(|way| way.ifindex), expected, "{number}");
+        }
+    };
+    assert_ways(&scene, true);
+    let link = scene.host.links[0].clone();
+    for is_up in [false, true] {
+        scene.compiler.change_host(&HostChange::Link(Link { up: is_up, ..link.clone() }));
+        let update = scene.compiler.compile(&scene.database);
+        scene.table.apply(&update);
+        assert_ways(&scene, is_up);
+    }
 }
 
 #[test]
@@ -1130,8 +1175,7 @@ fn the_longest_packet_is_what_the_associations_leave_of_the_outer_path() {
     let mut rekeying = Scene::new().has(site());
     let mut longer = association();
     longer.id.spi += 1;
-    longer.overhead =
-        longer.overhead.map(|overhead| crate::policy::Overhead { header: overhead.header + 8, ..overhead });
+    longer.overhead = longer.overhead.map(|overhead| Overhead { header: overhead.header + 8, ..overhead });
     rekeying.after(PolicyEvent::Sa(longer.clone()));
     assert_eq!(longest(&mut rekeying), Some(1438));
     rekeying.after(PolicyEvent::Sa(SecurityAssociation { overhead: None, ..longer }));
