@@ -7,6 +7,7 @@
 //! - `rule`: when the kernel's choice among policies is certain;
 //! - `plane`: into which cells the policies split the plane of addresses;
 //! - `path`: how a policy's packets leave;
+//! - `reliance`, `neighbours`: what of the host that depends on;
 //! - `hooks`: what packets must not skip on their way;
 //! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
 //! - `exceptions`: policies that ask for a protocol or ports;
@@ -39,6 +40,7 @@ mod fit;
 mod hooks;
 #[cfg(any(test, fuzzing))]
 mod model;
+mod neighbours;
 mod obstacles;
 mod path;
 mod plane;
@@ -58,11 +60,12 @@ pub use self::broken::BrokenRule;
 #[doc(hidden)]
 pub use self::brute_force::fuzz;
 
-use std::{collections::BTreeMap, iter};
+use std::{collections::BTreeMap, iter, net::IpAddr};
 
 use fastswan_ebpf::PassReason;
 use ipnet::{IpNet, Ipv4Net};
 
+pub(crate) use self::neighbours::Neighbours;
 pub use self::{
     explain::{Cause, Explanation, Flow, ParseFlowError, Shadow},
     obstacles::Obstacle,
@@ -70,7 +73,7 @@ pub use self::{
 use self::{
     facts::AddressFacts,
     family::{Compiled, FamilyCompiler},
-    path::{Concerns, Paths},
+    path::{Concerns, Lack, Paths},
     prefix::Halves,
     reliance::Reliance,
     rule::{eligible, same_way},
@@ -80,7 +83,7 @@ use crate::{
     database::{Change, Database, PolicyKey, Revision},
     host::{HostChange, HostFacts, PathMtu},
     policy::{Action, Direction, Family, OffloadDev, Policy, PolicyId},
-    table::{Capacity, Room, Slot, Standing, TableUpdate, Verdict},
+    table::{Capacity, Forwarding, Room, Slot, Standing, TableUpdate, Verdict},
 };
 
 /// Compiles a database to a table.
@@ -317,14 +320,18 @@ impl Compiler {
         self.v4.finish(AddressFacts::new(&self.paths, Family::V4), &mut update);
         self.v6.finish(AddressFacts::new(&self.paths, Family::V6), &mut update);
 
-        update.slots.extend(pending.freed.into_iter().map(|slot| (slot, None)));
+        for slot in pending.freed {
+            self.reliance.forget(slot);
+            update.slots.push((slot, None));
+        }
         pending.standings.sort_unstable();
         pending.standings.dedup();
         update.slots.reserve(pending.standings.len());
         for key in pending.standings {
             if let (Some(policy), Some(slot)) = (database.policy_with_key(key), self.slots.get(key)) {
-                self.reliance.note(policy, &self.paths);
-                update.slots.push((slot, Some(standing(policy, database, &self.paths))));
+                let way = way(policy, database, &self.paths);
+                self.reliance.note(slot, policy, &way, &self.paths);
+                update.slots.push((slot, Some(way.map_err(Lack::reason))));
             }
         }
         pending.owners.sort_unstable();
@@ -392,6 +399,16 @@ impl Compiler {
             ("exceptions_v4", room(self.v4.exceptions().len(), exceptions)),
             ("exceptions_v6", room(self.v6.exceptions().len(), exceptions)),
         ])
+    }
+
+    /// The neighbours that policies with slots send to, or would if their addresses were known.
+    pub(crate) fn neighbours(&self) -> &Neighbours {
+        self.reliance.neighbours()
+    }
+
+    /// Whether the Ethernet address of a neighbour is known.
+    pub(crate) fn knows(&self, neighbour: &(u32, IpAddr)) -> bool {
+        self.paths.knows(neighbour)
     }
 
     /// The policy that has a slot. Looks through all slots.
@@ -524,30 +541,33 @@ fn is_candidate(policy: &Policy) -> bool {
     policy.id.direction == Direction::Out && policy.is_packet_offloaded()
 }
 
-/// How a policy's packets leave, or why they must not.
+/// How a policy's packets leave, or the reason why they must not.
 fn standing(policy: &Policy, database: &Database, paths: &Paths) -> Standing {
+    way(policy, database, paths).map_err(Lack::reason)
+}
+
+/// How a policy's packets leave, or what they lack.
+fn way(policy: &Policy, database: &Database, paths: &Paths) -> Result<Forwarding, Lack> {
     let template = eligible(policy)?;
-    let Some(device) = policy.offload else { return Err(PassReason::NotOffloaded) };
+    let device = policy.offload.ok_or(PassReason::NotOffloaded)?;
     if database.is_about_to_expire(policy.expires) {
-        return Err(PassReason::Ineligible);
+        return Err(PassReason::Ineligible.into());
     }
     let default_policy = database.default_policy();
     if (default_policy.forward, default_policy.outbound) != (Action::Allow, Action::Allow) {
-        return Err(PassReason::DefaultBlock);
+        return Err(PassReason::DefaultBlock.into());
     }
     if paths.hook(policy.id.selector.family(), device.ifindex).is_some() {
-        return Err(PassReason::Hook);
+        return Err(PassReason::Hook.into());
     }
     if policy.assumed.is_some() {
-        return paths
-            .forwarding(policy, device, template, iter::once(policy.assumed))
-            .ok_or(PassReason::NoPath);
+        return paths.forwarding(policy, device, template, iter::once(policy.assumed));
     }
     let associations = database.live_sas(policy);
     if associations.clone().all(|sa| database.is_about_to_expire(sa.expires)) {
-        return Err(PassReason::NoSa);
+        return Err(PassReason::NoSa.into());
     }
     // The device may go on using one that is about to expire, beside another.
     let overheads = associations.map(|sa| sa.overhead);
-    paths.forwarding(policy, device, template, overheads).ok_or(PassReason::NoPath)
+    paths.forwarding(policy, device, template, overheads)
 }

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
+use fastswan_ebpf::PassReason;
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{hooks::HooksAhead, obstacles::Obstacle};
@@ -221,7 +222,7 @@ impl Paths {
         self.filters_by_reverse_path
     }
 
-    /// How a policy's packets leave its device, or `None` if that is not known or not possible.
+    /// How a policy's packets leave its device, or why they do not.
     ///
     /// `overheads` are those of the associations that the device may use, at least one; `None` is not known.
     pub(super) fn forwarding(
@@ -230,7 +231,7 @@ impl Paths {
         device: OffloadDev,
         template: &Template,
         overheads: impl Iterator<Item = Option<Overhead>>,
-    ) -> Option<Forwarding> {
+    ) -> Result<Forwarding, Lack> {
         let family = policy.id.selector.family();
         let link = self.links.get(&device.ifindex);
         let is_usable = |link: &Link| {
@@ -241,30 +242,38 @@ impl Paths {
         };
         let usable = link.is_some_and(is_usable);
         if !(usable || link.is_none() && self.vouched) {
-            return None;
+            return Err(Lack::PATH);
         }
         if !self.may_send_from(template.source) {
-            return None;
+            return Err(Lack::PATH);
         }
-        let (gateway, route_mtu) = self.outer_route(template, device.ifindex)?;
+        let (gateway, route_mtu) = self.outer_route(template, device.ifindex).ok_or(Lack::PATH)?;
         let longest = link.and_then(|link| {
             let outer_mtu = route_mtu.unwrap_or(u32::MAX).min(link.mtu(family));
             let outer_mtu = bytes(self.longest_if_unclear(template.destination.into()).min(outer_mtu));
             // A rekey is no reason for a packet that is too long for one of the two associations.
             overheads.map(|overhead| Some(overhead?.longest_inner_packet(outer_mtu))).min()?
         });
-        let max_length = [policy.egress.max_length, longest].into_iter().flatten().min()?;
+        let max_length = [policy.egress.max_length, longest].into_iter().flatten().min();
         // What was learnt for the inner destination may be what is not known.
-        let max_length = max_length.min(bytes(self.longest_if_unclear(family)));
+        let max_length = max_length.map(|length| length.min(bytes(self.longest_if_unclear(family))));
+        let max_length = max_length.filter(|length| *length > 0).ok_or(Lack::PATH)?;
         let rewrite = match policy.egress.next_hop {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),
             NextHop::Neighbour => {
-                let neighbour = (device.ifindex, neighbour(gateway, template)?);
-                Some((link?.address?, *self.neighbours.get(&neighbour)?))
+                let source = link.and_then(|link| link.address).ok_or(Lack::PATH)?;
+                let neighbour = (device.ifindex, neighbour(gateway, template).ok_or(Lack::PATH)?);
+                let destination = self.neighbours.get(&neighbour).ok_or(Lack::Neighbour(neighbour))?;
+                Some((source, *destination))
             }
         };
-        (max_length > 0).then_some(Forwarding { ifindex: device.ifindex, max_length, rewrite })
+        Ok(Forwarding { ifindex: device.ifindex, max_length, rewrite })
+    }
+
+    /// Whether the Ethernet address of a neighbour is known.
+    pub(super) fn knows(&self, neighbour: &(u32, IpAddr)) -> bool {
+        self.neighbours.contains_key(neighbour)
     }
 
     /// The neighbour that a policy's packets are sent to, if it must be known.
@@ -311,6 +320,31 @@ impl Paths {
 
     fn is_vrf(&self, ifindex: u32) -> bool {
         self.links.get(&ifindex).is_none_or(|link| link.kind == "vrf")
+    }
+}
+
+/// Why a policy's packets must not leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    Reason(PassReason),
+    /// All is known but the Ethernet address of this neighbour.
+    Neighbour((u32, IpAddr)),
+}
+
+impl Lack {
+    const PATH: Self = Self::Reason(PassReason::NoPath);
+
+    pub(super) fn reason(self) -> PassReason {
+        match self {
+            Self::Reason(reason) => reason,
+            Self::Neighbour(_) => PassReason::NoPath,
+        }
+    }
+}
+
+impl From<PassReason> for Lack {
+    fn from(reason: PassReason) -> Self {
+        Self::Reason(reason)
     }
 }
 

@@ -8,17 +8,21 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    path::{Concerns, Paths},
+    neighbours::Neighbours,
+    path::{Concerns, Lack, Paths},
     rule::eligible,
 };
-use crate::policy::{Family, NextHop, Policy};
+use crate::{
+    policy::{Family, NextHop, Policy},
+    table::{Forwarding, Slot},
+};
 
 /// Devices, outer addresses and neighbours of policies with slots, and what of them has changed.
 #[derive(Debug, Default)]
 pub(super) struct Reliance {
     devices: BTreeSet<u32>,
     addresses: Addresses,
-    neighbours: BTreeSet<(u32, IpAddr)>,
+    neighbours: Neighbours,
     changed: Changed,
 }
 
@@ -59,13 +63,35 @@ struct Changed {
 
 impl Reliance {
     /// Takes note of a policy that has a slot, by what its packets would take now. What it took before is still noted; that
-    /// costs no more than a look at it.
-    pub(super) fn note(&mut self, policy: &Policy, paths: &Paths) {
-        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return };
+    /// costs no more than a look at it; but not which neighbour.
+    pub(super) fn note(
+        &mut self,
+        slot: Slot,
+        policy: &Policy,
+        way: &Result<Forwarding, Lack>,
+        paths: &Paths,
+    ) {
+        let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else {
+            return self.forget(slot);
+        };
         self.devices.insert(device.ifindex);
         self.addresses.insert(template.source);
         self.addresses.insert(template.destination);
-        self.neighbours.extend(paths.neighbour(policy, device, template));
+        let neighbour = match way {
+            Ok(_) => paths.neighbour(policy, device, template),
+            Err(Lack::Neighbour(neighbour)) => Some(*neighbour),
+            Err(Lack::Reason(_)) => None,
+        };
+        self.neighbours.set(slot, neighbour);
+    }
+
+    /// Takes note that a slot is no policy's any longer.
+    pub(super) fn forget(&mut self, slot: Slot) {
+        self.neighbours.set(slot, None);
+    }
+
+    pub(super) fn neighbours(&self) -> &Neighbours {
+        &self.neighbours
     }
 
     /// Takes note of a change.
@@ -78,7 +104,9 @@ impl Reliance {
                 changed.devices.extend(self.devices.get(&ifindex));
             }
             Concerns::Neighbour(neighbour) => {
-                changed.neighbours.extend(self.neighbours.get(&neighbour));
+                if self.neighbours.contains(&neighbour) {
+                    changed.neighbours.insert(neighbour);
+                }
             }
             Concerns::Addresses(prefix, table) => {
                 if self.addresses.has_some_in(&prefix) {
@@ -90,8 +118,7 @@ impl Reliance {
 
     /// Has everything noted anew when there is far more than policies with this many slots depend on: of those that are gone.
     pub(super) fn limit(&mut self, slots: usize) {
-        let most = 4 * slots + 1024;
-        if self.addresses.len() > most || self.neighbours.len() > most {
+        if self.addresses.len() > 4 * slots + 1024 {
             self.changed(Concerns::Policies);
         }
     }
@@ -129,7 +156,7 @@ impl Reliance {
     /// Forgets what has changed: it is taken up. If everything has, what policies depend on is noted anew.
     pub(super) fn take_up(&mut self) {
         if std::mem::take(&mut self.changed).is_everything {
-            *self = Self::default();
+            *self = Self { neighbours: std::mem::take(&mut self.neighbours), ..Self::default() };
         }
     }
 }
