@@ -7,7 +7,7 @@ use fastswan_ebpf::PassReason;
 use super::lag::Lag;
 use crate::{
     compiler::PolicyState,
-    mirror::{HoldId, HoldTarget, InterfaceState, Neighbours, Statistics},
+    mirror::{HoldId, HoldTarget, InterfaceState, NeighbourCounts, Statistics},
     policy::PolicyId,
     table::{Asked, Room, Traffic},
 };
@@ -36,7 +36,7 @@ pub struct Status {
     /// What the kernel's own routes were asked, and how often they disagreed.
     pub asked: Asked,
     /// The neighbours whose Ethernet addresses policies depend on.
-    pub neighbours: Neighbours,
+    pub neighbours: NeighbourCounts,
     /// Requests to find or to keep one that the host source could not make.
     pub failed_solicitations: u64,
     /// Packets that were passed to the kernel, by the name of the reason.
@@ -173,7 +173,7 @@ impl fmt::Display for Status {
         if asked > 0 {
             writeln!(f, "the kernel's routes were asked about {asked} packets: {differs} differ")?;
         }
-        let Neighbours { resolved, unresolved } = self.neighbours;
+        let NeighbourCounts { resolved, unresolved } = self.neighbours;
         if resolved + unresolved > 0 {
             let asked = self.statistics.solicitations;
             write!(f, "neighbours: {resolved} resolved, {unresolved} not, asked for {asked} times")?;

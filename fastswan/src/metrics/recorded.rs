@@ -12,7 +12,7 @@ use fastswan_ebpf::PassReason;
 use crate::{
     compiler::PolicyState,
     host::{Hook, HookKind},
-    mirror::Neighbours,
+    mirror::NeighbourCounts,
     table::{Asked, Room, Traffic},
 };
 
@@ -37,7 +37,7 @@ pub(crate) struct Moment {
     pub(crate) room: BTreeMap<&'static str, Room>,
     pub(crate) passes: Vec<(PassReason, u64)>,
     pub(crate) asked: Asked,
-    pub(crate) neighbours: Neighbours,
+    pub(crate) neighbours: NeighbourCounts,
     pub(crate) solicitations: u64,
     pub(crate) failed_solicitations: u64,
     pub(crate) associations: usize,
@@ -143,7 +143,7 @@ impl Meters {
         counter!("fastswan_fast_bytes_total").absolute(total.bytes);
         counter!("fastswan_fib_asked_total").absolute(moment.asked.asked);
         counter!("fastswan_fib_differs_total").absolute(moment.asked.differs);
-        let Neighbours { resolved, unresolved } = moment.neighbours;
+        let NeighbourCounts { resolved, unresolved } = moment.neighbours;
         for (state, neighbours) in [("resolved", resolved), ("unresolved", unresolved)] {
             gauge!("fastswan_neighbours", "state" => state).set(float(neighbours as u64));
         }
@@ -448,7 +448,7 @@ mod tests {
             room: BTreeMap::new(),
             passes: vec![(PassReason::Fragment, 9)],
             asked: Asked { asked: 4, differs: 1 },
-            neighbours: Neighbours { resolved: 2, unresolved: 1 },
+            neighbours: NeighbourCounts { resolved: 2, unresolved: 1 },
             solicitations: 12,
             failed_solicitations: 3,
             associations: 0,

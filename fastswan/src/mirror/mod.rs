@@ -194,7 +194,7 @@ pub struct Statistics {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
-pub struct Neighbours {
+pub struct NeighbourCounts {
     /// Those whose address is known.
     pub resolved: usize,
     /// Those whose address is not known: the packets of their policies pass.
@@ -598,8 +598,8 @@ impl Mirror {
 
     /// How many neighbours there are that policies depend on. Looks at all of them.
     #[must_use]
-    pub fn neighbours(&self) -> Neighbours {
-        let mut counts = Neighbours::default();
+    pub fn neighbours(&self) -> NeighbourCounts {
+        let mut counts = NeighbourCounts::default();
         for neighbour in self.compiler.neighbours().round(None) {
             let is_known = self.compiler.knows(&neighbour);
             *if is_known { &mut counts.resolved } else { &mut counts.unresolved } += 1;
