@@ -326,6 +326,7 @@ impl Paths {
 /// Why a policy's packets must not leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lack {
+    /// Something, for which this is the reason that is counted.
     Reason(PassReason),
     /// All is known but the Ethernet address of this neighbour.
     Neighbour((u32, IpAddr)),

@@ -63,7 +63,7 @@ struct Changed {
 
 impl Reliance {
     /// Takes note of a policy that has a slot, by what its packets would take now. What it took before is still noted; that
-    /// costs no more than a look at it; but not which neighbour.
+    /// costs no more than a look at it. Of neighbours, only those of now are.
     pub(super) fn note(
         &mut self,
         slot: Slot,

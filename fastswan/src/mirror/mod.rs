@@ -185,7 +185,7 @@ pub struct Statistics {
     pub audit_repairs: u64,
     /// Times that removals were acknowledged, after a guard had shut the fast path.
     pub times_shut: u64,
-    /// Times that a neighbour was to be found or confirmed ([`Action::Solicit`]).
+    /// Times that a neighbour was to be found or kept ([`Action::Solicit`]).
     pub solicitations: u64,
 }
 

@@ -20,16 +20,16 @@ const TURN: Duration = Duration::from_millis(250);
 const MOST_SOUGHT: usize = 16;
 
 /// Neighbours in a batch that are to be heard from again. Of most the kernel asks nothing then, and only themselves of others.
-const MOST_CONFIRMED: usize = 128;
+const MOST_KEPT: usize = 128;
 
 /// After a neighbour was sought, it is not sought again for so long, which is doubled from one time to the next: the kernel
 /// takes 3 s to give up.
 const SHORTEST: Duration = Duration::from_secs(4);
 const LONGEST: Duration = Duration::from_secs(64);
 
-/// From one confirmation of a neighbour to the next. The kernel makes sure of one by itself if it was used in the 5 s before its
+/// A neighbour in use is asked for that often. The kernel makes sure of one by itself if it was used in the 5 s before its
 /// address has got old (`delay_first_probe_time`).
-const CONFIRMED_EVERY: Duration = Duration::from_secs(2);
+const KEPT_EVERY: Duration = Duration::from_secs(2);
 
 /// A neighbour counts as used for so long after a packet to it was seen.
 const LATELY: Duration = Duration::from_secs(60);
@@ -44,7 +44,7 @@ pub(super) struct Solicitation {
     asked: HashMap<(u32, IpAddr), Asked>,
     next: Option<Instant>,
     last_sought: Option<(u32, IpAddr)>,
-    last_confirmed: Option<(u32, IpAddr)>,
+    last_kept: Option<(u32, IpAddr)>,
     /// Packets of each slot by number, when it was looked at last.
     packets: Vec<u64>,
     next_look: Option<Instant>,
@@ -56,7 +56,7 @@ pub(super) struct Solicitation {
 struct Asked {
     /// When a packet to it was seen.
     used: Option<Instant>,
-    /// When it was sought or confirmed last.
+    /// When it was sought or kept last.
     at: Option<Instant>,
     /// It is not sought again for so long after that.
     pause: Duration,
@@ -107,23 +107,23 @@ impl Solicitation {
             .round(self.last_sought)
             .filter(|neighbour| !is_known(neighbour) && asked(neighbour).may_be_sought(now));
         let sought: Vec<_> = sought.take(MOST_SOUGHT).collect();
-        let confirmed = neighbours
-            .round(self.last_confirmed)
-            .filter(|neighbour| is_known(neighbour) && asked(neighbour).is_to_be_confirmed(now));
-        let confirmed: Vec<_> = confirmed.take(MOST_CONFIRMED).collect();
+        let kept = neighbours
+            .round(self.last_kept)
+            .filter(|neighbour| is_known(neighbour) && asked(neighbour).is_to_be_kept(now));
+        let kept: Vec<_> = kept.take(MOST_KEPT).collect();
         self.last_sought = sought.last().copied().or(self.last_sought);
-        self.last_confirmed = confirmed.last().copied().or(self.last_confirmed);
+        self.last_kept = kept.last().copied().or(self.last_kept);
         for neighbour in &sought {
             let asked = self.asked.entry(*neighbour).or_default();
             asked.at = Some(now);
             asked.pause = (asked.pause * 2).clamp(SHORTEST, LONGEST);
         }
-        for neighbour in &confirmed {
+        for neighbour in &kept {
             let asked = self.asked.entry(*neighbour).or_default();
             asked.at = Some(now);
             asked.pause = SHORTEST;
         }
-        [sought, confirmed].concat()
+        [sought, kept].concat()
     }
 }
 
@@ -132,9 +132,8 @@ impl Asked {
         self.at.is_none_or(|at| now >= at + self.pause)
     }
 
-    fn is_to_be_confirmed(self, now: Instant) -> bool {
-        self.used.is_some_and(|used| now < used + LATELY)
-            && self.at.is_none_or(|at| now >= at + CONFIRMED_EVERY)
+    fn is_to_be_kept(self, now: Instant) -> bool {
+        self.used.is_some_and(|used| now < used + LATELY) && self.at.is_none_or(|at| now >= at + KEPT_EVERY)
     }
 }
 
@@ -242,7 +241,7 @@ mod tests {
         /// - One that is known is asked for only if a packet to it was seen in the last minute.
         /// - The same one is asked for every 2 s at most, and sought every 4 s at most.
         /// - One that policies wait for is sought again within 64 s, and one that is used within 2 s.
-        /// - Never are more than 64 sought, or 512 confirmed, in a second.
+        /// - Never are more than 64 sought, or 512 kept, in a second.
         #[test]
         fn what_is_asked_for_is_needed_and_neither_too_often_nor_too_rarely(
             steps in prop::collection::vec(step(), 1..250)
@@ -376,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_packets_go_to_is_confirmed_until_a_minute_after_the_last() {
+    fn one_that_packets_go_to_is_kept_until_a_minute_after_the_last() {
         let mut world = World::new();
         for slot in 0..3000 {
             world.neighbours.set(Slot(slot), Some(host(u16::from(slot == 2999))));
