@@ -319,6 +319,7 @@ impl Compiler {
         let Some(policy) = owner else { return Err(pass(PassReason::NoPolicy, Cause::NoPolicy)) };
         let forwarding = Standings::new(database, &self.paths)
             .of(policy)
+            .standing
             .map_err(|reason| pass(reason, self.of_standing(database, policy, reason)))?;
         if probes.guards && compiled.is_guarded(flow.source) {
             let is_guard =

@@ -7,6 +7,7 @@
 //! - `rule`: when the kernel's choice among policies is certain;
 //! - `plane`: into which cells the policies split the plane of addresses;
 //! - `path`, `standings`: how a policy's packets leave;
+//! - `reliance`, `neighbours`: what of the host that depends on;
 //! - `hooks`: what packets must not skip on their way;
 //! - `facts`, `probed`: which single addresses inside a cell are not to be fast, and which of them to look up;
 //! - `exceptions`: policies that ask for a protocol or ports;
@@ -42,6 +43,7 @@ mod hooks;
 mod last;
 #[cfg(any(test, fuzzing))]
 mod model;
+mod neighbours;
 mod obstacles;
 mod path;
 mod plane;
@@ -63,11 +65,12 @@ pub use self::broken::BrokenRule;
 #[doc(hidden)]
 pub use self::brute_force::fuzz;
 
-use std::{collections::BTreeMap, panic::resume_unwind, thread};
+use std::{collections::BTreeMap, net::IpAddr, panic::resume_unwind, thread};
 
 use fastswan_ebpf::PassReason;
 use ipnet::{IpNet, Ipv4Net};
 
+pub(crate) use self::neighbours::Neighbours;
 pub use self::{
     explain::{Cause, Explanation, Flow, ParseFlowError, Shadow},
     obstacles::Obstacle,
@@ -78,7 +81,7 @@ use self::{
     path::{Concerns, Paths},
     reliance::Reliance,
     rule::same_way,
-    standings::Standings,
+    standings::{Standings, Way},
     verdicts::{Pending, Verdicts},
 };
 use crate::{
@@ -314,7 +317,10 @@ impl Compiler {
         });
         reliance.note(noted);
 
-        update.slots.extend(pending.freed.into_iter().map(|slot| (slot, None)));
+        for slot in pending.freed {
+            reliance.forget(slot);
+            update.slots.push((slot, None));
+        }
         in_order(&mut pending.standings);
         update.slots.reserve(pending.standings.len());
         let (mut known, mut standings) = (known.into_iter().peekable(), standings());
@@ -322,7 +328,8 @@ impl Compiler {
             if let (Some(policy), Some(slot)) = (database.policy_with_key(key), verdicts.slots.get(key)) {
                 while known.next_if(|(other, _)| *other < key).is_some() {}
                 let known = known.next_if(|(other, _)| *other == key);
-                let standing = known.map_or_else(|| standings.of(policy), |(_, standing)| standing);
+                let Way { standing, neighbour } = known.map_or_else(|| standings.of(policy), |(_, way)| way);
+                reliance.sends_to(slot, neighbour);
                 update.slots.push((slot, Some(standing)));
             }
         }
@@ -395,6 +402,16 @@ impl Compiler {
         ])
     }
 
+    /// The neighbours that policies with slots send to, or would if their addresses were known.
+    pub(crate) fn neighbours(&self) -> &Neighbours {
+        self.reliance.neighbours()
+    }
+
+    /// Whether the Ethernet address of a neighbour is known.
+    pub(crate) fn knows(&self, neighbour: &(u32, IpAddr)) -> bool {
+        self.paths.knows(neighbour)
+    }
+
     /// The policy that has a slot. Looks through all slots.
     pub(crate) fn policy_of<'d>(&self, database: &'d Database, slot: Slot) -> Option<&'d PolicyId> {
         let key = self.verdicts.slots.owners().find(|key| self.verdicts.slots.get(*key) == Some(slot))?;
@@ -436,7 +453,7 @@ impl Compiler {
             Verdict::Pass(_) => false,
         };
         if verdicts.iter().any(is_own) {
-            return match Standings::new(database, &self.paths).of(policy) {
+            return match Standings::new(database, &self.paths).of(policy).standing {
                 Ok(_) => PolicyState::Fast,
                 Err(reason) => PolicyState::Pass(reason),
             };

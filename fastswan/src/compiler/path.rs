@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use fastswan_ebpf::PassReason;
 use hashbrown::HashMap;
 use ipnet::{IpNet, Ipv4Net};
 
@@ -219,9 +220,10 @@ impl Paths {
         self.filters_by_reverse_path
     }
 
-    /// How a policy's packets leave its device, or `None` if that is not known or not possible.
+    /// How a policy's packets leave its device, or why they do not.
     ///
-    /// `outer` is the [route](Self::outer_route) of the template, `overheads` are those of the associations that the device may use, at least one; `None` is not known.
+    /// `outer` is the [route](Self::outer_route) of the template, `overheads` are those of the associations that the device may use,
+    /// at least one; `None` is not known.
     pub(super) fn forwarding(
         &self,
         policy: &Policy,
@@ -229,7 +231,7 @@ impl Paths {
         template: &Template,
         outer: Option<OuterRoute>,
         overheads: impl Iterator<Item = Option<Overhead>>,
-    ) -> Option<Forwarding> {
+    ) -> Result<Forwarding, Lack> {
         let family = policy.id.selector.family();
         let link = self.links.get(&device.ifindex);
         let is_usable = |link: &Link| {
@@ -240,30 +242,38 @@ impl Paths {
         };
         let usable = link.is_some_and(is_usable);
         if !(usable || link.is_none() && self.vouched) {
-            return None;
+            return Err(Lack::PATH);
         }
         if !self.may_send_from(template.source) {
-            return None;
+            return Err(Lack::PATH);
         }
-        let route = outer?;
+        let route = outer.ok_or(Lack::PATH)?;
         let longest = link.and_then(|link| {
             let outer_mtu = route.mtu.unwrap_or(u32::MAX).min(link.mtu(family));
             let outer_mtu = bytes(self.longest_if_unclear(template.destination.into()).min(outer_mtu));
             // A rekey is no reason for a packet that is too long for one of the two associations.
             overheads.map(|overhead| Some(overhead?.longest_inner_packet(outer_mtu))).min()?
         });
-        let max_length = [policy.egress.max_length, longest].into_iter().flatten().min()?;
+        let max_length = [policy.egress.max_length, longest].into_iter().flatten().min();
         // What was learnt for the inner destination may be what is not known.
-        let max_length = max_length.min(bytes(self.longest_if_unclear(family)));
+        let max_length = max_length.map(|length| length.min(bytes(self.longest_if_unclear(family))));
+        let max_length = max_length.filter(|length| *length > 0).ok_or(Lack::PATH)?;
         let rewrite = match policy.egress.next_hop {
             NextHop::Device => None,
             NextHop::Fixed { source, destination } => Some((source, destination)),
             NextHop::Neighbour => {
-                let neighbour = neighbour(policy, device, template, outer)?;
-                Some((link?.address?, *self.neighbours.get(&neighbour)?))
+                let source = link.and_then(|link| link.address).ok_or(Lack::PATH)?;
+                let neighbour = neighbour(policy, outer).ok_or(Lack::PATH)?;
+                let destination = self.neighbours.get(&neighbour).ok_or(Lack::Neighbour(neighbour))?;
+                Some((source, *destination))
             }
         };
-        (max_length > 0).then_some(Forwarding { ifindex: device.ifindex, max_length, rewrite })
+        Ok(Forwarding { ifindex: device.ifindex, max_length, rewrite })
+    }
+
+    /// Whether the Ethernet address of a neighbour is known.
+    pub(super) fn knows(&self, neighbour: &(u32, IpAddr)) -> bool {
+        self.neighbours.contains_key(neighbour)
     }
 
     /// Whether the kernel finds a route for packets from an outer source: IPv4 asks whether it is an address of the host
@@ -298,6 +308,32 @@ impl Paths {
 
     fn is_vrf(&self, ifindex: u32) -> bool {
         self.links.get(&ifindex).is_none_or(|link| link.kind == "vrf")
+    }
+}
+
+/// Why a policy's packets must not leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// Something, for which this is the reason that is counted.
+    Reason(PassReason),
+    /// All is known but the Ethernet address of this neighbour.
+    Neighbour((u32, IpAddr)),
+}
+
+impl Lack {
+    const PATH: Self = Self::Reason(PassReason::NoPath);
+
+    pub(super) fn reason(self) -> PassReason {
+        match self {
+            Self::Reason(reason) => reason,
+            Self::Neighbour(_) => PassReason::NoPath,
+        }
+    }
+}
+
+impl From<PassReason> for Lack {
+    fn from(reason: PassReason) -> Self {
+        Self::Reason(reason)
     }
 }
 
@@ -351,16 +387,12 @@ impl<'p> OuterRoutes<'p> {
     }
 }
 
-/// The neighbour that a policy's packets are sent to, if it must be known and is not one of several.
-pub(super) fn neighbour(
-    policy: &Policy,
-    device: OffloadDev,
-    template: &Template,
-    outer: Option<OuterRoute>,
-) -> Option<(u32, IpAddr)> {
+/// The neighbour that packets of a policy are sent to by their outer route, if it must be known and is not one of several.
+pub(super) fn neighbour(policy: &Policy, outer: Option<OuterRoute>) -> Option<(u32, IpAddr)> {
     if policy.egress.next_hop != NextHop::Neighbour {
         return None;
     }
+    let (template, device) = (eligible(policy).ok()?, policy.offload?);
     let address = outer?.gateway.unwrap_or(template.destination);
     (!address.is_unspecified()).then_some((device.ifindex, address))
 }

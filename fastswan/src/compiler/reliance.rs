@@ -8,17 +8,21 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    path::{self, Concerns, OuterRoute, Paths},
+    neighbours::Neighbours,
+    path::{self, Concerns, Paths},
     rule::eligible,
 };
-use crate::policy::{Family, NextHop, Policy};
+use crate::{
+    policy::{Family, NextHop, Policy},
+    table::Slot,
+};
 
 /// Devices, outer addresses and neighbours of policies with slots, and what of them has changed.
 #[derive(Debug, Default)]
 pub(super) struct Reliance {
     devices: BTreeSet<u32>,
     addresses: Addresses,
-    neighbours: BTreeSet<(u32, IpAddr)>,
+    neighbours: Neighbours,
     changed: Changed,
 }
 
@@ -49,12 +53,11 @@ pub(super) struct Noted {
     /// At either end.
     v4: [Vec<Ipv4Addr>; 2],
     v6: [Vec<Ipv6Addr>; 2],
-    neighbours: Vec<(u32, IpAddr)>,
 }
 
 impl Noted {
-    /// Takes note of a policy that has a slot, by what its packets would take now.
-    pub(super) fn add(&mut self, policy: &Policy, outer: Option<OuterRoute>) {
+    /// Takes note of a policy, if it is one whose packets could be fast.
+    pub(super) fn add(&mut self, policy: &Policy) {
         let (Ok(template), Some(device)) = (eligible(policy), policy.offload) else { return };
         push_other(&mut self.devices, device.ifindex);
         for (end, address) in [template.source, template.destination].into_iter().enumerate() {
@@ -62,9 +65,6 @@ impl Noted {
                 IpAddr::V4(address) => push_other(&mut self.v4[end], address),
                 IpAddr::V6(address) => push_other(&mut self.v6[end], address),
             }
-        }
-        if let Some(neighbour) = path::neighbour(policy, device, template, outer) {
-            push_other(&mut self.neighbours, neighbour);
         }
     }
 }
@@ -83,7 +83,20 @@ impl Reliance {
         add_all(&mut self.devices, noted.devices);
         noted.v4.into_iter().for_each(|end| add_all(&mut self.addresses.v4, end));
         noted.v6.into_iter().for_each(|end| add_all(&mut self.addresses.v6, end));
-        add_all(&mut self.neighbours, noted.neighbours);
+    }
+
+    /// Takes note of the neighbour that a slot's packets are sent to, if it must be known.
+    pub(super) fn sends_to(&mut self, slot: Slot, neighbour: Option<(u32, IpAddr)>) {
+        self.neighbours.set(slot, neighbour);
+    }
+
+    /// Takes note that a slot is no policy's any longer.
+    pub(super) fn forget(&mut self, slot: Slot) {
+        self.neighbours.set(slot, None);
+    }
+
+    pub(super) fn neighbours(&self) -> &Neighbours {
+        &self.neighbours
     }
 
     /// Takes note of a change.
@@ -96,7 +109,9 @@ impl Reliance {
                 changed.devices.extend(self.devices.get(&ifindex));
             }
             Concerns::Neighbour(neighbour) => {
-                changed.neighbours.extend(self.neighbours.get(&neighbour));
+                if self.neighbours.contains(&neighbour) {
+                    changed.neighbours.insert(neighbour);
+                }
             }
             Concerns::Addresses(prefix, table) => {
                 if self.addresses.has_some_in(&prefix) {
@@ -108,8 +123,7 @@ impl Reliance {
 
     /// Has everything noted anew when there is far more than policies with this many slots depend on: of those that are gone.
     pub(super) fn limit(&mut self, slots: usize) {
-        let most = 4 * slots + 1024;
-        if self.addresses.len() > most || self.neighbours.len() > most {
+        if self.addresses.len() > 4 * slots + 1024 {
             self.changed(Concerns::Policies);
         }
     }
@@ -135,8 +149,7 @@ impl Reliance {
         let is_sent_to = || match policy.egress.next_hop {
             NextHop::Neighbour => {
                 let outer = paths.outer_route(template, device.ifindex);
-                path::neighbour(policy, device, template, outer)
-                    .is_none_or(|neighbour| changed.neighbours.contains(&neighbour))
+                path::neighbour(policy, outer).is_none_or(|neighbour| changed.neighbours.contains(&neighbour))
             }
             NextHop::Device | NextHop::Fixed { .. } => false,
         };
@@ -149,7 +162,7 @@ impl Reliance {
     /// Forgets what has changed: it is taken up. If everything has, what policies depend on is noted anew.
     pub(super) fn take_up(&mut self) {
         if std::mem::take(&mut self.changed).is_everything {
-            *self = Self::default();
+            *self = Self { neighbours: std::mem::take(&mut self.neighbours), ..Self::default() };
         }
     }
 }

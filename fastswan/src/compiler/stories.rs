@@ -1229,6 +1229,44 @@ fn the_next_hop_is_the_devices_the_given_one_or_the_kernels_neighbour() {
 }
 
 #[test]
+fn policies_depend_on_a_neighbour_if_they_lack_nothing_else() {
+    let depends_on = |scene: &Scene| {
+        let neighbours = scene.compiler.neighbours().round(None);
+        neighbours.map(|(ifindex, address)| (ifindex, address.to_string())).collect::<Vec<_>>()
+    };
+    let egress = Egress { next_hop: NextHop::Neighbour, ..Egress::default() };
+    let mut scene = Scene::new().has(Policy { egress, ..site() });
+    scene.compile();
+    let on_link = [(NIC, "192.0.2.2".to_owned())];
+    assert_eq!(depends_on(&scene), on_link, "it waits");
+    assert!(!scene.compiler.knows(&(NIC, [192, 0, 2, 2].into())));
+    let address = ROUTER_MAC;
+    scene.host.neighbours.push(Neighbour { ifindex: NIC, destination: [192, 0, 2, 2].into(), address });
+    scene.compile();
+    assert_eq!(depends_on(&scene), on_link, "it goes there");
+    assert!(scene.compiler.knows(&(NIC, [192, 0, 2, 2].into())));
+
+    scene.link(NIC).carrier = false;
+    scene.compile();
+    assert_eq!(depends_on(&scene), []);
+    scene.link(NIC).carrier = true;
+    scene.after(PolicyEvent::SaRemoved(association_of(Family::V4).id)).compile();
+    assert_eq!(depends_on(&scene), []);
+    scene.after(PolicyEvent::Sa(association_of(Family::V4)));
+    let gateway = Some("192.0.2.254".parse().unwrap());
+    let mut scene = scene.routes("192.0.2.0/24", RouteKind::Unicast { ifindex: NIC, gateway, mtu: None });
+    scene.compile();
+    assert_eq!(depends_on(&scene), [(NIC, "192.0.2.254".to_owned())], "another one now");
+
+    scene.after(PolicyEvent::Policy(site())).compile();
+    assert_eq!(depends_on(&scene), [], "the device finds it");
+    scene.after(PolicyEvent::Policy(Policy { egress, ..site() })).compile();
+    assert_eq!(depends_on(&scene).len(), 1);
+    scene.after(PolicyEvent::PolicyRemoved(site().id)).compile();
+    assert_eq!(depends_on(&scene), []);
+}
+
+#[test]
 fn an_update_says_only_what_changed_removals_first_and_longest_prefixes_first() {
     let narrow = offloaded("10.1.0.0/16", "10.9.7.0/24");
     let mut scene = Scene::new().has(site()).has(narrow.clone()).has(offloaded("10.1.0.0/16", "10.9.0.0/16"));

@@ -470,6 +470,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
         self.mirror.handle_time(now(), SystemTime::now());
         self.mirror.handle_removals(self.table.removals(), now());
         self.mirror.handle_differences(self.table.asked().differs, now());
+        let table = self.table.get();
+        self.mirror.handle_traffic(|slot| table.traffic(slot).packets, now());
         for _ in 0..BATCH {
             // Without a budget: that would make it wait although there is something to read.
             let next = unconstrained(self.source.source.next_event());
@@ -625,6 +627,7 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
                         self.meters.opened(began.elapsed());
                     }
                 }
+                Action::Solicit { neighbours } => self.host.source.solicit(&neighbours),
                 Action::Held(hold) => self.leaving.push(left_the_program(hold).boxed()),
             }
         }
@@ -778,6 +781,9 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             room: self.mirror.compiler().room(),
             passes: self.table.passes(),
             asked: self.table.asked(),
+            neighbours: self.mirror.neighbours(),
+            solicitations: self.mirror.statistics().solicitations,
+            failed_solicitations: self.host.source.failed_solicitations(),
             associations: self.mirror.database().sas().count(),
             queued: self.source.source.queued(),
         });
@@ -793,6 +799,8 @@ impl<S: PolicySource, H: HostSource, T: GatewayTable> Gateway<S, H, T> {
             removed_unnamed: std::mem::take(&mut self.removed_unnamed),
             lost: self.table.lost(),
             asked: self.table.asked(),
+            neighbours: self.mirror.neighbours(),
+            failed_solicitations: self.host.source.failed_solicitations(),
             passes: self.table.passes().into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
             interfaces: self.mirror.interfaces().map(interface).collect(),
             holds: self.mirror.holds().map(|(hold, target)| (hold, target.clone())).collect(),

@@ -7,7 +7,7 @@ use fastswan_ebpf::PassReason;
 use super::lag::Lag;
 use crate::{
     compiler::PolicyState,
-    mirror::{HoldId, HoldTarget, InterfaceState, Statistics},
+    mirror::{HoldId, HoldTarget, InterfaceState, NeighbourCounts, Statistics},
     policy::PolicyId,
     table::{Asked, Room, Traffic},
 };
@@ -35,6 +35,10 @@ pub struct Status {
     pub lost: Option<u64>,
     /// What the kernel's own routes were asked, and how often they disagreed.
     pub asked: Asked,
+    /// The neighbours whose Ethernet addresses policies depend on.
+    pub neighbours: NeighbourCounts,
+    /// Requests to find or to keep one that the host source could not make.
+    pub failed_solicitations: u64,
     /// Packets that were passed to the kernel, by the name of the reason.
     pub passes: BTreeMap<&'static str, u64>,
     /// The interfaces that are followed, by name.
@@ -168,6 +172,15 @@ impl fmt::Display for Status {
         let Asked { asked, differs } = self.asked;
         if asked > 0 {
             writeln!(f, "the kernel's routes were asked about {asked} packets: {differs} differ")?;
+        }
+        let NeighbourCounts { resolved, unresolved } = self.neighbours;
+        if resolved + unresolved > 0 {
+            let asked = self.statistics.solicitations;
+            write!(f, "neighbours: {resolved} resolved, {unresolved} not, asked for {asked} times")?;
+            match self.failed_solicitations {
+                0 => writeln!(f)?,
+                failed => writeln!(f, ", {failed} requests failed")?,
+            }
         }
         for (_, target) in &self.holds {
             writeln!(f, "held: {target}")?;

@@ -22,6 +22,9 @@
 //! | `fastswan_passed_packets_total` | counter | `reason` | Packets that were passed to the kernel. |
 //! | `fastswan_fib_asked_total` | counter | | Packets that the kernel's own routes were asked about (`LoadConfig::ask_back`). |
 //! | `fastswan_fib_differs_total` | counter | | Those of them that they lead elsewhere or nowhere: they passed, and the host is read again unless it was just changing. |
+//! | `fastswan_neighbours` | gauge | `state` | Neighbours whose Ethernet addresses policies depend on: `resolved`, or `unresolved`. |
+//! | `fastswan_solicitations_total` | counter | | Times that the kernel was to find a neighbour, or to keep one that fast packets go to. |
+//! | `fastswan_failed_solicitations_total` | counter | | Requests for that which failed; a warning says why. |
 //! | `fastswan_events_total` | counter | | Events that were applied. |
 //! | `fastswan_stale_total` | counter | `input`, `cause` | Times that a source lost track: the one of `policies`, or of the `host`. |
 //! | `fastswan_resyncs_total` | counter | `input`, `cause` | Snapshots that were applied, by what made them necessary: a [`StaleCause`](crate::source::StaleCause), `start`, or `snapshot` for one that was not announced. |

@@ -12,6 +12,7 @@ use fastswan_ebpf::PassReason;
 use crate::{
     compiler::PolicyState,
     host::{Hook, HookKind},
+    mirror::NeighbourCounts,
     table::{Asked, Room, Traffic},
 };
 
@@ -36,6 +37,9 @@ pub(crate) struct Moment {
     pub(crate) room: BTreeMap<&'static str, Room>,
     pub(crate) passes: Vec<(PassReason, u64)>,
     pub(crate) asked: Asked,
+    pub(crate) neighbours: NeighbourCounts,
+    pub(crate) solicitations: u64,
+    pub(crate) failed_solicitations: u64,
     pub(crate) associations: usize,
     pub(crate) queued: usize,
 }
@@ -139,6 +143,12 @@ impl Meters {
         counter!("fastswan_fast_bytes_total").absolute(total.bytes);
         counter!("fastswan_fib_asked_total").absolute(moment.asked.asked);
         counter!("fastswan_fib_differs_total").absolute(moment.asked.differs);
+        let NeighbourCounts { resolved, unresolved } = moment.neighbours;
+        for (state, neighbours) in [("resolved", resolved), ("unresolved", unresolved)] {
+            gauge!("fastswan_neighbours", "state" => state).set(float(neighbours as u64));
+        }
+        counter!("fastswan_solicitations_total").absolute(moment.solicitations);
+        counter!("fastswan_failed_solicitations_total").absolute(moment.failed_solicitations);
         for (reason, packets) in &moment.passes {
             counter!("fastswan_passed_packets_total", "reason" => reason.name()).absolute(*packets);
         }
@@ -177,6 +187,12 @@ fn describe() {
     describe_counter!("fastswan_passed_packets_total", "packets passed to the kernel by reason");
     describe_counter!("fastswan_fib_asked_total", "packets that the kernel's own routes were asked about");
     describe_counter!("fastswan_fib_differs_total", "packets that the kernel's own routes disagreed about");
+    describe_gauge!("fastswan_neighbours", "neighbours that policies depend on by whether they are resolved");
+    describe_counter!("fastswan_solicitations_total", "times that a neighbour was to be found or kept");
+    describe_counter!(
+        "fastswan_failed_solicitations_total",
+        "requests to find or to keep a neighbour that failed"
+    );
     describe_counter!("fastswan_events_total", "events applied");
     describe_counter!("fastswan_stale_total", "times that a source lost track by input and cause");
     describe_counter!("fastswan_resyncs_total", "snapshots applied by input and what made them necessary");
@@ -432,6 +448,9 @@ mod tests {
             room: BTreeMap::new(),
             passes: vec![(PassReason::Fragment, 9)],
             asked: Asked { asked: 4, differs: 1 },
+            neighbours: NeighbourCounts { resolved: 2, unresolved: 1 },
+            solicitations: 12,
+            failed_solicitations: 3,
             associations: 0,
             queued: 0,
         };
@@ -444,6 +463,8 @@ mod tests {
         scrape.expect(&[("fast_packets_total", 7), ("fast_bytes_total", 1000)]);
         scrape.expect(&[("passed_packets_total reason=fragment", 9)]);
         scrape.expect(&[("fib_asked_total", 4), ("fib_differs_total", 1)]);
+        scrape.expect(&[("neighbours state=resolved", 2), ("neighbours state=unresolved", 1)]);
+        scrape.expect(&[("solicitations_total", 12), ("failed_solicitations_total", 3)]);
     }
 
     #[test]

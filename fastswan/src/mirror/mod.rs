@@ -74,6 +74,7 @@ mod mutation;
 #[cfg(test)]
 mod properties;
 mod removals;
+mod solicitation;
 #[cfg(test)]
 mod stories;
 
@@ -92,6 +93,7 @@ use self::{
     interfaces::Interfaces,
     mutation::Mutation,
     removals::Pending,
+    solicitation::Solicitation,
 };
 use crate::{
     compiler::{Cause, Compiler, Explanation, Flow},
@@ -155,6 +157,7 @@ pub struct Mirror {
     asks: bool,
     /// The host source is to be asked for everything.
     resync_is_due: bool,
+    solicitation: Solicitation,
     holds: Holds,
     interfaces: Interfaces,
     /// Policies that were removed, and the slots that they have in the table until the next write.
@@ -182,6 +185,20 @@ pub struct Statistics {
     pub audit_repairs: u64,
     /// Times that removals were acknowledged, after a guard had shut the fast path.
     pub times_shut: u64,
+    /// Times that a neighbour was to be found or kept ([`Action::Solicit`]).
+    pub solicitations: u64,
+}
+
+/// The neighbours whose Ethernet addresses policies depend on: those of
+/// [`NextHop::Neighbour`](crate::policy::NextHop::Neighbour) whose packets leave for one, or would if its address were known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct NeighbourCounts {
+    /// Those whose address is known.
+    pub resolved: usize,
+    /// Those whose address is not known: the packets of their policies pass.
+    pub unresolved: usize,
 }
 
 impl Mirror {
@@ -217,6 +234,7 @@ impl Mirror {
             is_vouched: false,
             asks: false,
             resync_is_due: false,
+            solicitation: Solicitation::default(),
             holds: Holds::default(),
             interfaces: Interfaces::default(),
             departed: Vec::new(),
@@ -377,6 +395,14 @@ impl Mirror {
         self.doubt_host();
     }
 
+    /// Takes up how many packets slots have forwarded, as the table says when it is asked for one. Call it in every turn: it asks
+    /// for those of some slots that send to a neighbour, four times a second. Without it, no neighbour is kept: those that
+    /// packets go to are known by this.
+    pub fn handle_traffic(&mut self, packets: impl FnMut(Slot) -> u64, now: Instant) {
+        self.tick(now);
+        self.solicitation.look(self.compiler.neighbours(), packets, now);
+    }
+
     /// Notes that at this moment all that the kernel had begun to remove was to be read: the end of [`Action::Settle`].
     pub fn handle_settled(&mut self, removals: u64, at: Instant) {
         self.removals.settled(removals, at);
@@ -504,7 +530,7 @@ impl Mirror {
         {
             return Some(Action::Settle { removals });
         }
-        None
+        self.solicit()
     }
 
     /// When to call [`Self::handle_time`] and to ask the sources whether they have caught up, at the latest. `None` is at
@@ -568,6 +594,17 @@ impl Mirror {
     /// The interfaces that are followed, by name, each with its index and state.
     pub fn interfaces(&self) -> impl Iterator<Item = (&str, Option<u32>, InterfaceState)> {
         self.interfaces.states()
+    }
+
+    /// How many neighbours there are that policies depend on. Looks at all of them.
+    #[must_use]
+    pub fn neighbours(&self) -> NeighbourCounts {
+        let mut counts = NeighbourCounts::default();
+        for neighbour in self.compiler.neighbours().round(None) {
+            let is_known = self.compiler.knows(&neighbour);
+            *if is_known { &mut counts.resolved } else { &mut counts.unresolved } += 1;
+        }
+        counts
     }
 
     /// The holds there are.
@@ -701,6 +738,16 @@ impl Mirror {
         }
         self.until = Some(until);
         Some(until)
+    }
+
+    /// Has neighbours found and kept, unless nothing may be fast.
+    fn solicit(&mut self) -> Option<Action> {
+        let now = self.now.filter(|_| self.may_be_enabled() && !self.is_vouched)?;
+        let Self { solicitation, compiler, .. } = self;
+        let neighbours =
+            solicitation.batch(compiler.neighbours(), |neighbour| compiler.knows(neighbour), now);
+        self.statistics.solicitations += neighbours.len() as u64;
+        (!neighbours.is_empty()).then_some(Action::Solicit { neighbours })
     }
 
     /// Loses track of the host if the kernel has contradicted it.

@@ -1,15 +1,18 @@
 //! What takes a known time, step by step.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant, SystemTime},
+};
 
 use super::{
     Action, Input, Mirror,
     properties::{NIC, policy, sa},
 };
 use crate::{
-    PolicyEvent, Snapshot,
-    host::{HostEvent, HostFacts, Link},
-    policy::MacAddr,
+    Policy, PolicyEvent, Snapshot,
+    host::{HostEvent, HostFacts, HostStaleCause, Link, Route, RouteKind, Rule},
+    policy::{Egress, Family, MacAddr, NextHop},
     table::TableConfig,
 };
 
@@ -21,10 +24,15 @@ struct Driver {
     mirror: Mirror,
     now: Instant,
     write_takes: Duration,
+    solicited: Vec<(u32, IpAddr)>,
 }
 
 impl Driver {
     fn new(write_takes: Duration) -> Self {
+        Self::with(HostFacts::vouched(), NextHop::Device, write_takes)
+    }
+
+    fn with(facts: HostFacts, next_hop: NextHop, write_takes: Duration) -> Self {
         let mut mirror = Mirror::new(TableConfig::default().capacity(), LEASE);
         mirror.follow_interface("lan0", Some(LAN));
         let now = Instant::now();
@@ -37,11 +45,13 @@ impl Driver {
             carrier: true,
             ..Link::default()
         };
-        let facts = HostFacts { links: vec![link(LAN, "lan0"), link(NIC, "nic0")], ..HostFacts::vouched() };
+        let facts = HostFacts { links: vec![link(LAN, "lan0"), link(NIC, "nic0")], ..facts };
         mirror.handle_host_event(HostEvent::Snapshot(facts), now);
-        let snapshot = Snapshot { policies: vec![policy(0)], sas: vec![sa(0)], ..Snapshot::default() };
+        let egress = Egress { next_hop, ..policy(0).egress };
+        let policies = vec![Policy { egress, ..policy(0) }];
+        let snapshot = Snapshot { policies, sas: vec![sa(0)], ..Snapshot::default() };
         mirror.handle_policy_event(PolicyEvent::Snapshot(snapshot), now);
-        Self { mirror, now, write_takes }
+        Self { mirror, now, write_takes, solicited: Vec::new() }
     }
 
     /// Asks the sources, which have nothing to tell, does what follows, and returns where the program is attached and how much is
@@ -54,6 +64,7 @@ impl Driver {
         let (mut until, mut attached) = (self.now, None);
         while let Some(action) = self.mirror.poll_action() {
             match action {
+                Action::Solicit { neighbours } => self.solicited.extend(neighbours),
                 Action::Write(_) => {
                     self.now += self.write_takes;
                     self.mirror.handle_written(true);
@@ -87,5 +98,30 @@ fn the_program_is_attached_with_half_a_lease_at_least_after_a_write_that_took_lo
         let (interfaces, left) = driver.turn().unwrap();
         assert_eq!(interfaces, [LAN]);
         assert!(left >= LEASE / 2, "{left:?}");
+    }
+}
+
+#[test]
+fn neighbours_are_solicited_only_while_something_may_be_fast() {
+    let [source, destination] = [policy(0).templates[0].source, policy(0).templates[0].destination];
+    let via = RouteKind::Unicast { ifindex: NIC, gateway: None, mtu: None };
+    let routes = vec![
+        Route::new(254, "0.0.0.0/0".parse().unwrap(), via),
+        Route::new(255, source.into(), RouteKind::Local),
+    ];
+    let facts = HostFacts { routes, rules: Rule::ordinary(Family::V4).into(), ..HostFacts::default() };
+    let driver = |facts| Driver::with(facts, NextHop::Neighbour, Duration::ZERO);
+    let mut known = driver(facts.clone());
+    known.turn();
+    assert_eq!(known.solicited, [(NIC, destination)]);
+    assert_eq!(known.mirror.neighbours().unresolved, 1);
+
+    let mut killed = driver(facts.clone());
+    killed.mirror.set_kill_switch(true);
+    let mut stale = driver(facts);
+    stale.mirror.handle_host_event(HostEvent::Stale(HostStaleCause::Overrun), stale.now);
+    for mut driver in [killed, stale, driver(HostFacts::vouched())] {
+        driver.turn();
+        assert_eq!(driver.solicited, []);
     }
 }

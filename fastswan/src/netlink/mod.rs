@@ -24,6 +24,7 @@ mod route;
 mod route_message;
 mod route_store;
 mod socket;
+mod solicit;
 mod thresholds;
 mod watch;
 mod wire;
@@ -45,6 +46,7 @@ pub(crate) use self::{
         Sysctls, Told, read_all, read_neighbours, read_path_mtus, read_routes, read_rules, read_sysctls,
     },
     socket::{Datagram, NetlinkSocket},
+    solicit::Solicitor,
     thresholds::{ThresholdWatch, Thresholds, thresholds},
     watch::{HostSockets, hear, heard_device},
 };

@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use super::{
     back_off::BackOff,
     due::{Due, PopIfDue as _},
-    wire::{CutOff, address, attributes, i32_at, u32_at},
+    wire::{CutOff, address, attribute, attributes, i32_at, octets, of_family, u32_at},
 };
 use crate::{
     host::{HostChange, PathMtu},
@@ -70,25 +70,13 @@ pub(crate) struct Question {
 impl Question {
     /// The body of a request for the route (`RTM_GETROUTE`).
     pub(super) fn request(&self) -> Vec<u8> {
-        let family = if self.destination.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
         let (destination, source) = (octets(self.destination), octets(self.source));
         let length = |octets: &[u8]| u8::try_from(8 * octets.len()).unwrap_or(0);
-        let mut body = vec![0; ROUTE_LENGTH];
-        body[0] = u8::try_from(family).unwrap_or(0);
+        let mut body = of_family(self.destination.into(), ROUTE_LENGTH);
         (body[1], body[2], body[3]) = (length(&destination), length(&source), self.tos);
-        for (kind, value) in [(RTA_DST, destination), (RTA_SRC, source)] {
-            body.extend(u16::try_from(4 + value.len()).unwrap_or(0).to_ne_bytes());
-            body.extend(kind.to_ne_bytes());
-            body.extend(value);
-        }
+        body.extend(attribute(RTA_DST, &destination));
+        body.extend(attribute(RTA_SRC, &source));
         body
-    }
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
     }
 }
 

@@ -25,7 +25,9 @@ use super::{
     request::{DUMP, RequestError, Requests},
     route_message::{RouteInfo, RouteKey, RouteMessage},
     route_store::{RouteAction, RouteStore, RouteTold},
-    wire::{CutOff, address, attributes, ethernet_address, family, i32_at, u16_at, u32_at},
+    wire::{
+        CutOff, address, attribute, attributes, ethernet_address, family, i32_at, of_family, u16_at, u32_at,
+    },
 };
 use crate::{
     host::{self, HostError, Rule, RuleSelector},
@@ -41,9 +43,9 @@ const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
-const RTM_NEWNEIGH: u16 = 28;
+pub(super) const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
-const RTM_GETNEIGH: u16 = 30;
+pub(super) const RTM_GETNEIGH: u16 = 30;
 const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 const RTM_GETRULE: u16 = 34;
@@ -59,7 +61,7 @@ const NLM_F_APPEND: u16 = 0x800;
 const LINK_LENGTH: usize = 16;
 const ADDRESS_LENGTH: usize = 8;
 const ROUTE_LENGTH: usize = 12;
-const NEIGHBOUR_LENGTH: usize = 12;
+pub(super) const NEIGHBOUR_LENGTH: usize = 12;
 const RULE_LENGTH: usize = 12;
 const NEXTHOP_LENGTH: usize = 8;
 const NAMESPACE_LENGTH: usize = 4;
@@ -71,7 +73,7 @@ const NETNSA_NSID: u16 = 1;
 const NETNSA_PID: u16 = 2;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
-const NDA_DST: u16 = 1;
+pub(super) const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 /// Reachable, stale, delay, probe, permanent: states in which a neighbour's address is used.
 const NUD_KNOWN: u16 = 0x02 | 0x04 | 0x08 | 0x10 | 0x80;
@@ -270,7 +272,7 @@ fn settle() -> Result<(), HostError> {
     }
 }
 
-fn system(attempt: &str, error: io::Error) -> HostError {
+pub(super) fn system(attempt: &str, error: io::Error) -> HostError {
     HostError::System { attempt: attempt.to_owned(), remedy: remedy(&error), error }
 }
 
@@ -301,9 +303,9 @@ impl Dumps {
     /// The links of a network namespace by our number for it, or of ours.
     fn links(&mut self, namespace: Option<i32>) -> Result<Vec<LinkState>, HostError> {
         let mut request = vec![0; LINK_LENGTH];
-        request.extend(attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS.to_ne_bytes()));
+        request.extend(attribute(IFLA_EXT_MASK, &RTEXT_FILTER_SKIP_STATS.to_ne_bytes()));
         if let Some(namespace) = namespace {
-            request.extend(attribute(IFLA_TARGET_NETNSID, namespace.to_ne_bytes()));
+            request.extend(attribute(IFLA_TARGET_NETNSID, &namespace.to_ne_bytes()));
         }
         self.list("links", RTM_GETLINK, &request, |payload| {
             LinkTold::read(false, payload).map(|told| match told {
@@ -329,7 +331,7 @@ impl Dumps {
         }
         // That it is known by a number to itself may come of telling those links.
         let mut request = vec![0; NAMESPACE_LENGTH];
-        request.extend(attribute(NETNSA_PID, gettid().as_raw_nonzero().get().to_ne_bytes()));
+        request.extend(attribute(NETNSA_PID, &gettid().as_raw_nonzero().get().to_ne_bytes()));
         let mut ours = None;
         let asked = self.0.ask((RTM_GETNSID, 0, &request), |_, payload| {
             ours = namespace(payload);
@@ -447,24 +449,10 @@ impl Dumps {
     }
 }
 
-fn attribute(kind: u16, value: [u8; 4]) -> Vec<u8> {
-    [&8_u16.to_ne_bytes()[..], &kind.to_ne_bytes(), &value].concat()
-}
-
 /// The number that our network namespace has for another one, if it has one.
 fn namespace(payload: &[u8]) -> Option<i32> {
     let number = attributes(payload, NAMESPACE_LENGTH).find(|(kind, _)| *kind == NETNSA_NSID);
     number.and_then(|(_, number)| i32_at(number, 0)).filter(|number| *number >= 0)
-}
-
-/// The fixed part of a request, which begins with the family.
-fn of_family(family: Family, length: usize) -> Vec<u8> {
-    let mut request = vec![0; length];
-    request[0] = match family {
-        Family::V4 => 2,
-        Family::V6 => 10,
-    };
-    request
 }
 
 /// Interface index and IPv4 address of this host.

@@ -1,4 +1,4 @@
-//! Attributes and fixed parts of rtnetlink messages, read without a panic whatever comes.
+//! Attributes and fixed parts of rtnetlink messages, read without a panic whatever comes, and written.
 //!
 //! The tables of routes are large and change all the time, so their messages are read in place instead of being turned into
 //! lists of attributes first; and what a message has that is not known here must not make it unreadable.
@@ -68,6 +68,30 @@ pub(super) fn family(number: u8) -> Option<Family> {
         libc::AF_INET => Some(Family::V4),
         libc::AF_INET6 => Some(Family::V6),
         _ => None,
+    }
+}
+
+/// An attribute as it stands in a request; its value is a multiple of four bytes.
+pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(4 + value.len()).unwrap_or(0);
+    [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat()
+}
+
+/// The fixed part of a request, which begins with the family.
+pub(super) fn of_family(family: Family, length: usize) -> Vec<u8> {
+    let mut request = vec![0; length];
+    request[0] = match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    };
+    request
+}
+
+/// An address as it stands in a message.
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
     }
 }
 

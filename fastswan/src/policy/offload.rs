@@ -56,7 +56,8 @@ pub enum NextHop {
         destination: MacAddr,
     },
     /// The program writes the addresses that the kernel's routes and neighbour table give for the outer
-    /// destination of the policy's template. Not resolvable: nothing is fast.
+    /// destination of the policy's template. As long as the neighbour's is not known nothing is fast, and the host source is
+    /// [asked](crate::HostSource::solicit) to find it.
     Neighbour,
 }
 

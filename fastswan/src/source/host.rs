@@ -1,5 +1,7 @@
 //! Where facts about the host come from.
 
+use std::net::IpAddr;
+
 use async_trait::async_trait;
 
 use crate::host::{HostError, HostEvent, HostFacts, Link};
@@ -33,6 +35,19 @@ pub trait HostSource: Send {
     /// snapshot nothing is fast; a source that cannot be asked, as by default, ends all fast forwarding until it tells one of
     /// itself.
     fn resync(&mut self) {}
+
+    /// Has the host find these neighbours, or hear from them again, each by its device's interface index and its address, as it
+    /// would if it had a packet for them. It is a request: it must not block, and what becomes of it is told as any
+    /// [change](crate::host::HostChange::Neighbour). A source that cannot do that, as by default, leaves it to packets that
+    /// are not fast.
+    fn solicit(&mut self, neighbours: &[(u32, IpAddr)]) {
+        let _ = neighbours;
+    }
+
+    /// How many of these requests have failed.
+    fn failed_solicitations(&self) -> u64 {
+        0
+    }
 }
 
 #[async_trait]
@@ -47,6 +62,14 @@ impl<S: HostSource + ?Sized> HostSource for Box<S> {
 
     fn resync(&mut self) {
         (**self).resync();
+    }
+
+    fn solicit(&mut self, neighbours: &[(u32, IpAddr)]) {
+        (**self).solicit(neighbours);
+    }
+
+    fn failed_solicitations(&self) -> u64 {
+        (**self).failed_solicitations()
     }
 }
 

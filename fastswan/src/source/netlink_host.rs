@@ -5,6 +5,7 @@ use std::{
     convert::identity,
     future::pending,
     io,
+    net::IpAddr,
     time::Duration,
 };
 
@@ -22,8 +23,8 @@ use crate::{
     host::{Hook, HostChange, HostError, HostEvent, HostFacts, HostStaleCause},
     netlink::{
         Anchor, BackOff, Datagram, Follower, Found, HookWatch, HostSockets, Job, NetlinkSocket, Question,
-        Sysctls, Told, Wanted, hear, heard_device, read_all, read_hooks, read_host, read_neighbours,
-        read_path_mtus, read_routes, read_rules, read_sysctls, remedy, take_icmp,
+        Solicitor, Sysctls, Told, Wanted, hear, heard_device, read_all, read_hooks, read_host,
+        read_neighbours, read_path_mtus, read_routes, read_rules, read_sysctls, remedy, take_icmp,
     },
     policy::Family,
 };
@@ -69,6 +70,10 @@ const SYSCTL_LINKS: usize = 256;
 /// Netfilter, filters of tc and other [hooks](crate::host::hooks) are followed on a thread of their own, which looks ten times a
 /// second at what the kernel does not tell of. They take `CAP_NET_ADMIN` to read: without, each kind counts as there.
 ///
+/// It has the kernel find neighbours that policies wait for and keep those that fast packets go to
+/// ([`solicit`](HostSource::solicit)), by requests (`NTF_USE`) that count as a packet would. That takes `CAP_NET_ADMIN` and
+/// Linux 5.0: without, a warning says so once a minute. An entry that somebody has made is left alone.
+///
 /// Needs Linux; from 6.3 on it hears whether devices take redirected frames. Needs no privilege, but without
 /// `CAP_NET_ADMIN` its buffers are smaller, and it may read what a link loses while the kernel still takes it away.
 ///
@@ -102,6 +107,7 @@ pub struct NetlinkHost {
     /// Not yielded yet.
     ready: VecDeque<HostEvent>,
     back_off: BackOff,
+    solicitor: Solicitor,
     #[cfg(feature = "broken-rules")]
     broken: Option<BrokenHostRule>,
 }
@@ -193,6 +199,7 @@ impl NetlinkHost {
             taken: BTreeSet::new(),
             ready: VecDeque::new(),
             back_off: BackOff::default(),
+            solicitor: Solicitor::default(),
             #[cfg(feature = "broken-rules")]
             broken: None,
         })
@@ -258,6 +265,7 @@ impl NetlinkHost {
         if let Some(hooks) = self.hooks.try_changed().map_err(|error| system(FOLLOWING_HOOKS, error))? {
             self.take_hooks(hooks);
         }
+        self.solicitor.poll(&self.anchor);
         if let State::Following(following) = &mut self.state {
             following.poll(now, &self.anchor);
         }
@@ -635,6 +643,14 @@ impl HostSource for NetlinkHost {
 
     fn resync(&mut self) {
         self.lose_track(HostStaleCause::Requested);
+    }
+
+    fn solicit(&mut self, neighbours: &[(u32, IpAddr)]) {
+        self.solicitor.solicit(neighbours, &self.anchor);
+    }
+
+    fn failed_solicitations(&self) -> u64 {
+        self.solicitor.failed()
     }
 }
 
