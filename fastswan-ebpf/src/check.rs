@@ -7,6 +7,8 @@ pub enum Check {
     Lease,
     /// The sequence number before and after the lookups.
     Sequence,
+    /// The sequence number after the lookups, for packets that pass: their reason is one of a table that has not changed.
+    Reasons,
     /// That the frame lies in one buffer.
     Buffers,
     /// That the frame was sent to the port's address.
@@ -31,9 +33,10 @@ pub enum Check {
 
 impl Check {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Lease,
         Self::Sequence,
+        Self::Reasons,
         Self::Buffers,
         Self::Address,
         Self::Checksum,

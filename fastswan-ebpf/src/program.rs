@@ -14,16 +14,16 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use fastswan_ebpf::{
-    ADDRESS_MASK, Check, PassReason, Way,
+    ADDRESS_MASK, Check, Control, PassReason, Way,
     wire::{Addresses, ETHERNET_LENGTH, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Frame},
 };
 
 use self::{
-    arrival::port,
+    arrival::{Arrival, port},
     asking::{ask, is_due},
     checks::does,
     counters::{count, passes},
-    families::{packet_v4, packet_v6},
+    families::{Packet, packet_v4, packet_v6},
     maps::{CLOCK, CONTROL, DEVICES},
     rewriting::{decrement_ttl, strip, write_ethernet},
     sequence::Sequence,
@@ -80,7 +80,51 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
         }
     }
     let sequence = Sequence::begin(control)?;
+    let decision = match decide(context, control) {
+        Ok(decision) => decision,
+        Err(reason) => return Err(sequence.reason(reason)),
+    };
+    sequence.still_holds()?;
 
+    let Decision { port, ether_type, network, packet, padding, addresses } = decision;
+    if does(Check::Asking) && is_due(control, packet.forwarded) {
+        ask(context, network, ether_type, port.receiver, packet.device)?;
+    }
+    let action = if packet.device == port.ifindex {
+        XDP_TX
+    } else if packet.cpu >= packet.cpus {
+        return Err(PassReason::NoChannel.into());
+    } else {
+        DEVICES.redirect(packet.device, u64::from(XDP_PASS)).map_err(|_| PassReason::EgressUnavailable)?
+    };
+    let tags = network - ETHERNET_LENGTH;
+    strip(context, tags, padding)?;
+
+    let frame = Frame::of(context);
+    write_ethernet(frame, addresses, ether_type)?;
+    decrement_ttl(frame, ether_type)?;
+    if does(Check::Counting) {
+        count(packet.forwarded, packet.length);
+    }
+    Ok(action)
+}
+
+/// How a packet is to be forwarded.
+struct Decision {
+    port: Arrival,
+    ether_type: u16,
+    /// Where the IP header begins.
+    network: usize,
+    packet: Packet,
+    /// Bytes of the frame behind the packet.
+    padding: usize,
+    /// Those that it is to leave with.
+    addresses: Addresses,
+}
+
+/// Reads the frame and the tables, which must not change meanwhile: neither way of coming back means anything if they have.
+#[inline(always)]
+fn decide(context: &XdpContext, control: &Control) -> Result<Decision, Pass> {
     let frame = Frame::of(context);
     // SAFETY: a helper call on the program's own context.
     if does(Check::Buffers)
@@ -106,6 +150,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
     } else {
         packet_v6(frame, network, control, port)?
     };
+    let padding = frame.end - frame.start - network - packet.length;
     let rest = packet.way.rest.load();
     let addresses = if Way::rewrites(rest) {
         Addresses { first: packet.way.first.load(), rest: rest as u32 }
@@ -120,29 +165,7 @@ fn forward(context: &XdpContext) -> Result<u32, Pass> {
             return Err(PassReason::Removal.into());
         }
     }
-    sequence.still_holds()?;
-
-    if does(Check::Asking) && is_due(control, packet.forwarded) {
-        ask(context, network, ether_type, port.receiver, packet.device)?;
-    }
-    let action = if packet.device == port.ifindex {
-        XDP_TX
-    } else if packet.cpu >= packet.cpus {
-        return Err(PassReason::NoChannel.into());
-    } else {
-        DEVICES.redirect(packet.device, u64::from(XDP_PASS)).map_err(|_| PassReason::EgressUnavailable)?
-    };
-    let tags = network - ETHERNET_LENGTH;
-    let padding = frame.end - frame.start - network - packet.length;
-    strip(context, tags, padding)?;
-
-    let frame = Frame::of(context);
-    write_ethernet(frame, addresses, ether_type)?;
-    decrement_ttl(frame, ether_type)?;
-    if does(Check::Counting) {
-        count(packet.forwarded, packet.length);
-    }
-    Ok(action)
+    Ok(Decision { port, ether_type, network, packet, padding, addresses })
 }
 
 /// The number of a [`PassReason`]. Cells and slots carry numbers, which the verifier wants to see checked where they are

@@ -30,7 +30,7 @@ reasons! {
     Disabled = "disabled",
     /// The lease has run out: the mirror has not said lately that it is alive and caught up.
     LeaseExpired = "lease_expired",
-    /// A batch of changes was being written.
+    /// A batch of changes was being written, or has been since the packet was looked up.
     Updating = "updating",
     /// The frame lies in several buffers.
     MultiBuffer = "multi_buffer",

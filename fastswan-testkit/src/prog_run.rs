@@ -3,6 +3,8 @@
 use std::{
     io,
     mem::offset_of,
+    os::fd::AsFd as _,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -21,6 +23,8 @@ use nix::{
     sys::time::TimeValLike as _,
     time::{ClockId, clock_getres},
 };
+
+use crate::sys::SharedNumbers;
 
 /// The program and its table, with nothing attached.
 #[derive(Debug)]
@@ -101,6 +105,22 @@ impl ProgRun {
         // The sequence number is the first word, and odd during an update.
         words[0] = if updating { words[0] | 1 } else { words[0].wrapping_add(1) & !1 };
         control.set(0, words, 0)?;
+        Ok(())
+    }
+
+    /// Makes the table look as if batches of changes were written all the time, of which none is being written when it is looked at,
+    /// until it is told to stop.
+    ///
+    /// # Errors
+    ///
+    /// If the control record cannot be found or mapped.
+    pub fn change_nothing(&self, stop: &AtomicBool) -> anyhow::Result<()> {
+        let control = map_of(&self.forwarder, "CONTROL")?;
+        let words = SharedNumbers::map(control.fd().as_fd(), size_of::<Control>() / 8)?;
+        while !stop.load(Ordering::Relaxed) {
+            // The sequence number is the first word.
+            words[0].fetch_add(2, Ordering::Relaxed);
+        }
         Ok(())
     }
 

@@ -17,7 +17,7 @@ use fastswan::{
 };
 use fastswan_ebpf::{Check, port_position};
 use fastswan_testkit::{
-    cpu::run_on,
+    cpu::{self, run_on},
     datapath::without,
     frames::{Frame, Tag},
     lab::{self, End, Namespace},
@@ -489,6 +489,40 @@ fn a_program_for_measurements_leaves_out_what_it_is_told_to() {
         let uncounted = load(Check::Counting);
         assert_eq!(action(&uncounted, v4()), RunAction::Transmit);
         assert_eq!(uncounted.traffic(TRANSMIT).packets, 0);
+    });
+}
+
+/// It may come from half of a change. A program that does not look again for packets that pass counts what it came upon.
+#[test]
+fn a_reason_that_was_found_while_the_table_changed_is_not_counted() {
+    const PACKETS: u32 = 10_000;
+    with_program(|whole, namespace| {
+        let config = LoadConfig::new(config()).ask_back(0);
+        let hasty = ProgRun::load(without(config, Check::Reasons)).unwrap();
+        let hasty = fill(hasty, namespace.ifindex("out0").unwrap());
+        let cpus = cpu::allowed().unwrap();
+        let [here, there, ..] = cpus[..] else { panic!("this takes two processors") };
+        run_on(&[here]).unwrap();
+        let reasons = |program: &ProgRun, frame: Frame| {
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    run_on(&[there]).unwrap();
+                    program.change_nothing(&stop).unwrap();
+                });
+                let frame = frame.build();
+                let outcomes: Vec<_> = (0..PACKETS).map(|_| program.run(&frame, INGRESS)).collect();
+                stop.store(true, Ordering::Relaxed);
+                outcomes.into_iter().filter_map(|outcome| outcome.unwrap().reason).collect::<BTreeSet<_>>()
+            })
+        };
+        let no_policy = || Frame::v4("10.1.0.5", "192.0.2.1").macs(SENDER, PORT).udp(1, 2);
+        let mut found = reasons(whole, no_policy());
+        assert!(found.remove(&PassReason::Updating), "{found:?}");
+        assert!(found.is_subset(&[PassReason::NoPolicy].into()), "{found:?}");
+        assert_eq!(reasons(&hasty, no_policy()), [PassReason::NoPolicy].into());
+        // What it would forward it looks at again.
+        assert_eq!(reasons(&hasty, v4()), [PassReason::Updating].into());
     });
 }
 

@@ -4,7 +4,7 @@ use core::arch::asm;
 
 use fastswan_ebpf::{Check, Control, PassReason, Word};
 
-use super::{checks::does, counters::passes, maps::WEAKLY_ORDERED};
+use super::{Pass, checks::does, counters::passes, maps::WEAKLY_ORDERED};
 
 /// A section in which the tables must not change.
 pub(super) struct Sequence<'a> {
@@ -31,6 +31,15 @@ impl<'a> Sequence<'a> {
         } else {
             Err(PassReason::Updating)
         }
+    }
+
+    /// Why a packet passes for which this reason was found: after a change it may be that of no table that there was.
+    #[inline(always)]
+    pub(super) fn reason(self, found: Pass) -> Pass {
+        if !does(Check::Reasons) {
+            return found;
+        }
+        self.still_holds().map_or_else(Pass::from, |()| found)
     }
 }
 

@@ -1,13 +1,14 @@
 //! `testkit guest`: what a guest is told to do. Nobody else calls it.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command as Process,
 };
 
 use anyhow::{Context as _, ensure};
 use clap::Subcommand;
-use fastswan_testkit::guest::{Scenario, append_line, nic};
+use fastswan_testkit::guest::{Progress, Scenario, append_line, nic};
 
 use super::oracle::{facts, guest as guest_oracle};
 
@@ -18,7 +19,7 @@ pub(crate) enum Command {
     Run {
         /// Their names.
         names: Vec<String>,
-        /// Where a JSON object is appended for each.
+        /// Where a JSON object is appended when one begins and when it has come to its end.
         #[arg(long)]
         results: PathBuf,
         /// Where their logs go.
@@ -50,13 +51,18 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn run_all(names: &[String], results: &Path, logs: &Path) -> anyhow::Result<()> {
+    let say =
+        |progress| -> anyhow::Result<()> { Ok(append_line(results, &serde_json::to_string(&progress)?)?) };
     for name in names {
         let scenario = named(name)?;
+        say(Progress::Begun(name.clone()))?;
         let logs = logs.join(name);
+        // An earlier guest may have died in it.
+        let _ = fs::remove_dir_all(&logs);
         let mut teller = Process::new(std::env::current_exe()?);
         teller.args(["guest", "tell", name, "--logs"]).arg(&logs);
         let outcome = scenario.run(&mut teller, &logs);
-        append_line(results, &serde_json::to_string(&outcome)?)?;
+        say(Progress::Ended(outcome))?;
     }
     Ok(())
 }

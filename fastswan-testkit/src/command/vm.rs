@@ -13,14 +13,14 @@ use clap::Subcommand;
 use fastswan_testkit::{
     guest::{Outcome, Scenario},
     lab::clean_up_on_signals,
-    vm::{Guest, Image, Kernel, Run, Store, VmError},
+    vm::{Guest, Image, Kernel, Store, VmError},
 };
 use serde_json::{Value, json};
 
+use self::telling::{Telling, Told};
 use super::{cargo, count::Count, workspace};
 
-/// How often a kernel is booted for the scenarios, if the emulator lets it die.
-const MOST_BOOTS: u32 = 5;
+mod telling;
 
 /// What is done with guests.
 #[derive(Debug, Subcommand)]
@@ -98,62 +98,47 @@ fn run_scenarios(arguments: &Arguments) -> anyhow::Result<()> {
         };
         arguments.names.iter().map(named).collect::<Result<_, _>>()?
     };
-    let told = tell(&scenarios, &arguments.kernels.all())?;
+    let kernels = tell(&scenarios, &arguments.kernels.all())?;
     if arguments.json {
-        println!("{}", json_of(&told));
+        println!("{}", json_of(&kernels));
     }
-    let failed: Vec<String> = told.iter().flat_map(Told::failures).collect();
+    let failed: Vec<String> = kernels.iter().flat_map(OnKernel::failures).collect();
     ensure!(failed.is_empty(), "not all went well:\n{}", failed.join("\n"));
     Ok(())
 }
 
 /// For `cargo testkit ci`: all scenarios, on all kernels.
 pub(crate) fn check() -> anyhow::Result<Count> {
-    let told = tell(&Scenario::all(), &Kernel::ALL)?;
     let mut count = Count::default();
-    for told in &told {
-        count.passed += told.outcomes.iter().filter(|outcome| outcome.ok).count() as u64;
-        told.failures().iter().for_each(|failure| count.fail(failure));
+    for kernel in tell(&Scenario::all(), &Kernel::ALL)? {
+        count.passed += kernel.told.outcomes.iter().filter(|outcome| outcome.ok).count() as u64;
+        kernel.failures().iter().for_each(|failure| count.fail(failure));
     }
     Ok(count)
 }
 
 /// What became of scenarios on one kernel.
-struct Told {
+struct OnKernel {
     version: String,
-    outcomes: Vec<Outcome>,
-    missing: Vec<&'static str>,
-    run: anyhow::Result<Run>,
+    told: Told,
 }
 
-impl Told {
+impl OnKernel {
     /// Everything that is not as it should be.
     fn failures(&self) -> Vec<String> {
-        let version = &self.version;
-        let mut failures = Vec::new();
-        for outcome in self.outcomes.iter().filter(|outcome| !outcome.ok) {
-            let why = outcome.failures.join("; ");
-            failures.push(format!("Linux {version}: {} {}: {why}", outcome.name, outcome.verdict));
-        }
-        for name in &self.missing {
-            failures.push(format!("Linux {version}: {name} did not run"));
-        }
-        match &self.run {
-            Ok(run) => {
-                if run.status != 0 {
-                    failures.push(format!("Linux {version}: the guest failed: {}", run.output));
-                }
-                let complaints = run.complaints.iter();
-                failures.extend(complaints.map(|line| format!("Linux {version}: the kernel said: {line}")));
-            }
-            Err(error) => failures.push(format!("{error:#}")),
-        }
-        failures
+        let Told { outcomes, missing, trouble, .. } = &self.told;
+        let failed = outcomes.iter().filter(|outcome| !outcome.ok);
+        let failed = failed.map(|Outcome { name, verdict, failures, .. }| {
+            format!("{name} {verdict}: {}", failures.join("; "))
+        });
+        let missing = missing.iter().map(|name| format!("{name} did not run"));
+        let all = failed.chain(missing).chain(trouble.iter().cloned());
+        all.map(|failure| format!("Linux {}: {failure}", self.version)).collect()
     }
 }
 
 /// Runs scenarios on several kernels, side by side.
-fn tell(scenarios: &[Scenario], kernels: &[Kernel]) -> anyhow::Result<Vec<Told>> {
+fn tell(scenarios: &[Scenario], kernels: &[Kernel]) -> anyhow::Result<Vec<OnKernel>> {
     clean_up_on_signals()?;
     let store = store()?;
     let start = Instant::now();
@@ -162,12 +147,11 @@ fn tell(scenarios: &[Scenario], kernels: &[Kernel]) -> anyhow::Result<Vec<Told>>
     println!("images and programs: {:.0} s", start.elapsed().as_secs_f64());
     println!("{:<20} {:<18} {:<19} {:>7}  figures", "kernel", "scenario", "verdict", "seconds");
     let told = side_by_side(&images, |image| tell_on(&store, image, scenarios, &programs));
-    for told in &told {
-        if let Ok(run) = &told.run {
-            println!("{:<20} {:<18} {:<19} {:>7.1}", told.version, "", "", run.took.as_secs_f64());
-        }
+    let kernels = told.into_iter().collect::<Result<Vec<_>, _>>()?;
+    for OnKernel { version, told } in &kernels {
+        println!("{version:<20} {:<18} {:<19} {:>7.1}", "", "", told.took.as_secs_f64());
     }
-    Ok(told)
+    Ok(kernels)
 }
 
 /// Does the same with each image at the same time.
@@ -181,59 +165,43 @@ pub(crate) fn side_by_side<T: Send>(images: &[Image], run: impl Fn(&Image) -> T 
     })
 }
 
-fn tell_on(store: &Store, image: &Image, scenarios: &[Scenario], programs: &[PathBuf]) -> Told {
-    let mut outcomes = Vec::new();
-    let mut boots = 1;
-    let run = loop {
-        let left = left(scenarios, &outcomes);
+fn tell_on(
+    store: &Store,
+    image: &Image,
+    scenarios: &[Scenario],
+    programs: &[PathBuf],
+) -> Result<OnKernel, VmError> {
+    let version = &image.version;
+    let mut telling = Telling::new(scenarios);
+    let mut guest = guest(store, image, "scenarios", programs)?;
+    while let Some(left) = telling.boot() {
         let names: Vec<_> = left.iter().map(|scenario| scenario.name).collect();
         let limit: Duration = left.iter().map(|scenario| scenario.limit + Duration::from_secs(5)).sum();
         let command =
             format!("./fastswan-testkit guest run {} --results results --logs logs", names.join(" "));
-        let run = boot(store, image, programs, &command, limit, |line| {
-            if let Ok(outcome) = serde_json::from_str::<Outcome>(line) {
-                print(&image.version, &outcome);
-                outcomes.push(outcome);
+        let ended = guest.run(&command, limit, |line| {
+            let progress = serde_json::from_str(line).ok();
+            if let Some(outcome) = progress.and_then(|progress| telling.hear(progress, Instant::now())) {
+                print(version, outcome);
             }
         });
-        match &run {
-            Err(error) if is_of_the_emulator(error) && boots < MOST_BOOTS => {
-                eprintln!(
-                    "{error:#}\nThat is the emulator's fault: once more, with the scenarios that are left"
-                );
-                boots += 1;
-            }
-            _ => break run,
+        if let Some(outcome) = telling.end(ended, Instant::now()) {
+            print(version, outcome);
         }
-    };
-    let missing = left(scenarios, &outcomes).into_iter().map(|scenario| scenario.name).collect();
-    Told { version: image.version.clone(), outcomes, missing, run }
+    }
+    Ok(OnKernel { version: version.clone(), told: telling.told() })
 }
 
-/// The scenarios that have not come to an end.
-fn left<'a>(scenarios: &'a [Scenario], outcomes: &[Outcome]) -> Vec<&'a Scenario> {
-    let has_run = |scenario: &&Scenario| outcomes.iter().any(|outcome| outcome.name == scenario.name);
-    scenarios.iter().filter(|scenario| !has_run(scenario)).collect()
-}
-
-/// Whether a guest died of what its emulated processors did wrong.
-fn is_of_the_emulator(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<VmError>().is_some_and(VmError::is_of_the_emulator)
-}
-
-/// Boots a kernel, and runs a command in a fresh folder with the programs.
-pub(crate) fn boot(
+/// A guest with a fresh folder of this name, in which the programs are.
+pub(crate) fn guest<'a>(
     store: &Store,
-    image: &Image,
+    image: &'a Image,
+    name: &str,
     programs: &[PathBuf],
-    command: &str,
-    limit: Duration,
-    progress: impl FnMut(&str),
-) -> anyhow::Result<Run> {
-    let folder = store.run_folder(image.kernel)?;
+) -> Result<Guest<'a>, VmError> {
+    let folder = store.run_folder(image.kernel, name)?;
     let programs: Vec<_> = programs.iter().map(PathBuf::as_path).collect();
-    let guest = Guest::new(image, folder, &programs)?;
-    Ok(guest.run(command, limit, progress)?)
+    Guest::new(image, folder, &programs)
 }
 
 fn print(version: &str, outcome: &Outcome) {
@@ -250,12 +218,12 @@ fn print(version: &str, outcome: &Outcome) {
 }
 
 /// One run's fields at the top, or a list of several.
-fn json_of(told: &[Told]) -> Value {
-    let object = |told: &Told, outcome: &Outcome| {
+fn json_of(kernels: &[OnKernel]) -> Value {
+    let object = |kernel: &OnKernel, outcome: &Outcome| {
         let mut object = json!({
             "name": outcome.name,
-            "kernel": told.version,
-            "ok": outcome.ok && told.failures().is_empty(),
+            "kernel": kernel.version,
+            "ok": outcome.ok && kernel.failures().is_empty(),
             "verdict": outcome.verdict,
             "seconds": outcome.seconds,
             "reason": outcome.reason,
@@ -266,13 +234,14 @@ fn json_of(told: &[Told]) -> Value {
         }
         object
     };
-    let mut runs: Vec<Value> =
-        told.iter().flat_map(|told| told.outcomes.iter().map(|outcome| object(told, outcome))).collect();
-    if runs.len() == 1 && told.len() == 1 {
+    let runs =
+        kernels.iter().flat_map(|kernel| kernel.told.outcomes.iter().map(|outcome| object(kernel, outcome)));
+    let mut runs: Vec<Value> = runs.collect();
+    if runs.len() == 1 && kernels.len() == 1 {
         return runs.remove(0);
     }
     let failures: BTreeMap<&str, Vec<String>> =
-        told.iter().map(|told| (told.version.as_str(), told.failures())).collect();
+        kernels.iter().map(|kernel| (kernel.version.as_str(), kernel.failures())).collect();
     json!({ "ok": failures.values().all(Vec::is_empty), "failures": failures, "runs": runs })
 }
 

@@ -100,6 +100,14 @@ impl Scenario {
         self.judge(findings, start.elapsed())
     }
 
+    /// The outcome if the guest dies while it is told.
+    #[must_use]
+    pub fn died(&self, why: String, took: Duration) -> Outcome {
+        let findings = Findings { failures: vec![why], ..Findings::default() };
+        // That is not the failure which some are expected to have.
+        Self { expected_failure: None, ..*self }.judge(findings, took)
+    }
+
     fn findings(&self, teller: &mut Command, logs: &Path) -> anyhow::Result<Findings> {
         fs::create_dir_all(logs).context("making a folder for the logs")?;
         let log = fs::File::create(logs.join("story")).context("making a log")?;
@@ -232,6 +240,16 @@ pub struct Outcome {
     pub failures: Vec<String>,
     /// What was counted and measured.
     pub figures: BTreeMap<String, f64>,
+}
+
+/// What a guest says of its scenarios, a line of JSON each.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Progress {
+    /// The scenario with this name has begun.
+    Begun(String),
+    /// One has come to its end.
+    Ended(Outcome),
 }
 
 /// Appends a line to a file at once.

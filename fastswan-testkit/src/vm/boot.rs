@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Image, VmError, last_lines};
+use super::{Image, VmError, last_lines, remove_file};
 
 /// What a guest may take beside the time that its command may take: emulated machines start slowly.
 const BOOT_TIME: Duration = Duration::from_secs(120);
@@ -17,6 +17,11 @@ const BOOT_TIME: Duration = Duration::from_secs(120);
 const NO_SUCH_PROGRAM: i32 = 127;
 /// How often it is booted until it starts.
 const ATTEMPTS: u32 = 3;
+
+/// Lines of a console that are shown if a guest does not come to its end: from its kernel's first complaint on.
+const TRACE: usize = 80;
+/// The same, the last ones, if there is no complaint.
+const SILENT_TRACE: usize = 30;
 
 /// What a kernel says last that runs into a breakpoint which nobody has set.
 const STALE_BREAKPOINT: &str = "Oops: int3";
@@ -26,9 +31,10 @@ const BOOT_OPTIONS: &str =
     "console=ttyS0 panic=-1 quiet rdinit=/init rcupdate.rcu_cpu_stall_timeout=100 watchdog_thresh=50";
 
 /// What the kernel says when something is wrong with it.
-const COMPLAINTS: [&str; 9] = [
+const COMPLAINTS: [&str; 10] = [
     "BUG:",
     "Call Trace",
+    "Kernel panic",
     "Oops",
     "WARNING:",
     "lockup",
@@ -43,6 +49,8 @@ const COMPLAINTS: [&str; 9] = [
 pub struct Guest<'a> {
     image: &'a Image,
     folder: PathBuf,
+    /// How often it was booted.
+    boots: u32,
 }
 
 /// What became of a command in a guest.
@@ -69,28 +77,32 @@ impl<'a> Guest<'a> {
             let copy = folder.join(program.file_name().unwrap_or_default());
             fs::copy(program, &copy).map_err(VmError::system(format!("copying {}", program.display())))?;
         }
-        Ok(Self { image, folder })
+        Ok(Self { image, folder, boots: 0 })
     }
 
     /// Boots it, runs a command of the shell in `/host`, and powers it off. Each line that the guest appends to
-    /// `results` in the folder is handed to `progress` soon. The command may take `limit`.
+    /// `results` in the folder is handed to `progress` soon. The command may take `limit`. The console of the first boot
+    /// is `console-1`, and so on.
     ///
     /// # Errors
     ///
     /// [`VmError::Guest`] if the guest does not come to its end, [`VmError::Missing`] without QEMU.
     pub fn run(
-        &self,
+        &mut self,
         command: &str,
         limit: Duration,
         mut progress: impl FnMut(&str),
     ) -> Result<Run, VmError> {
-        let path = |name| self.folder.join(name);
+        let folder = self.folder.clone();
+        let path = |name: &str| folder.join(name);
+        for left in ["results", "output", "status", "dmesg"] {
+            remove_file(&path(left))?;
+        }
         let script = path("run");
         fs::write(&script, format!("cd /host\nexec {command}\n"))
             .map_err(VmError::system(format!("writing {}", script.display())))?;
-        let console = path("console");
         let mut start = Instant::now();
-        let mut machine = self.start(&console)?;
+        let (mut machine, mut console) = self.start()?;
         let mut attempts = 1;
         let mut results = Results { path: path("results"), read: 0, rest: String::new() };
         let ended = loop {
@@ -105,7 +117,7 @@ impl<'a> Guest<'a> {
                 end(&mut machine);
                 attempts += 1;
                 start = Instant::now();
-                machine = self.start(&console)?;
+                (machine, console) = self.start()?;
                 continue;
             }
             match ended {
@@ -118,7 +130,7 @@ impl<'a> Guest<'a> {
             let console = fs::read(&console).unwrap_or_default();
             let console = String::from_utf8_lossy(&console);
             let stale_breakpoint = console.contains(STALE_BREAKPOINT);
-            let console = last_lines(&console, 30);
+            let console = trace(&console);
             VmError::Guest { kernel: self.image.kernel, what, console, stale_breakpoint }
         };
         let Some(ended) = ended else {
@@ -140,10 +152,13 @@ impl<'a> Guest<'a> {
         })
     }
 
-    fn start(&self, console: &Path) -> Result<Child, VmError> {
-        let log = File::create(console).map_err(VmError::system(format!("making {}", console.display())))?;
+    /// Starts the machine, with a console of its own.
+    fn start(&mut self) -> Result<(Child, PathBuf), VmError> {
+        self.boots += 1;
+        let console = self.folder.join(format!("console-{}", self.boots));
+        let log = File::create(&console).map_err(VmError::system(format!("making {}", console.display())))?;
         // Should this process die, so does the guest.
-        Command::new("setpriv")
+        let machine = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1500"])
             .args(["-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio"])
@@ -158,7 +173,8 @@ impl<'a> Guest<'a> {
             .stderr(log.try_clone().map_err(VmError::system("sharing the console"))?)
             .stdout(log)
             .spawn()
-            .map_err(|error| VmError::Missing { program: "setpriv", package: "util-linux", error })
+            .map_err(|error| VmError::Missing { program: "setpriv", package: "util-linux", error })?;
+        Ok((machine, console))
     }
 }
 
@@ -193,8 +209,20 @@ impl Results {
 
 /// Lines that tell of a fault.
 fn complaints(log: &str) -> Vec<String> {
-    let complains = |line: &&str| COMPLAINTS.iter().any(|complaint| line.contains(complaint));
-    log.lines().filter(complains).map(str::to_owned).collect()
+    log.lines().filter(|line| complains(line)).map(str::to_owned).collect()
+}
+
+fn complains(line: &str) -> bool {
+    COMPLAINTS.iter().any(|complaint| line.contains(complaint))
+}
+
+/// What a console says from the first line on that tells of a fault, or the last that it says.
+fn trace(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().collect();
+    match lines.iter().position(|line| complains(line)) {
+        Some(first) => lines[first..].iter().take(TRACE).copied().collect::<Vec<_>>().join("\n"),
+        None => last_lines(console, SILENT_TRACE),
+    }
 }
 
 #[cfg(test)]
@@ -206,6 +234,16 @@ mod tests {
         let log = "[    1.0] Linux version 6.12\n[    2.0] WARNING: CPU: 0 PID: 1 at net/core/dev.c:1\n\
                    [    3.0] testnic: loading out-of-tree module taints kernel.";
         assert_eq!(complaints(log), ["[    2.0] WARNING: CPU: 0 PID: 1 at net/core/dev.c:1"]);
+    }
+
+    #[test]
+    fn the_trace_of_a_kernel_that_dies_is_shown_from_its_beginning() {
+        let before = "GUEST up after 7 s\n".repeat(50);
+        let after = " ? do_syscall_64+0x82/0x190\n".repeat(50);
+        let shown = trace(&format!("{before}Kernel panic - not syncing: on purpose\n{after}"));
+        assert_eq!(shown.lines().count(), 51);
+        assert!(shown.starts_with("Kernel panic - not syncing: on purpose"), "{shown}");
+        assert_eq!(trace(&before).lines().count(), SILENT_TRACE);
     }
 
     #[test]

@@ -4,13 +4,14 @@
 //! that may be removed at any time:
 //!
 //! ```text
-//! FOLDER/trees/KERNEL   kernel, headers and compiler      (trees.rs)
-//! FOLDER/trees/root     strongSwan and tools
-//! FOLDER/images/KERNEL  kernel, modules, initial RAM disk (image.rs)
-//! FOLDER/runs/KERNEL    what the last run left            (boot.rs)
+//! FOLDER/trees/KERNEL      kernel, headers and compiler      (trees.rs)
+//! FOLDER/trees/root        strongSwan and tools
+//! FOLDER/images/KERNEL     kernel, modules, initial RAM disk (image.rs)
+//! FOLDER/runs/KERNEL/NAME  what the last run of a name left  (boot.rs)
 //! ```
 //!
-//! A guest mounts a folder of the host, runs one command in it, and powers off.
+//! A guest mounts a folder of the host, runs one command in it, and powers off. It may be booted again in the same folder, where
+//! the console of each boot is kept.
 
 mod boot;
 mod image;
@@ -100,13 +101,13 @@ pub enum VmError {
         error: io::Error,
     },
     /// A guest did not come to its end.
-    #[error("the guest with Linux {kernel} {what}; its console said last:\n{console}")]
+    #[error("the guest with Linux {kernel} {what}; its console said:\n{console}")]
     Guest {
         /// Its kernel.
         kernel: Kernel,
         /// What became of it.
         what: String,
-        /// The last lines of its console.
+        /// What its console said when the kernel got into trouble, or last.
         console: String,
         /// Whether it ran into a breakpoint that its kernel had already taken away. Where a kernel patches itself, it puts
         /// such a one in the way of other CPUs for a moment, and QEMU 7.2 does not always emulate that right.
@@ -165,16 +166,25 @@ impl Store {
         Image::build(&self.folder, kernel)
     }
 
-    /// A fresh folder for a run, which a guest mounts.
+    /// A fresh folder for runs of this name, which a guest mounts. Those of other names stay as they are.
     ///
     /// # Errors
     ///
     /// [`VmError::System`].
-    pub fn run_folder(&self, kernel: Kernel) -> Result<PathBuf, VmError> {
-        let folder = self.folder.join("runs").join(kernel.name());
+    pub fn run_folder(&self, kernel: Kernel, name: &str) -> Result<PathBuf, VmError> {
+        let folder = self.folder.join("runs").join(kernel.name()).join(name);
         remove_folder(&folder)?;
         create_folder(&folder)?;
         Ok(folder)
+    }
+}
+
+fn remove_file(path: &Path) -> Result<(), VmError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(VmError::system(format!("removing {}", path.display()))(error))
+        }
+        _ => Ok(()),
     }
 }
 

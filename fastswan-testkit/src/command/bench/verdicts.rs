@@ -54,7 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let tally = VerdictLab::new()?.enter(|devices| {
         let config = VerdictConfig { policies, packets: PACKETS, seed, devices, cpus: [first, second] };
         let bench = VerdictBench::new(config).context("loading the programs and the policies")?;
-        bench.run(Duration::from_secs(seconds), false).context("judging verdicts")
+        bench.run(Duration::from_secs(seconds), |_| false).context("judging verdicts")
     })??;
     print(&tally);
     if json {
@@ -63,7 +63,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let KindTally { wrong, unexplained, .. } = tally.total();
     let evidence = tally.evidence.as_deref().unwrap_or("there is no evidence");
     ensure!(wrong == 0, "{wrong} verdicts are wrong, seed {seed}; the last one: {evidence}");
-    ensure!(tally.is_right(), "{unexplained} packets passed for a reason that was not there, seed {seed}");
+    ensure!(
+        tally.is_right(),
+        "{unexplained} packets passed for a reason that was not there, seed {seed}; the first: {evidence}"
+    );
     Ok(())
 }
 

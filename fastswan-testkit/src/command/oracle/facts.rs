@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::command::{
     count::Count,
-    vm::{boot, side_by_side, store},
+    vm::{guest, side_by_side, store},
 };
 
 /// Packets that `cargo testkit ci` has judged.
@@ -182,7 +182,7 @@ fn in_guest(
     let limit =
         Duration::from_secs(300) + Duration::from_millis(60) * u32::try_from(decisions).unwrap_or(u32::MAX);
     let mut report = None;
-    let run = boot(store, image, &[program], &command, limit, |line| {
+    let run = guest(store, image, "facts", &[program])?.run(&command, limit, |line| {
         report = serde_json::from_str::<Value>(line).ok().or_else(|| report.take());
     })?;
     ensure!(run.status == 0, "the guest failed: {}", run.output);

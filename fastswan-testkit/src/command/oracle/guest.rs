@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::print::{print, print_head, set};
 use crate::command::{
     count::Count,
-    vm::{boot, side_by_side, store},
+    vm::{guest, side_by_side, store},
 };
 
 /// Packets that `cargo testkit ci` has judged on each kernel.
@@ -155,7 +155,7 @@ fn in_guest(store: &Store, image: &Image, trial: &Trial) -> anyhow::Result<Judge
     // A packet takes about 2 ms at the worst, in a guest that has a core for itself.
     let limit =
         Duration::from_secs(120) + Duration::from_millis(20) * u32::try_from(*decisions).unwrap_or(u32::MAX);
-    let run = boot(store, image, &[program], &command, limit, |line| {
+    let run = guest(store, image, "oracle", &[program])?.run(&command, limit, |line| {
         let Ok(mut object) = serde_json::from_str::<Value>(line) else { return };
         if let Some(compared) = object.get_mut("model") {
             model = Some(compared.take());
@@ -163,7 +163,7 @@ fn in_guest(store: &Store, image: &Image, trial: &Trial) -> anyhow::Result<Judge
             reports.entry(number).or_default().insert(set.to_owned(), object.clone());
         }
     });
-    Ok(Judged { version: image.version.clone(), reports, model, run })
+    Ok(Judged { version: image.version.clone(), reports, model, run: run.map_err(Into::into) })
 }
 
 impl Judged {

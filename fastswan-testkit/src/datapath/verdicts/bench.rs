@@ -8,6 +8,7 @@ use std::{
 
 use fastswan::{PassReason, forwarder::LoadConfig};
 use fastswan_ebpf::Check;
+use fastswan_testkit_ebpf::verdict::Judgement;
 use rand::{SeedableRng as _, rngs::SmallRng};
 
 use super::{
@@ -74,6 +75,16 @@ impl VerdictBench {
         Self::load(config, |load| without(load, Check::Sequence))
     }
 
+    /// **For tests of the judge only:** the same with a program that looks whether the table has changed only for packets that it is
+    /// about to forward, and counts those that pass with whatever reason it came upon.
+    ///
+    /// # Errors
+    ///
+    /// Likewise.
+    pub fn without_reasons(config: VerdictConfig) -> Result<Self, VerdictError> {
+        Self::load(config, |load| without(load, Check::Reasons))
+    }
+
     fn load(
         config: VerdictConfig,
         configure: impl FnOnce(LoadConfig) -> LoadConfig,
@@ -97,13 +108,17 @@ impl VerdictBench {
         Ok(Self { config, churn, versions, judge, passes })
     }
 
-    /// Looks packets up for this long while policies change, or until a verdict is wrong if that is asked for. Before and
-    /// afterwards, it takes the time of packets while nothing changes.
+    /// Looks packets up for this long while policies change, or until what was seen is enough. Before and afterwards, it takes the
+    /// time of packets while nothing changes.
     ///
     /// # Errors
     ///
     /// [`VerdictError`]; wrong verdicts are none.
-    pub fn run(self, time: Duration, until_wrong: bool) -> Result<Tally, VerdictError> {
+    pub fn run(
+        self,
+        time: Duration,
+        is_enough: impl Fn(&Tally) -> bool + Sync,
+    ) -> Result<Tally, VerdictError> {
         let [here, there] = self.config.cpus;
         let pin = |cpu| run_on(&[cpu]).map_err(VerdictError::system(format!("staying on CPU {cpu}")));
         let Self { config, mut churn, versions, mut judge, passes } = self;
@@ -127,11 +142,8 @@ impl VerdictBench {
                 let start = Instant::now();
                 let changed = thread::scope(|scope| {
                     let writer = scope.spawn(|| pin(there).and_then(|()| churn.run(versions, &stop)));
-                    let is_over = |tally: &Tally| {
-                        start.elapsed() >= time
-                            || until_wrong && tally.total().wrong > 0
-                            || writer.is_finished()
-                    };
+                    let is_over =
+                        |tally: &Tally| start.elapsed() >= time || is_enough(tally) || writer.is_finished();
                     let mut looked = Ok(());
                     while looked.is_ok() && !is_over(&lookups.tally) {
                         looked = lookups.look_up(judge, passes, packets);
@@ -180,6 +192,8 @@ impl Lookups {
             let seen = KindTally::of(kind, counts, &reasons);
             if seen.wrong > 0 {
                 self.tally.evidence = Some(judge.evidence()?);
+            } else if seen.unexplained > 0 && self.tally.evidence.is_none() {
+                self.tally.evidence = Some(evidence_of_reasons(kind, counts, &reasons));
             }
             *tally += seen;
             if kind == Kind::Steady {
@@ -201,6 +215,7 @@ impl Lookups {
         }
         Ok(())
     }
+
     /// Makes sure that, as long as nothing changes, no verdict is wrong and no packet passes for a change.
     fn check_settled(&self) -> Result<(), VerdictError> {
         for (kind, tally) in Kind::ALL.into_iter().zip(self.tally.kinds) {
@@ -211,4 +226,21 @@ impl Lookups {
         }
         Ok(())
     }
+}
+
+/// Why packets of a run passed, beside how many were to, in words.
+fn evidence_of_reasons(
+    kind: Kind,
+    [_, told_to_pass, updating, _]: [u64; Judgement::COUNT as usize],
+    reasons: &[u64; PassReason::COUNT],
+) -> String {
+    let counted = PassReason::ALL.iter().zip(reasons).filter(|(_, packets)| **packets > 0);
+    let counted: Vec<String> =
+        counted.map(|(reason, packets)| format!("{packets} as {}", reason.name())).collect();
+    format!(
+        "of packets of policies that are {}, {told_to_pass} were to pass and {updating} can only have met a change; they were counted: \
+         {}",
+        kind.name(),
+        counted.join(", ")
+    )
 }

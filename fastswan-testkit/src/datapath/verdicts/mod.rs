@@ -11,8 +11,8 @@
 //! packets that pass can be judged as well: each must be the kind's, in a version in which the packet was to pass, or
 //! `updating`.
 //!
-//! [`VerdictBench::without_sequence`] loads a program that does not look at the sequence number of the table: the judge must
-//! convict it.
+//! Two programs the judge must convict: [`VerdictBench::without_sequence`] loads one that does not look at the sequence number of
+//! the table, and [`VerdictBench::without_reasons`] one that does not look at it again for packets that pass.
 
 mod bench;
 mod churn;

@@ -18,13 +18,9 @@ pub struct KindTally {
     pub updating: u64,
     /// Packets that were forwarded by a way that was not right at any moment, or whose frame is half of one and half of another.
     pub wrong: u64,
-    /// Packets that passed, which is never wrong, but were counted with a reason that was not there. The program looks whether the
-    /// table has changed meanwhile only for packets that it is about to forward.
+    /// Packets that passed, which is never wrong, but were counted with a reason that was not there.
     pub unexplained: u64,
 }
-
-/// More than one packet in so many that passes for a reason that was not there is not one that has met a change.
-const SELDOM: u64 = 10_000;
 
 impl KindTally {
     /// Of one run on packets of a kind, by the judge's counts and the program's.
@@ -77,7 +73,7 @@ impl Sum for KindTally {
 pub struct Tally {
     /// By the kind of the packets' policies, in the order of [`Kind::ALL`].
     pub kinds: [KindTally; Kind::ALL.len()],
-    /// The last verdict that was not right.
+    /// The last verdict that was wrong; if none was, the first run with a reason that was not there.
     pub evidence: Option<String>,
     /// Changes of policies and associations, each of which was compiled and written by itself, or with the one that it belongs to.
     pub changes: u64,
@@ -114,12 +110,11 @@ impl Tally {
         self.churning / self.calm
     }
 
-    /// Whether no packet was forwarded that should not have been, or by a wrong way, and next to none passed for a reason that was
-    /// not there.
+    /// Whether no packet was forwarded that should not have been, or by a wrong way, and none passed for a reason that was not there.
     #[must_use]
     pub fn is_right(&self) -> bool {
-        let total = self.total();
-        total.wrong == 0 && total.unexplained <= total.lookups() / SELDOM
+        let KindTally { wrong, unexplained, .. } = self.total();
+        wrong == 0 && unexplained == 0
     }
 }
 
@@ -151,14 +146,14 @@ mod tests {
     }
 
     #[test]
-    fn one_wrong_verdict_is_too_many_and_so_are_many_that_nothing_explains() {
+    fn one_wrong_verdict_is_too_many_and_so_is_one_that_nothing_explains() {
         let tally = |wrong, unexplained| {
             let mut tally = Tally::default();
             tally.kinds[1] = KindTally { forwarded: 100_000, wrong, unexplained, ..KindTally::default() };
             tally
         };
-        assert!(tally(0, 0).is_right() && tally(0, 10).is_right());
-        assert!(!tally(1, 0).is_right() && !tally(0, 11).is_right());
+        assert!(tally(0, 0).is_right());
+        assert!(!tally(1, 0).is_right() && !tally(0, 1).is_right());
     }
 
     #[test]
