@@ -34,6 +34,7 @@ mod check;
 mod layout;
 mod lookup;
 mod reason;
+mod record;
 mod special;
 #[cfg(target_arch = "bpf")]
 pub mod wire;
@@ -47,6 +48,7 @@ pub use layout::{
 };
 pub use lookup::{Buckets, Hashed, find, first_hit, hash, start};
 pub use reason::PassReason;
+pub use record::{CAST_MARKER, SEVERAL_BUFFERS};
 pub use special::{is_special_v4, is_special_v6};
 
 /// Words of an IPv4 key: destination in the upper half, source in the lower.

@@ -1,6 +1,6 @@
 //! The programs: the XDP program, the one that tells the time, the guard's, and those that count losses.
 //!
-//! One room each: the [maps](maps), VLAN [tags](tags), where a frame [came in](arrival), the checks of each
+//! One room each: the [maps](maps), VLAN [tags](tags), where a frame [came in](arrival), in how many [buffers](buffers), the checks of each
 //! [family](families), the [lookups](lookup), reads that must not meet a [change](sequence), what the kernel is
 //! [asked](asking), what is [rewritten](rewriting) and [counted](counters); beside them the [guard] and the [losses].
 
@@ -9,7 +9,7 @@ use aya_ebpf::{
         TC_ACT_UNSPEC,
         xdp_action::{XDP_PASS, XDP_TX},
     },
-    helpers::{bpf_jiffies64, bpf_xdp_get_buff_len},
+    helpers::bpf_jiffies64,
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
@@ -21,6 +21,7 @@ use fastswan_ebpf::{
 use self::{
     arrival::{Arrival, port},
     asking::{ask, is_due},
+    buffers::is_whole,
     checks::does,
     counters::{count, passes},
     families::{Packet, packet_v4, packet_v6},
@@ -32,6 +33,7 @@ use self::{
 
 mod arrival;
 mod asking;
+mod buffers;
 mod checks;
 mod counters;
 mod families;
@@ -126,10 +128,7 @@ struct Decision {
 #[inline(always)]
 fn decide(context: &XdpContext, control: &Control) -> Result<Decision, Pass> {
     let frame = Frame::of(context);
-    // SAFETY: a helper call on the program's own context.
-    if does(Check::Buffers)
-        && unsafe { bpf_xdp_get_buff_len(context.ctx) } != (frame.end - frame.start) as u64
-    {
+    if does(Check::Buffers) && !is_whole(context, frame) {
         return Err(PassReason::MultiBuffer.into());
     }
     let ethernet = frame.header::<Ethernet>(0)?;

@@ -656,6 +656,23 @@ fn exceptions_hit_what_their_policy_matches_and_nothing_else() {
     });
 }
 
+/// A kernel that describes its types lets the program read the flag, any other answers a helper's call.
+#[test]
+fn a_frame_in_several_buffers_passes_however_the_program_learns_of_them() {
+    with_program(|program, namespace| {
+        let egress = namespace.ifindex("out0").unwrap();
+        let config = LoadConfig::new(config()).ask_back(0);
+        let calling = fill(ProgRun::load(config.clone().without_record()).unwrap(), egress);
+        let blind = fill(ProgRun::load(without(config, Check::Buffers)).unwrap(), egress);
+        for program in [program, &calling] {
+            passes(program, v4().payload(8000), PassReason::MultiBuffer);
+            assert_eq!(run(program, v4().payload(1000)).action, RunAction::Transmit);
+        }
+        // What it sees of the packet is not all of it.
+        passes(&blind, v4().payload(8000), PassReason::BadLength);
+    });
+}
+
 #[test]
 fn every_reason_is_reached_and_leaves_the_frame_untouched() {
     with_program(|program, namespace| {

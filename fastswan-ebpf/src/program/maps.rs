@@ -66,3 +66,7 @@ pub(super) static SLOT_COUNT: u32 = 0;
 /// Not 0 where the processor may reorder reads. Set when the program is loaded.
 #[unsafe(no_mangle)]
 pub(super) static WEAKLY_ORDERED: u32 = 0;
+/// Where the flags of the kernel's record of a frame (`xdp_buff`) lie in it, in bytes; 0 if that is not known. Set when the program is
+/// loaded, and then the calls that [`CAST_MARKER`](fastswan_ebpf::CAST_MARKER) marks are written anew.
+#[unsafe(no_mangle)]
+pub(super) static BUFFER_FLAGS: u32 = 0;

@@ -13,6 +13,7 @@ use super::{
     ForwarderError, XdpForwarder,
     error::{chain, errno, lacking},
     hook::xdp::Program,
+    record::Record,
 };
 use crate::table::{BpfTable, TableConfig, verify};
 
@@ -58,6 +59,9 @@ pub struct LoadConfig {
     /// Another object, and the bits of what its program leaves out.
     #[cfg(feature = "broken-rules")]
     ablation: Option<(&'static [u8], u32)>,
+    /// As on a kernel that does not tell where to look.
+    #[cfg(feature = "broken-rules")]
+    without_record: bool,
 }
 
 impl Default for LoadConfig {
@@ -76,6 +80,8 @@ impl LoadConfig {
             ask_back: DEFAULT_ASK_BACK,
             #[cfg(feature = "broken-rules")]
             ablation: None,
+            #[cfg(feature = "broken-rules")]
+            without_record: false,
         }
     }
 
@@ -124,6 +130,15 @@ impl LoadConfig {
         self
     }
 
+    /// **For tests only:** loads it as on a kernel that does not describe its types.
+    #[cfg(feature = "broken-rules")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without_record(mut self) -> Self {
+        self.without_record = true;
+        self
+    }
+
     fn ask_mask(&self) -> u64 {
         match self.ask_back {
             0 => ASK_NEVER,
@@ -148,7 +163,7 @@ impl From<&TableConfig> for LoadConfig {
 pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), ForwarderError> {
     let ask_mask = config.ask_mask();
     #[cfg(feature = "broken-rules")]
-    let ablation = &config.ablation;
+    let (ablation, without_record) = (&config.ablation, config.without_record);
     let LoadConfig { table: config, allow_unjudged_kernel, .. } = config;
     check_size(config)?;
     if !allow_unjudged_kernel {
@@ -172,6 +187,14 @@ pub(super) fn load(config: &LoadConfig) -> Result<(XdpForwarder, BpfTable), Forw
             object
         }
     };
+    // With the kernel's own record of a frame, if it tells where in it to look.
+    let record = Record::of_kernel();
+    #[cfg(feature = "broken-rules")]
+    let record = record.filter(|_| !without_record);
+    let (written, start) = record.map(|record| record.write_calls(object)).unzip();
+    let flags = record.map_or(0, |record| record.flags);
+    loader.override_global("BUFFER_FLAGS", &flags, true);
+    let object = written.as_deref().zip(start).map_or(object, |(written, start)| &written[start..]);
     let mut ebpf = loader.load(object).map_err(|error| refused("creating the BPF maps", MAPS_NEED, error))?;
     program_mut(&mut ebpf, PROGRAM)
         .and_then(|program| verify(|| program.load()))

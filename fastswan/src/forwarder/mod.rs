@@ -65,6 +65,7 @@ mod mode;
 mod pins;
 mod port;
 mod reattach;
+mod record;
 mod run;
 mod supersession;
 mod takeover;
