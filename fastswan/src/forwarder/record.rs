@@ -14,6 +14,9 @@ use fastswan_ebpf::{CAST_MARKER, SEVERAL_BUFFERS};
 
 const TYPES: &str = "/sys/kernel/btf/vmlinux";
 
+/// Types that are told by others are followed so far.
+const MOST_NESTED: u32 = 8;
+
 /// What the program needs to know of the kernel's record of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Record {
@@ -35,8 +38,7 @@ impl Record {
         let (_, bits) = types.find(Kind::ENUM, "xdp_buff_flags")?;
         let bit = bits.members(8).find(|bit| types.name(bit[0]) == Some(b"XDP_FLAGS_HAS_FRAGS"))?;
         let (_, record) = types.find(Kind::STRUCT, "xdp_buff")?;
-        let flags = record.members(12).find(|member| types.name(member[0]) == Some(b"flags"))?;
-        let [_, of_type, bits] = flags[..] else { return None };
+        let (bits, of_type) = types.member(record, "flags", MOST_NESTED)?;
         let is_word = types.size_of_number(of_type) == Some(4);
         // Where members may be less than bytes, the upper bits say how long this one is, if it is.
         let is_known = bit[1] == SEVERAL_BUFFERS && is_word && bits > 0 && bits % 32 == 0 && bits < 1 << 24;
@@ -73,7 +75,8 @@ fn instruction(source: u8, immediate: u32) -> [u8; 8] {
 
 /// The kernel's description of its types: a header, types one after the other, and their names. Numbers have 32 bits.
 struct Types<'a> {
-    types: &'a [u8],
+    /// By number, less one.
+    all: Vec<Type<'a>>,
     names: &'a [u8],
 }
 
@@ -83,7 +86,7 @@ struct Type<'a> {
     kind: Kind,
     name: u32,
     /// Of a number, in bytes; or the type that this one is another name for.
-    size_or_type: u32,
+    about: u32,
     /// What is told of its members, or of itself.
     rest: &'a [u8],
 }
@@ -95,6 +98,7 @@ struct Kind(u32);
 impl Kind {
     const NUMBER: Self = Self(1);
     const STRUCT: Self = Self(4);
+    const UNION: Self = Self(5);
     const ENUM: Self = Self(6);
     const TYPEDEF: Self = Self(8);
     const FUNCTION: Self = Self(12);
@@ -130,40 +134,56 @@ impl<'a> Types<'a> {
             let start = field(4)?.checked_add(offset)? as usize;
             description.get(start..start.checked_add(length as usize)?)
         };
-        Some(Self { types: part(field(8)?, field(12)?)?, names: part(field(16)?, field(20)?)? })
-    }
-
-    /// All with their numbers, up to one that is not understood.
-    fn iter(&self) -> impl Iterator<Item = (u32, Type<'a>)> {
-        let mut left = self.types;
-        let types = std::iter::from_fn(move || {
+        let mut left = part(field(8)?, field(12)?)?;
+        let mut all = Vec::new();
+        while !left.is_empty() {
             let (head, behind) = left.split_at_checked(12)?;
-            let (name, info, size_or_type) = (number(head)?, number(&head[4..])?, number(&head[8..])?);
+            let (name, info, about) = (number(head)?, number(&head[4..])?, number(&head[8..])?);
             let kind = Kind(info >> 24 & 0x1f);
             let (rest, behind) = behind.split_at_checked(kind.rest((info & 0xffff) as usize)?)?;
+            all.push(Type { kind, name, about, rest });
             left = behind;
-            Some(Type { kind, name, size_or_type, rest })
-        });
-        (1..).zip(types)
+        }
+        Some(Self { all, names: part(field(16)?, field(20)?)? })
     }
 
+    fn with_number(&self, number: u32) -> Option<Type<'a>> {
+        self.all.get(number.checked_sub(1)? as usize).copied()
+    }
+
+    /// A type, and its number.
     fn find(&self, kind: Kind, name: &str) -> Option<(u32, Type<'a>)> {
-        let mut types = self.iter();
-        types.find(|(_, found)| found.kind == kind && self.name(found.name) == Some(name.as_bytes()))
+        let mut all = (1..).zip(&self.all);
+        let is_it = |found: &Type<'_>| found.kind == kind && self.name(found.name) == Some(name.as_bytes());
+        all.find(|(_, found)| is_it(found)).map(|(number, found)| (number, *found))
+    }
+
+    /// Where a member of a structure lies, in bits, and its type. It may lie in others without names, so deep at most.
+    fn member(&self, of: Type<'a>, name: &str, depth: u32) -> Option<(u32, u32)> {
+        of.members(12).find_map(|member| {
+            let [found, of_type, bits] = member[..] else { return None };
+            let found = self.name(found)?;
+            if found == name.as_bytes() {
+                return Some((bits, of_type));
+            }
+            let inner = self.with_number(of_type).filter(|inner| {
+                found.is_empty() && depth > 0 && matches!(inner.kind, Kind::STRUCT | Kind::UNION)
+            })?;
+            let (inside, of_type) = self.member(inner, name, depth - 1)?;
+            Some((bits.checked_add(inside)?, of_type))
+        })
     }
 
     /// The size of a type that is a number, or another name for one, in bytes.
-    fn size_of_number(&self, mut wanted: u32) -> Option<u32> {
-        const MOST_NAMES: usize = 8;
-        for _ in 0..MOST_NAMES {
-            let (_, found) = self.iter().find(|(number, _)| *number == wanted)?;
-            match found.kind {
-                Kind::NUMBER => return Some(found.size_or_type),
-                Kind::TYPEDEF => wanted = found.size_or_type,
-                _ => return None,
+    fn size_of_number(&self, number: u32) -> Option<u32> {
+        let mut found = self.with_number(number)?;
+        for _ in 0..MOST_NESTED {
+            if found.kind != Kind::TYPEDEF {
+                break;
             }
+            found = self.with_number(found.about)?;
         }
-        None
+        (found.kind == Kind::NUMBER).then_some(found.about)
     }
 
     fn name(&self, offset: u32) -> Option<&'a [u8]> {
@@ -202,10 +222,10 @@ mod tests {
             offset
         }
 
-        fn add(&mut self, kind: Kind, name: &str, size_or_type: u32, rest: &[(&str, &[u32])]) {
+        fn add(&mut self, kind: Kind, name: &str, about: u32, rest: &[(&str, &[u32])]) {
             let members = u32::try_from(rest.len()).unwrap();
             let name = self.name(name);
-            self.types.extend([name, kind.0 << 24 | members, size_or_type]);
+            self.types.extend([name, kind.0 << 24 | members, about]);
             for (name, numbers) in rest {
                 let name = self.name(name);
                 self.types.push(name);
@@ -226,7 +246,7 @@ mod tests {
     }
 
     /// What kernels tell, with the flags so many bits behind the record's beginning, of a number of so many bytes.
-    fn description(bits: u32, size: u32, flag: u32) -> Vec<u8> {
+    fn description(bits: u32, size: u32, flag: u32) -> Description {
         let mut description = Description::default();
         description.add(Kind(2), "", 1, &[]);
         description.add(Kind::NUMBER, "unsigned int", size, &[]);
@@ -236,33 +256,51 @@ mod tests {
         description.add(Kind::ENUM, "xdp_buff_flags", 4, &[("XDP_FLAGS_HAS_FRAGS", &[flag])]);
         description.add(Kind::STRUCT, "xdp_buff", 56, &[("data", &[1, 0]), ("flags", &[3, bits])]);
         description.add(Kind::FUNCTION, "bpf_cast_to_kern_ctx", 1, &[]);
-        description.bytes()
+        description
     }
 
-    fn record(description: &[u8]) -> Option<Record> {
+    fn read(description: &[u8]) -> Option<Record> {
         Record::of(&Types::new(description)?)
+    }
+
+    fn record(bits: u32, size: u32, flag: u32) -> Option<Record> {
+        read(&description(bits, size, flag).bytes())
     }
 
     #[test]
     fn the_flags_are_where_the_kernel_says_or_are_not_read() {
-        assert_eq!(record(&description(52 * 8, 4, 1)), Some(Record { cast: 6, flags: 52 }));
-        assert_eq!(record(&description(52 * 8, 8, 1)), None, "another size");
-        assert_eq!(record(&description(52 * 8, 4, 2)), None, "another bit");
-        assert_eq!(record(&description(52 * 8 + 1, 4, 1)), None, "not on a word");
-        assert_eq!(record(&description(1 << 24 | 52 * 8, 4, 1)), None, "a part of a word");
-        assert_eq!(record(&description(0, 4, 1)), None, "0 stands for not known");
+        assert_eq!(record(52 * 8, 4, 1), Some(Record { cast: 6, flags: 52 }));
+        assert_eq!(record(52 * 8, 8, 1), None, "another size");
+        assert_eq!(record(52 * 8, 4, 2), None, "another bit");
+        assert_eq!(record(52 * 8 + 1, 4, 1), None, "not on a word");
+        assert_eq!(record((1 << 24) + 52 * 8, 4, 1), None, "a part of a word");
+        assert_eq!(record(0, 4, 1), None, "0 stands for not known");
+    }
+
+    /// As Linux 6.18 has it.
+    #[test]
+    fn the_flags_may_lie_in_a_union_without_a_name() {
+        let mut description = Description::default();
+        description.add(Kind::NUMBER, "unsigned int", 4, &[]);
+        description.types.push(32);
+        description.add(Kind::ENUM, "xdp_buff_flags", 4, &[("XDP_FLAGS_HAS_FRAGS", &[1])]);
+        description.add(Kind::STRUCT, "", 8, &[("frame_sz", &[1, 0]), ("flags", &[1, 32])]);
+        description.add(Kind::UNION, "", 8, &[("", &[3, 0])]);
+        description.add(Kind::STRUCT, "xdp_buff", 56, &[("txq", &[1, 320]), ("", &[4, 384])]);
+        description.add(Kind::FUNCTION, "bpf_cast_to_kern_ctx", 1, &[]);
+        assert_eq!(read(&description.bytes()), Some(Record { cast: 6, flags: 52 }));
     }
 
     #[test]
     fn a_description_that_ends_early_tells_nothing_and_does_no_harm() {
-        let whole = description(52 * 8, 4, 1);
+        let whole = description(52 * 8, 4, 1).bytes();
         for end in 0..whole.len() {
-            assert_eq!(record(&whole[..end]), None, "{end}");
+            assert_eq!(read(&whole[..end]), None, "{end}");
         }
         for at in 0..whole.len() {
             let mut broken = whole.clone();
             broken[at] = !broken[at];
-            record(&broken);
+            read(&broken);
         }
     }
 
