@@ -46,7 +46,7 @@ pub use layout::{
     Tuple, TupleList, UPPER_LAYER_BITS, Value, Way, Word, address_word, port_key, port_position, upper_layer,
     word_address,
 };
-pub use lookup::{Buckets, Hashed, find, first_hit, hash, start};
+pub use lookup::{Buckets, Hashed, find, first_hit, first_hit_of, hash, start};
 pub use reason::PassReason;
 pub use record::{CAST_MARKER, SEVERAL_BUFFERS};
 pub use special::{is_special_v4, is_special_v6};

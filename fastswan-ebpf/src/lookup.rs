@@ -65,10 +65,21 @@ pub fn first_hit<const K: usize>(
     list: &TupleList<K>,
     key: &[u64; K],
 ) -> Option<Value> {
+    first_hit_of::<K, 0, MAX_TUPLES>(buckets, list, key)
+}
+
+/// The same of the tuples from `FROM` on, up to the one before `TO`.
+#[inline(always)]
+#[must_use]
+pub fn first_hit_of<const K: usize, const FROM: usize, const TO: usize>(
+    buckets: &impl Buckets<K>,
+    list: &TupleList<K>,
+    key: &[u64; K],
+) -> Option<Value> {
     let length = list.length.load();
     let bucket_count = list.buckets.load();
-    let mut index = 0;
-    while index < MAX_TUPLES {
+    let mut index = FROM;
+    while index < TO {
         if index as u64 >= length {
             break;
         }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use fastswan::{
-    OffloadTable as _, PassReason,
+    OffloadTable as _, PassReason, XdpForwarder,
     forwarder::{LoadConfig, RunAction},
     policy::{MacAddr, PortMatch},
     table::{
@@ -656,7 +656,18 @@ fn exceptions_hit_what_their_policy_matches_and_nothing_else() {
     });
 }
 
-/// A kernel that describes its types lets the program read the flag, any other answers a helper's call.
+/// So that there is room on other kernels, whose verifiers take other ways.
+#[test]
+fn the_verifier_walks_through_half_of_what_it_would_at_most() {
+    if !lab::require_root("the verifier") {
+        return;
+    }
+    let (forwarder, _) = XdpForwarder::load(config()).unwrap();
+    let verified = forwarder.cost().unwrap().verified_instructions;
+    assert!((1..=500_000).contains(&verified), "{verified} instructions");
+}
+
+/// A program reads the flag where the kernel describes its types, and else calls a helper.
 #[test]
 fn a_frame_in_several_buffers_passes_however_the_program_learns_of_them() {
     with_program(|program, namespace| {

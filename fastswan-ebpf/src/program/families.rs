@@ -14,7 +14,7 @@ use super::{
     checks::does,
     counters::{cpu, forwarded},
     headers::{ICMPV6, Ports, checksum_is_good, is_extension_header, is_neighbour_discovery, ports_of},
-    lookup::{first_hit_v4, first_hit_v6, is_exception_v4, is_exception_v6},
+    lookup::{cell_v4, cell_v6, first_hit_v4, first_hit_v6, is_exception_v4, is_exception_v6},
     maps::{SLOTS, WAYS},
 };
 
@@ -85,7 +85,7 @@ pub(super) fn packet_v4(
         header.protocol,
         &key,
     )?;
-    family.classify(&key, length, port)
+    family.classify(cell_v4(&key), &key, length, port)
 }
 
 #[inline(always)]
@@ -142,7 +142,7 @@ pub(super) fn packet_v6(
         reverse_path: 0,
     };
     family.exceptions(frame, network + size_of::<Ipv6>(), payload, header.next_header, &key)?;
-    family.classify(&key, length, port)
+    family.classify(cell_v6(&key), &key, length, port)
 }
 
 /// The tables of one address family.
@@ -192,11 +192,17 @@ impl<F, E> Family<F, E> {
 
     /// Finds the policy, and checks what depends on it.
     #[inline(always)]
-    fn classify<const K: usize>(&self, key: &[u64; K], length: usize, port: Arrival) -> Result<Packet, Pass>
+    fn classify<const K: usize>(
+        &self,
+        cell: Option<Value>,
+        key: &[u64; K],
+        length: usize,
+        port: Arrival,
+    ) -> Result<Packet, Pass>
     where
         F: Fn(List, &[u64; K]) -> Option<Value>,
     {
-        let cell = (self.first_hit)(List::Cells, key).ok_or(PassReason::NoPolicy)?;
+        let cell = cell.ok_or(PassReason::NoPolicy)?;
         if cell.kind() != Value::FAST {
             return Err(Pass(cell.payload()));
         }

@@ -2,8 +2,8 @@
 
 use aya_ebpf::maps::Array;
 use fastswan_ebpf::{
-    Bucket, Buckets, ExceptionList, KEY_WORDS_V4, KEY_WORDS_V6, List, TupleList, UPPER_LAYER_BITS, Value,
-    first_hit,
+    Bucket, Buckets, ExceptionList, KEY_WORDS_V4, KEY_WORDS_V6, List, MAX_TUPLES, TupleList,
+    UPPER_LAYER_BITS, Value, first_hit, first_hit_of,
 };
 
 use super::maps::{
@@ -26,6 +26,37 @@ pub(super) fn first_hit_v4(list: List, key: &[u64; KEY_WORDS_V4]) -> Option<Valu
 
 pub(super) fn first_hit_v6(list: List, key: &[u64; KEY_WORDS_V6]) -> Option<Value> {
     found(lookup_v6(list as u64, key[0], key[1], key[2], key[3]))
+}
+
+/// The first tuples of cells, in which a packet is looked up without a call. Most gateways have no more; the verifier follows each
+/// once for every way to get to the lookup.
+const FIRST: usize = 8;
+
+/// The cell of a packet.
+#[inline(always)]
+pub(super) fn cell_v4(key: &[u64; KEY_WORDS_V4]) -> Option<Value> {
+    cell(&TUPLES_V4, &CELLS_V4, key, |key| rest_of_cells_v4(key[0]))
+}
+
+/// The same for IPv6.
+#[inline(always)]
+pub(super) fn cell_v6(key: &[u64; KEY_WORDS_V6]) -> Option<Value> {
+    cell(&TUPLES_V6, &CELLS_V6, key, |key| rest_of_cells_v6(key[0], key[1], key[2], key[3]))
+}
+
+#[inline(always)]
+fn cell<const K: usize>(
+    tuples: &Array<TupleList<K>>,
+    cells: &Array<Bucket<K>>,
+    key: &[u64; K],
+    rest: impl Fn(&[u64; K]) -> u64,
+) -> Option<Value> {
+    let Some(list) = tuples.get(List::Cells as u32) else { return Some(Value(UNREADABLE)) };
+    let value = first_hit_of::<K, 0, FIRST>(&Entries(cells), list, key);
+    if value.is_some() || list.length.load() <= FIRST as u64 {
+        return value;
+    }
+    found(rest(key))
 }
 
 pub(super) fn is_exception_v4(list: ExceptionList, key: &[u64; KEY_WORDS_V4], upper: u64) -> bool {
@@ -58,6 +89,33 @@ extern "C" fn lookup_v4(list: u64, key: u64) -> u64 {
 extern "C" fn lookup_v6(list: u64, destination0: u64, destination1: u64, source0: u64, source1: u64) -> u64 {
     let key = [destination0, destination1, source0, source1];
     lookup(&TUPLES_V6, &CELLS_V6, list, &key)
+}
+
+/// The same of the tuples of cells behind the first.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rest_of_cells_v4(key: u64) -> u64 {
+    rest_of_cells(&TUPLES_V4, &CELLS_V4, &[key])
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rest_of_cells_v6(destination0: u64, destination1: u64, source0: u64, source1: u64) -> u64 {
+    rest_of_cells(&TUPLES_V6, &CELLS_V6, &[destination0, destination1, source0, source1])
+}
+
+#[inline(always)]
+fn rest_of_cells<const K: usize>(
+    tuples: &Array<TupleList<K>>,
+    cells: &Array<Bucket<K>>,
+    key: &[u64; K],
+) -> u64 {
+    match tuples.get(List::Cells as u32) {
+        None => UNREADABLE,
+        Some(list) => {
+            first_hit_of::<K, FIRST, MAX_TUPLES>(&Entries(cells), list, key).map_or(0, |value| value.0)
+        }
+    }
 }
 
 /// Likewise for exceptions.

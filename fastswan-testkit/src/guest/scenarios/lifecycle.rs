@@ -1,9 +1,19 @@
 //! What IKE does to a tunnel in its life.
 
+use fastswan::{XdpForwarder, table::TableConfig};
+
 use super::scene::{Plan, Scene};
 use crate::guest::{Story, traffic::Traffic, wait_for};
 
+/// Half of what the verifier would walk through.
+const MOST_VERIFIED: u64 = 500_000;
+
 pub(super) fn establish(story: &mut Story) -> anyhow::Result<()> {
+    let (forwarder, _) = XdpForwarder::load(TableConfig::default())?;
+    let verified = u64::from(forwarder.cost()?.verified_instructions);
+    story.figure("verified_instructions", verified);
+    story.expect(verified <= MOST_VERIFIED, format!("the verifier walked through {verified} instructions"));
+    drop(forwarder);
     let mut scene = Scene::established(story, Plan::default())?;
     scene.traffic()?.wait_for_arrivals(1000)?;
     let sent = scene.traffic()?.sent()[0];
