@@ -293,28 +293,34 @@ impl Compiler {
         reliance.take_up();
 
         // Many standings are worked out while the verdicts are: neither depends on the other.
+        in_order(&mut pending.standings);
         let ahead = if is_rebuilt {
             candidates(database).map(|(key, _)| key).collect()
-        } else {
-            in_order(&mut pending.standings);
+        } else if pending.standings.len() >= MANY {
             pending.standings.clone()
+        } else {
+            Vec::new()
         };
         let standings = || Standings::new(database, paths);
-        let (known, noted) = thread::scope(|scope| {
-            let ahead = if ahead.len() < MANY {
-                None
-            } else {
-                // Where there can be no other thread, they are worked out below.
-                thread::Builder::new().spawn_scoped(scope, || standings().of_all(ahead)).ok()
-            };
+        let mut settle = || {
             if is_rebuilt {
                 verdicts.rebuild(database, &mut pending);
             }
             verdicts.settle(database, paths, &mut pending);
             verdicts.finish(paths, &mut update);
-            let ahead = ahead.map(|ahead| ahead.join().unwrap_or_else(|panic| resume_unwind(panic)));
-            ahead.unwrap_or_default()
-        });
+        };
+        let (known, noted) = if ahead.len() < MANY {
+            settle();
+            <_>::default()
+        } else {
+            thread::scope(|scope| {
+                // Where there can be no other thread, they are worked out below.
+                let ahead = thread::Builder::new().spawn_scoped(scope, || standings().of_all(ahead));
+                settle();
+                let ahead = ahead.map(|ahead| ahead.join().unwrap_or_else(|panic| resume_unwind(panic)));
+                ahead.unwrap_or_default()
+            })
+        };
         reliance.note(noted);
 
         for slot in pending.freed {

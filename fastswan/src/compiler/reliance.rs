@@ -6,6 +6,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 use super::{
     neighbours::Neighbours,
@@ -49,10 +50,10 @@ impl Addresses {
 /// What some policies depend on.
 #[derive(Debug, Default)]
 pub(super) struct Noted {
-    devices: Vec<u32>,
+    devices: SmallVec<[u32; 1]>,
     /// At either end.
-    v4: [Vec<Ipv4Addr>; 2],
-    v6: [Vec<Ipv6Addr>; 2],
+    v4: [SmallVec<[Ipv4Addr; 1]>; 2],
+    v6: [SmallVec<[Ipv6Addr; 1]>; 2],
 }
 
 impl Noted {
@@ -168,15 +169,15 @@ impl Reliance {
 }
 
 /// Adds one unless it is the last: policies that follow one another often have the same.
-fn push_other<T: PartialEq>(list: &mut Vec<T>, new: T) {
+fn push_other<T: PartialEq>(list: &mut SmallVec<[T; 1]>, new: T) {
     if list.last() != Some(&new) {
         list.push(new);
     }
 }
 
 /// Many are put in order first, and then all go through the set together: that costs less than a search for each.
-fn add_all<T: Ord>(set: &mut BTreeSet<T>, new: Vec<T>) {
-    if new.len() > set.len() / 8 {
+fn add_all<T: Ord>(set: &mut BTreeSet<T>, new: SmallVec<[T; 1]>) {
+    if new.len() > 1 + set.len() / 8 {
         set.append(&mut new.into_iter().collect());
     } else {
         set.extend(new);
