@@ -426,7 +426,7 @@ impl Routes {
             if let Some((longer, main)) = self.look_up(MAIN, prefix)
                 && longer > length
             {
-                answer = agree(answer, main.kind);
+                answer = agree(answer, met_by(purpose, main.kind));
             }
         }
         answer
@@ -464,7 +464,7 @@ impl Routes {
                         (RouteKind::Throw, _) => continue,
                         (_, Some(_)) if entry.is_partial => return RouteKind::Unclear,
                         (_, Some(suppressed)) if leads_on && length <= suppressed => continue,
-                        (kind, _) => (kind, !(suppress_group && leads_on)),
+                        (kind, _) => (met_by(purpose, kind), !(suppress_group && leads_on)),
                     }
                 }
             };
@@ -619,6 +619,21 @@ fn agree(one: RouteKind, other: RouteKind) -> RouteKind {
         (true, _) => one,
         (_, true) => other,
         (false, false) => RouteKind::Unclear,
+    }
+}
+
+/// What a route is to packets of a purpose. Those that IPsec takes are sent by the outer route, whatever gateway the inner one has,
+/// and whether there is a way back does not depend on how wide it is. Routes that differ in nothing else say the same, here as in
+/// what [`Kinds`] sum up.
+fn met_by(purpose: Purpose, kind: RouteKind) -> RouteKind {
+    match (kind, purpose) {
+        (RouteKind::Unicast { ifindex, mtu, .. }, Purpose::Forward) => {
+            RouteKind::Unicast { ifindex, gateway: None, mtu }
+        }
+        (RouteKind::Unicast { ifindex, .. }, Purpose::Return) => {
+            RouteKind::Unicast { ifindex, gateway: None, mtu: None }
+        }
+        (kind, _) => kind,
     }
 }
 

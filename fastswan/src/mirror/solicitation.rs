@@ -19,6 +19,10 @@ const TURN: Duration = Duration::from_millis(250);
 /// Neighbours in a batch that are to be found. If one does not answer, the kernel asks all hosts of the link three times.
 const MOST_SOUGHT: usize = 16;
 
+/// So many may be sought at a time, or have been lately, that have not answered. Of each the kernel keeps an entry for a while, and
+/// to make room for more it throws out those of living ones, too (`gc_thresh2`, 512 unless set; `gc_thresh1` is 128).
+const MOST_UNANSWERED: usize = 64;
+
 /// Neighbours in a batch that are to be heard from again. Of most the kernel asks nothing then, and only themselves of others.
 const MOST_KEPT: usize = 128;
 
@@ -45,10 +49,17 @@ pub(super) struct Solicitation {
     next: Option<Instant>,
     last_sought: Option<(u32, IpAddr)>,
     last_kept: Option<(u32, IpAddr)>,
-    /// Packets of each slot by number, when it was looked at last.
-    packets: Vec<u64>,
+    /// Of each slot by number, what was found when it was looked at last.
+    seen: Vec<Option<Seen>>,
     next_look: Option<Instant>,
     last_slot: Option<Slot>,
+}
+
+/// What was counted for a slot.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    neighbour: (u32, IpAddr),
+    packets: u64,
 }
 
 /// What is remembered of a neighbour.
@@ -60,6 +71,8 @@ struct Asked {
     at: Option<Instant>,
     /// It is not sought again for so long after that.
     pause: Duration,
+    /// It was sought then.
+    is_sought: bool,
 }
 
 impl Solicitation {
@@ -78,12 +91,13 @@ impl Solicitation {
         for (slot, neighbour) in neighbours.slots_round(self.last_slot).take(slots) {
             self.last_slot = Some(slot);
             let index = slot.0 as usize;
-            if self.packets.len() <= index {
-                self.packets.resize(index + 1, 0);
+            if self.seen.len() <= index {
+                self.seen.resize(index + 1, None);
             }
             let packets = packets(slot);
-            // Fewer are another policy's.
-            if packets > std::mem::replace(&mut self.packets[index], packets) {
+            let before = self.seen[index].replace(Seen { neighbour, packets });
+            // What was there at first may be an earlier process's, and fewer than before are another policy's.
+            if before.is_some_and(|before| before.neighbour == neighbour && packets > before.packets) {
                 self.asked.entry(neighbour).or_default().used = Some(now);
             }
         }
@@ -103,10 +117,20 @@ impl Solicitation {
         // What one that comes and goes was asked for counts.
         self.asked.retain(|neighbour, asked| neighbours.contains(neighbour) || !asked.may_be_sought(now));
         let asked = |neighbour: &(u32, IpAddr)| self.asked.get(neighbour).copied().unwrap_or_default();
-        let sought = neighbours
-            .round(self.last_sought)
-            .filter(|neighbour| !is_known(neighbour) && asked(neighbour).may_be_sought(now));
-        let sought: Vec<_> = sought.take(MOST_SOUGHT).collect();
+        let unanswered =
+            self.asked.iter().filter(|(neighbour, asked)| asked.is_unanswered(now) && !is_known(neighbour));
+        let mut room = MOST_UNANSWERED.saturating_sub(unanswered.count());
+        let may_be_sought = |neighbour: &(u32, IpAddr)| {
+            let asked = asked(neighbour);
+            !is_known(neighbour) && asked.may_be_sought(now) && {
+                let is_another = !asked.is_unanswered(now);
+                let has_room = !is_another || room > 0;
+                room -= usize::from(is_another && has_room);
+                has_room
+            }
+        };
+        let sought: Vec<_> =
+            neighbours.round(self.last_sought).filter(may_be_sought).take(MOST_SOUGHT).collect();
         let kept = neighbours
             .round(self.last_kept)
             .filter(|neighbour| is_known(neighbour) && asked(neighbour).is_to_be_kept(now));
@@ -117,11 +141,13 @@ impl Solicitation {
             let asked = self.asked.entry(*neighbour).or_default();
             asked.at = Some(now);
             asked.pause = (asked.pause * 2).clamp(SHORTEST, LONGEST);
+            asked.is_sought = true;
         }
         for neighbour in &kept {
             let asked = self.asked.entry(*neighbour).or_default();
             asked.at = Some(now);
             asked.pause = SHORTEST;
+            asked.is_sought = false;
         }
         [sought, kept].concat()
     }
@@ -130,6 +156,11 @@ impl Solicitation {
 impl Asked {
     fn may_be_sought(self, now: Instant) -> bool {
         self.at.is_none_or(|at| now >= at + self.pause)
+    }
+
+    /// Whether it was sought so lately that the kernel may still have an entry because of that.
+    fn is_unanswered(self, now: Instant) -> bool {
+        self.is_sought && self.at.is_some_and(|at| now < at + LONGEST)
     }
 
     fn is_to_be_kept(self, now: Instant) -> bool {
@@ -198,9 +229,11 @@ mod tests {
             asked
         }
 
-        fn has_unseen_packets(&self, slot: Slot) -> bool {
-            let seen = self.solicitation.packets.get(slot.0 as usize);
-            self.packets.get(&slot) > seen
+        /// Whether there are more than when it was looked at last, for the neighbour that it sends to.
+        fn has_unseen_packets(&self, slot: Slot, to: (u32, IpAddr)) -> bool {
+            let seen = self.solicitation.seen.get(slot.0 as usize).copied().flatten();
+            seen.filter(|seen| seen.neighbour == to)
+                .is_some_and(|seen| self.packets.get(&slot).is_some_and(|packets| *packets > seen.packets))
         }
 
         /// Whether no second has more than it may.
@@ -291,11 +324,11 @@ mod tests {
                     Step::Wait(turns, each) => for _ in 0..turns {
                         let now = world.now;
                         let unseen: Vec<_> =
-                            sends.keys().copied().filter(|slot| world.has_unseen_packets(*slot)).collect();
+                            sends.iter().filter(|(slot, to)| world.has_unseen_packets(**slot, **to)).map(|(slot, _)| *slot).collect();
                         let asked = world.turn();
                         for slot in unseen {
                             let first = *unseen_since.entry(slot).or_insert(now);
-                            if !world.has_unseen_packets(slot) {
+                            if !world.has_unseen_packets(slot, sends[&slot]) {
                                 unseen_since.remove(&slot);
                                 let before = used.insert(sends[&slot], now);
                                 let before = before.filter(|_| !is_forgotten.remove(&sends[&slot]));
@@ -338,18 +371,58 @@ mod tests {
     }
 
     #[test]
-    fn five_thousand_unknown_ones_take_turns_and_none_is_forgotten() {
+    fn five_thousand_that_answer_are_found_one_after_the_other() {
         let mut world = World::new();
         for number in 0..5_000 {
             world.neighbours.set(Slot(number.into()), Some(host(number)));
         }
-        for round in 0..2 {
-            let mut asked = world.go_on(79 * SECOND);
-            asked.sort_unstable();
-            asked.dedup();
-            assert_eq!(asked.len(), 5_000, "in round {round}");
+        for _ in 0..79 * 4 {
+            let answering = world.turn();
+            world.known.extend(answering);
+            world.now += TURN;
         }
+        assert_eq!(world.known.len(), 5_000);
         world.assert_bounded();
+    }
+
+    #[test]
+    fn of_those_that_do_not_answer_few_are_sought_at_a_time_and_all_in_the_end() {
+        let mut world = World::new();
+        for number in 0..700 {
+            world.neighbours.set(Slot(number.into()), Some(host(number)));
+        }
+        world.go_on(1800 * SECOND);
+        let mut found: Vec<_> = world.asked.iter().map(|(_, neighbour, _)| *neighbour).collect();
+        found.sort_unstable();
+        found.dedup();
+        assert_eq!(found.len(), 700);
+        for (number, (at, ..)) in world.asked.iter().enumerate() {
+            let lately = world.asked[..=number].iter().rev().take_while(|(then, ..)| *at - *then < LONGEST);
+            let lately: BTreeSet<_> = lately.map(|(_, neighbour, _)| *neighbour).collect();
+            assert!(lately.len() <= MOST_UNANSWERED, "{} at a time", lately.len());
+        }
+    }
+
+    /// Counters go on when a process takes over what was pinned, and the new one has seen no packet.
+    #[test]
+    fn what_an_earlier_process_counted_is_no_packet_of_the_last_minute() {
+        let mut world = World::new();
+        world.neighbours.set(Slot(0), Some(host(1)));
+        world.known.insert(host(1));
+        world.packets.insert(Slot(0), 1_000_000);
+        assert_eq!(world.go_on(10 * SECOND), []);
+    }
+
+    /// The packets went to another neighbour, while the slot was another policy's or the route another one.
+    #[test]
+    fn a_neighbour_is_not_used_because_packets_went_to_the_one_before() {
+        let mut world = World::new();
+        world.neighbours.set(Slot(0), Some(host(1)));
+        world.known.extend([host(1), host(2)]);
+        world.go_on(SECOND);
+        world.packets.insert(Slot(0), 1);
+        world.neighbours.set(Slot(0), Some(host(2)));
+        assert_eq!(world.go_on(10 * SECOND), []);
     }
 
     #[test]

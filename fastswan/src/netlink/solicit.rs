@@ -42,6 +42,7 @@ const BETWEEN_WARNINGS: Duration = Duration::from_secs(60);
 /// Sends requests beside the loop, since they wait for RTNL, in the network namespace of an anchor.
 #[derive(Debug, Default)]
 pub(crate) struct Solicitor {
+    /// The batch that is sent next: those that came before it, while one was being sent, will be asked for again.
     waiting: BTreeSet<(u32, IpAddr)>,
     /// The latest batch: what of it has failed.
     job: Option<Job<Vec<HostError>>>,
@@ -52,7 +53,7 @@ pub(crate) struct Solicitor {
 impl Solicitor {
     /// Has these neighbours solicited soon.
     pub(crate) fn solicit(&mut self, neighbours: &[(u32, IpAddr)], anchor: &Anchor) {
-        self.waiting.extend(neighbours);
+        self.waiting = neighbours.iter().copied().collect();
         self.poll(anchor);
     }
 
@@ -120,8 +121,8 @@ fn solicit_one(kernel: &mut Requests, (ifindex, address): (u32, IpAddr)) -> Resu
     };
     request[10] = NTF_USE;
     match kernel.ask((RTM_NEWNEIGH, NLM_F_ACK | flags, &request), |_, _| Ok(())) {
-        // It came or went just now.
-        Err(RequestError::Refused(libc::EEXIST | libc::ENOENT)) => Ok(()),
+        // It came or went just now, or its device did.
+        Err(RequestError::Refused(libc::EEXIST | libc::ENOENT | libc::ENODEV)) => Ok(()),
         result => result,
     }
 }
