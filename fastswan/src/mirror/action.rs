@@ -60,10 +60,10 @@ pub enum Action {
     /// Have the kernel find these neighbours, or hear from them again
     /// ([`HostSource::solicit`](crate::HostSource::solicit)). Optional: without, it does so when it has packets for them.
     ///
-    /// At most 64 in a second are to be found: those whose address policies wait for, at once, then after 4 s, 8 s and so on up
-    /// to 64 s. At most 512 are to be heard from again: those that packets went to in the last minute
-    /// ([`Mirror::handle_traffic`](super::Mirror::handle_traffic)), every 2 s. More of either take turns. There are none while
-    /// nothing may be fast, or if the host is [vouched](crate::HostFacts::vouched) for.
+    /// At most 64 in a second are to be found, and as many in all that have been sought lately and do not answer: those whose
+    /// address policies wait for, at once, then after 4 s, 8 s and so on up to 64 s. At most 512 are to be heard from again: those
+    /// that packets went to in the last minute ([`Mirror::handle_traffic`](super::Mirror::handle_traffic)), every 2 s. More of
+    /// either take turns. There are none while nothing may be fast, or if the host is [vouched](crate::HostFacts::vouched) for.
     Solicit {
         /// Each by its device's interface index and its address.
         neighbours: Vec<(u32, IpAddr)>,
