@@ -3,7 +3,7 @@
 use aya_ebpf::maps::Array;
 use fastswan_ebpf::{
     Bucket, Buckets, ExceptionList, KEY_WORDS_V4, KEY_WORDS_V6, List, MAX_TUPLES, TupleList,
-    UPPER_LAYER_BITS, Value, first_hit, first_hit_of,
+    UPPER_LAYER_BITS, Value, first_hit_of,
 };
 
 use super::maps::{
@@ -80,7 +80,7 @@ fn found(stored: u64) -> Option<Value> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn lookup_v4(list: u64, key: u64) -> u64 {
-    lookup(&TUPLES_V4, &CELLS_V4, list, &[key])
+    lookup::<_, 0>(&TUPLES_V4, &CELLS_V4, list, &[key])
 }
 
 /// The same for IPv6.
@@ -88,41 +88,28 @@ extern "C" fn lookup_v4(list: u64, key: u64) -> u64 {
 #[inline(never)]
 extern "C" fn lookup_v6(list: u64, destination0: u64, destination1: u64, source0: u64, source1: u64) -> u64 {
     let key = [destination0, destination1, source0, source1];
-    lookup(&TUPLES_V6, &CELLS_V6, list, &key)
+    lookup::<_, 0>(&TUPLES_V6, &CELLS_V6, list, &key)
 }
 
 /// The same of the tuples of cells behind the first.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rest_of_cells_v4(key: u64) -> u64 {
-    rest_of_cells(&TUPLES_V4, &CELLS_V4, &[key])
+    lookup::<_, FIRST>(&TUPLES_V4, &CELLS_V4, List::Cells as u64, &[key])
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn rest_of_cells_v6(destination0: u64, destination1: u64, source0: u64, source1: u64) -> u64 {
-    rest_of_cells(&TUPLES_V6, &CELLS_V6, &[destination0, destination1, source0, source1])
-}
-
-#[inline(always)]
-fn rest_of_cells<const K: usize>(
-    tuples: &Array<TupleList<K>>,
-    cells: &Array<Bucket<K>>,
-    key: &[u64; K],
-) -> u64 {
-    match tuples.get(List::Cells as u32) {
-        None => UNREADABLE,
-        Some(list) => {
-            first_hit_of::<K, FIRST, MAX_TUPLES>(&Entries(cells), list, key).map_or(0, |value| value.0)
-        }
-    }
+    let key = [destination0, destination1, source0, source1];
+    lookup::<_, FIRST>(&TUPLES_V6, &CELLS_V6, List::Cells as u64, &key)
 }
 
 /// Likewise for exceptions.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn lookup_exception_v4(list: u64, key: u64, upper: u64) -> u64 {
-    lookup(&UPPER_TUPLES_V4, &EXCEPTIONS_V4, list, &[key, upper])
+    lookup::<_, 0>(&UPPER_TUPLES_V4, &EXCEPTIONS_V4, list, &[key, upper])
 }
 
 /// The list is in the bits above the upper layer.
@@ -139,14 +126,15 @@ extern "C" fn lookup_exception_v6(
     let upper = list_and_upper & ((1 << UPPER_LAYER_BITS) - 1);
     let list = if list_and_upper == upper { ExceptionList::Ports } else { ExceptionList::Protocols };
     let key = [destination0, destination1, source0, source1, upper];
-    lookup(&UPPER_TUPLES_V6, &EXCEPTIONS_V6, list as u64, &key)
+    lookup::<_, 0>(&UPPER_TUPLES_V6, &EXCEPTIONS_V6, list as u64, &key)
 }
 
 /// What a lookup that cannot be made gives: of whatever list, it makes the packet pass.
 const UNREADABLE: u64 = Value::denied().0;
 
+/// Looks a key up in a list, from one of its tuples on.
 #[inline(always)]
-fn lookup<const K: usize>(
+fn lookup<const K: usize, const FROM: usize>(
     tuples: &Array<TupleList<K>>,
     entries: &Array<Bucket<K>>,
     list: u64,
@@ -154,6 +142,8 @@ fn lookup<const K: usize>(
 ) -> u64 {
     match tuples.get(list as u32) {
         None => UNREADABLE,
-        Some(list) => first_hit(&Entries(entries), list, key).map_or(0, |value| value.0),
+        Some(list) => {
+            first_hit_of::<K, FROM, MAX_TUPLES>(&Entries(entries), list, key).map_or(0, |value| value.0)
+        }
     }
 }
