@@ -1,9 +1,6 @@
 //! What of the host the policies that have slots depend on: so that a change that concerns none of them costs nothing.
 
-use std::{
-    collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 use smallvec::SmallVec;
@@ -27,11 +24,11 @@ pub(super) struct Reliance {
     changed: Changed,
 }
 
-/// Of templates, at both ends.
+/// Of templates, at both ends, as numbers: these are compared faster.
 #[derive(Debug, Default)]
 struct Addresses {
-    v4: BTreeSet<Ipv4Addr>,
-    v6: BTreeSet<Ipv6Addr>,
+    v4: BTreeSet<u32>,
+    v6: BTreeSet<u128>,
 }
 
 impl Addresses {
@@ -41,8 +38,8 @@ impl Addresses {
 
     fn has_some_in(&self, prefix: &IpNet) -> bool {
         match prefix {
-            IpNet::V4(prefix) => self.v4.range(prefix.network()..=prefix.broadcast()).next().is_some(),
-            IpNet::V6(prefix) => self.v6.range(prefix.network()..=prefix.broadcast()).next().is_some(),
+            IpNet::V4(prefix) => has_some(&self.v4, prefix.network().into(), prefix.broadcast().into()),
+            IpNet::V6(prefix) => has_some(&self.v6, prefix.network().into(), prefix.broadcast().into()),
         }
     }
 }
@@ -52,8 +49,8 @@ impl Addresses {
 pub(super) struct Noted {
     devices: SmallVec<[u32; 1]>,
     /// At either end.
-    v4: [SmallVec<[Ipv4Addr; 1]>; 2],
-    v6: [SmallVec<[Ipv6Addr; 1]>; 2],
+    v4: [SmallVec<[u32; 1]>; 2],
+    v6: [SmallVec<[u128; 1]>; 2],
 }
 
 impl Noted {
@@ -63,8 +60,8 @@ impl Noted {
         push_other(&mut self.devices, device.ifindex);
         for (end, address) in [template.source, template.destination].into_iter().enumerate() {
             match address {
-                IpAddr::V4(address) => push_other(&mut self.v4[end], address),
-                IpAddr::V6(address) => push_other(&mut self.v6[end], address),
+                IpAddr::V4(address) => push_other(&mut self.v4[end], address.into()),
+                IpAddr::V6(address) => push_other(&mut self.v6[end], address.into()),
             }
         }
     }
@@ -166,6 +163,10 @@ impl Reliance {
             *self = Self { neighbours: std::mem::take(&mut self.neighbours), ..Self::default() };
         }
     }
+}
+
+fn has_some<T: Ord>(set: &BTreeSet<T>, first: T, last: T) -> bool {
+    set.range(first..=last).next().is_some()
 }
 
 /// Adds one unless it is the last: policies that follow one another often have the same.
