@@ -585,101 +585,77 @@ proptest! {
     }
 }
 
-/// A rule for packets that come in on one interface asks a table whose routes lead through the same device, by a gateway or not.
-/// Then the kernel learns a path MTU of an inner destination: packets to it must pass.
-#[test]
-fn a_path_mtu_counts_where_tables_agree_about_the_device_and_not_about_the_gateway() {
-    let via = |gateway: Option<&str>| RouteKind::Unicast {
-        ifindex: NIC,
-        gateway: gateway.map(|g| g.parse().unwrap()),
-        mtu: None,
-    };
+/// A host that asks table 100 for packets that come in on one interface, and these routes.
+fn with_a_table_for_some(routes: &[(u32, &str, RouteKind)], reverse_path: ReversePath) -> HostFacts {
     let iif = RuleSelector { iif: Some("lan".to_owned()), ..RuleSelector::default() };
     let look_up = RuleAction::Lookup { table: 100, suppress_prefix_length: None, suppress_group: false };
     let mut rules = Rule::ordinary(Family::V4).to_vec();
     rules.insert(1, Rule::new(Family::V4, 100, iif, look_up));
-    let mut host = HostFacts {
-        links: vec![link(NIC, "nic", ReversePath::Off), link(LAN, "lan", ReversePath::Off)],
+    let routes = routes.iter().map(|(table, net, kind)| Route::new(*table, net.parse().unwrap(), *kind));
+    HostFacts {
+        links: vec![link(NIC, "nic", ReversePath::Off), link(LAN, "lan", reverse_path)],
         rules,
-        routes: vec![
-            Route::new(255, "192.0.2.1/32".parse().unwrap(), RouteKind::Local),
-            Route::new(254, "0.0.0.0/0".parse().unwrap(), via(None)),
-            Route::new(100, "10.2.0.0/16".parse().unwrap(), via(None)),
-            Route::new(100, "10.2.3.0/24".parse().unwrap(), via(Some("192.0.2.254"))),
-        ],
+        routes: routes.chain([Route::new(255, "192.0.2.1/32".parse().unwrap(), RouteKind::Local)]).collect(),
         ..HostFacts::default()
-    };
+    }
+}
+
+fn via(ifindex: u32, gateway: Option<&str>) -> RouteKind {
+    RouteKind::Unicast { ifindex, gateway: gateway.map(|gateway| gateway.parse().unwrap()), mtu: None }
+}
+
+/// The table of a policy from 10.1.0.0/16 to 10.2.0.0/16 after a change of the host that was followed, and one that is compiled anew.
+fn followed_and_anew(mut host: HostFacts, change: HostChange) -> [Model; 2] {
     let mut policy = tunnel("10.1.0.0/16", "10.2.0.0/16");
     policy.offload = Some(to(NIC, OffloadKind::Packet));
     policy.assumed = association_of(Family::V4).overhead;
     let mut database = Database::default();
     database.apply(PolicyEvent::Snapshot(Snapshot { policies: vec![policy], ..Snapshot::default() }));
-    let decide = |table: &Model| table.decide(&Packet::between([10, 1, 0, 5].into(), [10, 2, 3, 9].into()));
 
     let (mut compiler, mut table) = (Compiler::new(AMPLE), Model::default());
     compiler.set_host(&host);
     table.apply(&compiler.compile(&database));
-    let learnt = HostChange::PathMtu(PathMtu { destination: [10, 2, 3, 9].into(), mtu: 600 });
-    compiler.change_host(&learnt);
-    host.apply(learnt);
+    compiler.change_host(&change);
+    host.apply(change);
     table.apply(&compiler.compile(&database));
 
     let (mut anew, mut fresh) = (Compiler::new(AMPLE), Model::default());
     anew.set_host(&host);
     fresh.apply(&anew.compile(&database));
-    assert_eq!(decide(&table), decide(&fresh));
+    [table, fresh]
 }
 
-/// The same tables; with a reverse path filter, and the host gets an address for which the table local has no route (as while a
-/// daemon has taken it out). Packets from it must pass: the kernel drops them as martians.
+/// The table's routes lead through the same device as main's, by a gateway or not. Then the kernel learns a path MTU of an inner
+/// destination: packets to it must pass.
+#[test]
+fn a_path_mtu_counts_where_tables_agree_about_the_device_and_not_about_the_gateway() {
+    let routes = [
+        (254, "0.0.0.0/0", via(NIC, None)),
+        (100, "10.2.0.0/16", via(NIC, None)),
+        (100, "10.2.3.0/24", via(NIC, Some("192.0.2.254"))),
+    ];
+    let learnt = HostChange::PathMtu(PathMtu { destination: [10, 2, 3, 9].into(), mtu: 600 });
+    let tables = followed_and_anew(with_a_table_for_some(&routes, ReversePath::Off), learnt);
+    let decide = |table: &Model| table.decide(&Packet::between([10, 1, 0, 5].into(), [10, 2, 3, 9].into()));
+    assert_eq!(decide(&tables[0]), decide(&tables[1]));
+}
+
+/// The same with a reverse path filter, and the host gets an address for which the table local has no route (as while a daemon has
+/// taken it out). Packets from it must pass: the kernel drops them as martians.
 #[test]
 fn an_own_address_is_denied_where_tables_agree_about_the_device_and_not_about_the_gateway() {
-    let via = |gateway: Option<&str>| RouteKind::Unicast {
-        ifindex: LAN,
-        gateway: gateway.map(|g| g.parse().unwrap()),
-        mtu: None,
-    };
-    let iif = RuleSelector { iif: Some("lan".to_owned()), ..RuleSelector::default() };
-    let look_up = RuleAction::Lookup { table: 100, suppress_prefix_length: None, suppress_group: false };
-    let mut rules = Rule::ordinary(Family::V4).to_vec();
-    rules.insert(1, Rule::new(Family::V4, 100, iif, look_up));
-    let mut host = HostFacts {
-        links: vec![link(NIC, "nic", ReversePath::Off), link(LAN, "lan", ReversePath::Loose)],
-        rules,
-        routes: vec![
-            Route::new(255, "192.0.2.1/32".parse().unwrap(), RouteKind::Local),
-            Route::new(
-                254,
-                "0.0.0.0/0".parse().unwrap(),
-                RouteKind::Unicast { ifindex: NIC, gateway: None, mtu: None },
-            ),
-            Route::new(254, "10.1.0.0/16".parse().unwrap(), via(None)),
-            Route::new(100, "10.1.0.0/16".parse().unwrap(), via(None)),
-            Route::new(100, "10.1.3.0/24".parse().unwrap(), via(Some("10.1.0.254"))),
-        ],
-        ..HostFacts::default()
-    };
-    let mut policy = tunnel("10.1.0.0/16", "10.2.0.0/16");
-    policy.offload = Some(to(NIC, OffloadKind::Packet));
-    policy.assumed = association_of(Family::V4).overhead;
-    let mut database = Database::default();
-    database.apply(PolicyEvent::Snapshot(Snapshot { policies: vec![policy], ..Snapshot::default() }));
+    let routes = [
+        (254, "0.0.0.0/0", via(NIC, None)),
+        (254, "10.1.0.0/16", via(LAN, None)),
+        (100, "10.1.0.0/16", via(LAN, None)),
+        (100, "10.1.3.0/24", via(LAN, Some("10.1.0.254"))),
+    ];
+    let own = HostChange::Address([10, 1, 3, 1].into());
+    let tables = followed_and_anew(with_a_table_for_some(&routes, ReversePath::Loose), own);
     let decide = |table: &Model| {
         let source: IpAddr = [10, 1, 3, 1].into();
         // The port has a filter, so the program looks the source up whatever the cell says.
         (table.decide(&Packet::between(source, [10, 2, 3, 9].into())), table.fact(Side::Source, source))
     };
-
-    let (mut compiler, mut table) = (Compiler::new(AMPLE), Model::default());
-    compiler.set_host(&host);
-    table.apply(&compiler.compile(&database));
-    let own = HostChange::Address([10, 1, 3, 1].into());
-    compiler.change_host(&own);
-    host.apply(own);
-    table.apply(&compiler.compile(&database));
-
-    let (mut anew, mut fresh) = (Compiler::new(AMPLE), Model::default());
-    anew.set_host(&host);
-    fresh.apply(&anew.compile(&database));
-    assert_eq!(decide(&table), decide(&fresh));
+    assert_eq!(decide(&tables[0]), decide(&tables[1]));
 }
